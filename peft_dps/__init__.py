@@ -1,0 +1,44 @@
+"""Dynamic Parameter Selection for PEFT: `get_peft_model(model, DPSConfig(...))`. Importing it registers the tuner."""
+
+from peft_dps import bridge, registration
+from peft_dps.config import DPSConfig
+from peft_dps.errors import (
+    ConfigError,
+    DPSError,
+    EngineError,
+    RegistrationError,
+    ScheduleError,
+    ScoreError,
+    TargetError,
+)
+from peft_dps.integrations import DPSTrainerCallback, trainer
+from peft_dps.layer import DPSLayer
+from peft_dps.model import DPSModel
+from peft_dps.schedule import Stage, StageSchedule
+from peft_dps.scores import Evidence, register_score
+from peft_dps.status import DPSStatus
+
+__version__ = "0.1.0"
+
+registration.register()
+bridge.install()
+trainer.install()
+
+__all__ = [
+    "ConfigError",
+    "DPSConfig",
+    "DPSError",
+    "DPSLayer",
+    "DPSModel",
+    "DPSStatus",
+    "DPSTrainerCallback",
+    "EngineError",
+    "Evidence",
+    "RegistrationError",
+    "ScheduleError",
+    "ScoreError",
+    "Stage",
+    "StageSchedule",
+    "TargetError",
+    "register_score",
+]

@@ -1,0 +1,61 @@
+"""Notices weights that change from forward to forward while the bridge is shown no optimizer step."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from peft_dps.errors import EngineError
+from peft_dps.layer import DPSLayer
+
+_INT_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Canary:
+    """Watches one weight of an adapter in its training forwards.
+
+    Once may be a user who loads other weights; twice without a step is an engine that DPS cannot see.
+    """
+
+    def __init__(self) -> None:
+        self._layer: weakref.ref[DPSLayer] | None = None
+        self._seen: tuple[int, int] | None = None
+        self._step = 0
+        self._unseen_changes = 0
+
+    def check(self, adapter: str, layer: DPSLayer, step: int) -> None:
+        """Compare the weight with the previous forward's. The first layer to come is the one that is watched.
+
+        Args:
+            adapter: Name of the adapter.
+            layer: The layer about to compute a training forward.
+            step: Optimizer steps that the bridge has seen.
+
+        Raises:
+            EngineError: If the weight has changed twice in a row and no step was seen.
+        """
+        if self._layer is None:
+            self._layer = weakref.ref(layer)
+        if self._layer() is not layer:
+            return
+        weight = layer.dps_weight[adapter]
+        # Updates through `.data` leave the version counter alone. The bits tell, but reading them waits for the
+        # device, so they are read only until the first step has been seen.
+        seen = (weight._version, int(_bit_sum(weight)) if step == 0 else 0)
+        if step != self._step or self._seen is None:
+            self._unseen_changes = 0
+        elif seen != self._seen:
+            self._unseen_changes += 1
+        self._seen, self._step = seen, step
+        if self._unseen_changes >= 2:
+            raise EngineError(
+                f"The weights of adapter {adapter!r} were changed twice without an optimizer step that DPS could see, "
+                "so its stages would never happen. The engine updates copies of the weights (DeepSpeed ZeRO, FSDP1, "
+                "CPU offloading) or its optimizer is no torch.optim.Optimizer. Train with a torch optimizer on the "
+                "model's own parameters."
+            )
+
+
+def _bit_sum(weight: torch.Tensor) -> torch.Tensor:
+    return weight.detach().view(_INT_DTYPES[weight.element_size()]).sum(dtype=torch.int64)

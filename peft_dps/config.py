@@ -1,0 +1,170 @@
+"""`DPSConfig`: the fields of DPS and their validation."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+
+from peft_dps.errors import ConfigError
+from peft_dps.scores import SCORES
+
+VARIANTS = ("dense", "mix")
+SCOPES = ("tensor", "model")
+FROZEN_POLICIES = ("exact", "gradient")
+
+
+class DPSPeftType(str, enum.Enum):
+    """The PEFT type of DPS: an enum of its own, since PEFT's has no place for tuners from outside."""
+
+    DPS = "DPS"
+
+
+@dataclass
+class DPSConfig(PeftConfig):
+    """Configuration of Dynamic Parameter Selection (Zhang et al., NeurIPS 2022, arXiv:2211.01642).
+
+    Training alternates two stages of equal length. ACCUMULATE updates every entry of the targeted weights and scores
+    each by its accumulated squared gradient; SUBNETWORK updates only the ceil(n * density) best-scored entries and
+    freezes the rest. Then scores and masks are thrown away and the next cycle begins.
+
+    Args:
+        target_modules (`list[str] | str`, defaults to `"all-linear"`): Names of the modules to train, a regular
+            expression, or `"all-linear"`.
+        exclude_modules (`list[str] | str`, *optional*): Names, or a regular expression, of modules to leave out.
+        variant (`"dense" | "mix"`, defaults to `"dense"`): `"dense"` trains as described; `"mix"` adds column noise
+            to ACCUMULATE.
+        density (`float`, defaults to 0.7): Fraction of entries that the subnetwork holds, in (0, 1].
+        stage_steps (`int | float`, defaults to 0.05): Length of a stage: optimizer steps if an int, a fraction of all
+            steps in (0, 1) if a float.
+        total_steps (`int`, *optional*): Number of optimizer steps of the whole training. Only a fractional
+            `stage_steps` needs it, and not with the HF Trainer, which knows it.
+        scope (`"tensor" | "model"`, defaults to `"tensor"`): Whether the best entries are chosen within each weight
+            or over all weights together.
+        frozen (`"exact" | "gradient"`, defaults to `"exact"`): What frozen means in SUBNETWORK. With `"exact"` frozen
+            entries keep their bits whatever the optimizer does; with `"gradient"` only their gradient is zeroed, and
+            momentum and weight decay still move them, as in the code released with the paper.
+        score (`str`, defaults to `"squared_gradient"`): How entries are ranked: `"squared_gradient"`, `"random"` (the
+            baseline), or a name given to `peft_dps.register_score`.
+        train_bias (`bool`, defaults to `True`): Whether the biases of targeted modules are trained too. They are
+            never masked.
+        train_remaining (`bool`, defaults to `False`): Whether every other module with parameters is trained in full,
+            as in the paper, by adding it to `modules_to_save`.
+        modules_to_save (`list[str]`, *optional*): Modules trained in full and saved with the adapter.
+        layers_to_transform (`list[int] | int`, *optional*): Indices of the layers to train.
+        layers_pattern (`list[str] | str`, *optional*): Name of the module list that `layers_to_transform` counts in.
+        seed (`int`, defaults to 0): Seed of the method's own random numbers.
+        init_weights (`bool`, defaults to `True`): `False` perturbs the trainable copies at random; only for tests.
+
+    Raises:
+        ConfigError: If a field has a value that cannot work.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default="all-linear",
+        metadata={"help": "Names of the modules to train, a regular expression, or 'all-linear'."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, or a regular expression, of modules to leave out."}
+    )
+    variant: Literal["dense", "mix"] = field(
+        default="dense", metadata={"help": "'dense', or 'mix', which adds column noise to ACCUMULATE."}
+    )
+    density: float = field(default=0.7, metadata={"help": "Fraction of entries in the subnetwork, in (0, 1]."})
+    stage_steps: int | float = field(
+        default=0.05, metadata={"help": "Steps of a stage if int, a fraction in (0, 1) of all steps if float."}
+    )
+    total_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps of the whole training, for a fractional `stage_steps`."}
+    )
+    scope: Literal["tensor", "model"] = field(
+        default="tensor", metadata={"help": "Choose the best entries within each weight, or over the model."}
+    )
+    frozen: Literal["exact", "gradient"] = field(
+        default="exact",
+        metadata={"help": "'exact': frozen entries keep their bits; 'gradient': only their gradient is zeroed."},
+    )
+    score: str = field(default="squared_gradient", metadata={"help": "How entries are ranked."})
+    train_bias: bool = field(default=True, metadata={"help": "Train the biases of targeted modules too."})
+    train_remaining: bool = field(
+        default=False, metadata={"help": "Train every other module with parameters in full (`modules_to_save`)."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved with the adapter."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to train."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that `layers_to_transform` counts in."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the method's own random numbers."})
+    init_weights: bool = field(default=True, metadata={"help": "False perturbs the copies; only for tests."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = DPSPeftType.DPS
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._validate_targets()
+        self._validate_method()
+        self._validate_schedule()
+
+    def _validate_targets(self) -> None:
+        if not self.target_modules:
+            raise ConfigError(f"`target_modules` must name modules or be 'all-linear', got {self.target_modules!r}.")
+        is_expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if is_expression and self.layers_to_transform is not None:
+            raise ConfigError(
+                "`layers_to_transform` works with a list of names or 'all-linear' in `target_modules`, got the "
+                f"regular expression {self.target_modules!r}. Put the layer numbers into the expression."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                f"`layers_pattern={self.layers_pattern!r}` needs `layers_to_transform`, the indices to count in it."
+            )
+
+    def _validate_method(self) -> None:
+        _require_choice("variant", self.variant, VARIANTS)
+        _require_choice("scope", self.scope, SCOPES)
+        _require_choice("frozen", self.frozen, FROZEN_POLICIES)
+        _require_choice("score", self.score, tuple(SCORES))
+        for name in ("train_bias", "train_remaining", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if not _is_number(self.density) or not 0.0 < self.density <= 1.0:
+            raise ConfigError(f"`density` must be in (0, 1], got {self.density!r}.")
+        if not _is_int(self.seed) or self.seed < 0:
+            raise ConfigError(f"`seed` must be an integer of at least 0, got {self.seed!r}.")
+        if self.variant == "mix":
+            raise ConfigError("`variant='mix'` is not available yet; use `variant='dense'`.")
+
+    def _validate_schedule(self) -> None:
+        steps = self.stage_steps
+        if not _is_number(steps):
+            raise ConfigError(f"`stage_steps` must be an int (steps) or a float (fraction), got {steps!r}.")
+        if _is_int(steps) and steps < 1:
+            raise ConfigError(f"`stage_steps` as a number of steps must be at least 1, got {steps}.")
+        if isinstance(steps, float) and not 0.0 < steps < 1.0:
+            raise ConfigError(
+                f"`stage_steps` as a fraction of all steps must be in (0, 1), got {steps}. Use an int for steps."
+            )
+        if self.total_steps is not None and (not _is_int(self.total_steps) or self.total_steps < 2):
+            raise ConfigError(f"`total_steps` must be an integer of at least 2, got {self.total_steps!r}.")
+
+
+def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or isinstance(value, float)

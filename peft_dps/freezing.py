@@ -1,0 +1,100 @@
+"""Masks at work: zero the gradients of frozen entries, and keep the bits of frozen entries whatever an optimizer does.
+
+Floats are handled as the integers of their bits, so that the result is exact for every value, NaN and -0.0 included.
+A mask in use is a `keep` tensor: int8, -1 (all bits set) where the entry is updated and 0 where it is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+_INT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Work in pieces that stay in a CPU's cache: the int8 mask is widened piece by piece.
+_CPU_CHUNK = 1 << 18
+
+
+def keep_from_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Turn a bool mask, True = updated, into the int8 form that the functions below take.
+
+    Args:
+        mask: Bool tensor of the weight's shape. Its memory is reused.
+    """
+    return mask.view(torch.int8).neg_()
+
+
+def mask_from_keep(keep: torch.Tensor) -> torch.Tensor:
+    """Turn a `keep` tensor back into a bool mask, True = updated."""
+    return keep.bool()
+
+
+@torch.no_grad()
+def zero_frozen_(gradient: torch.Tensor, keep: torch.Tensor) -> None:
+    """Set the frozen entries of a gradient to +0.0 in place, also where they are NaN or infinite.
+
+    Args:
+        gradient: Any floating dtype.
+        keep: int8, same shape.
+    """
+    for piece, kept in _pieces(_bits(gradient), keep):
+        piece.bitwise_and_(kept)
+
+
+@torch.no_grad()
+def hold_frozen(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Copy the bits of the frozen entries.
+
+    Args:
+        weight: Any floating dtype.
+        keep: int8, same shape.
+
+    Returns:
+        An integer tensor of the weight's shape and size: the bits of frozen entries, 0 elsewhere.
+    """
+    held = _bits(weight).clone()
+    for piece, kept in _pieces(held, keep):
+        piece.bitwise_and_(~kept)
+    return held
+
+
+@torch.no_grad()
+def restore_frozen_(weight: torch.Tensor, keep: torch.Tensor, held: torch.Tensor) -> None:
+    """Give the frozen entries the bits they had when `held` was made; the others are left alone.
+
+    Args:
+        weight: Any floating dtype.
+        keep: int8, same shape.
+        held: What `hold_frozen` returned.
+    """
+    for piece, kept, bits in _pieces(_bits(weight), keep, held):
+        piece.bitwise_and_(kept).bitwise_or_(bits)
+
+
+@torch.no_grad()
+def frozen_checksum(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Add up the bits of the frozen entries, each weighted by its place, modulo 2**64.
+
+    It tells whether any frozen entry moved where no copy of them is kept.
+
+    Returns:
+        An int64 scalar on the weight's device.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=weight.device)
+    for piece, kept in _pieces(_bits(weight), keep):
+        frozen = piece.bitwise_and(~kept).reshape(-1).to(torch.int64)
+        places = torch.arange(1, frozen.numel() + 1, device=frozen.device)
+        total = total * 1_000_003 + (frozen * (2 * places + 1)).sum()
+    return total
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor.view(_INT_DTYPES[tensor.element_size()])
+
+
+def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Cut equally shaped tensors into the same flat pieces where their memory allows it, else pass them whole."""
+    if tensors[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
+        return iter([tensors])
+    return zip(*(tensor.view(-1).split(_CPU_CHUNK) for tensor in tensors), strict=True)

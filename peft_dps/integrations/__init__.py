@@ -1,0 +1,5 @@
+"""Training frameworks: what they know and DPS would otherwise have to be told."""
+
+from peft_dps.integrations.trainer import DPSTrainerCallback
+
+__all__ = ["DPSTrainerCallback"]

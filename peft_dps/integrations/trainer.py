@@ -1,0 +1,89 @@
+"""The HF Trainer: tells DPS the number of steps, and its logs what DPS does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers.trainer
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peft_dps.errors import EngineError
+from peft_dps.model import find_subnetworks
+from peft_dps.subnetwork import Subnetwork
+
+
+class DPSTrainerCallback(TrainerCallback):
+    """Every `Trainer` has it from `import peft_dps` on; there is no need to pass it."""
+
+    def __init__(self) -> None:
+        self._subnetworks: list[Subnetwork] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin the stages anew, with the Trainer's number of optimizer steps."""
+        model: nn.Module = kwargs["model"]
+        self._subnetworks = [
+            subnetwork
+            for subnetwork in find_subnetworks(model).values()
+            if any(weight.weight.requires_grad for weight in subnetwork.weights)
+        ]
+        for subnetwork in self._subnetworks:
+            subnetwork.restart(subnetwork.config.total_steps or state.max_steps)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the Trainer's optimizer steps reach DPS."""
+        # A gradient scaler may skip the first steps while it looks for its scale.
+        if state.global_step >= 10:
+            self._check_engaged(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check once more that DPS took part in the training."""
+        if state.global_step > 0:
+            self._check_engaged(state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the stage and the selected fraction to the training logs."""
+        if logs is None or "loss" not in logs:
+            return
+        several = len(self._subnetworks) > 1
+        for subnetwork in self._subnetworks:
+            if subnetwork.position is None:
+                continue
+            suffix = f"/{subnetwork.adapter}" if several else ""
+            entry: dict[str, Any] = {
+                f"dps_cycle{suffix}": subnetwork.position.cycle,
+                f"dps_stage{suffix}": subnetwork.position.stage.value,
+                f"dps_selected{suffix}": subnetwork.selected_fraction,
+            }
+            logs.update(entry)
+            if state.log_history and "loss" in state.log_history[-1]:
+                state.log_history[-1].update(entry)
+
+    def _check_engaged(self, state: TrainerState) -> None:
+        for subnetwork in self._subnetworks:
+            if subnetwork.step == 0:
+                raise EngineError(
+                    f"The Trainer has made {state.global_step} steps, but DPS has seen none on adapter "
+                    f"{subnetwork.adapter!r}. Its engine updates copies of the weights (DeepSpeed ZeRO, FSDP1, CPU "
+                    "offloading); train with DDP or on one process."
+                )
+
+
+def install() -> None:
+    """Put the callback among those that every `Trainer` starts with."""
+    defaults: list[type[TrainerCallback]] = transformers.trainer.DEFAULT_CALLBACKS  # type: ignore[assignment]
+    defaults[:] = [callback for callback in defaults if callback.__name__ != DPSTrainerCallback.__name__]
+    defaults.append(DPSTrainerCallback)

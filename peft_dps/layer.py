@@ -1,0 +1,270 @@
+"""DPS tuner layers: each wraps a module and holds, per adapter, a full trainable copy of its weight and bias."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from peft_dps.config import DPSConfig
+
+
+class ForwardObserver(Protocol):
+    """What a layer tells of its training forwards, per adapter."""
+
+    def on_forward(self, layer: DPSLayer) -> None:
+        """Take note that `layer` is about to compute a training forward."""
+
+
+class DPSLayer(BaseTunerLayer):
+    """Tuner layer that trains a copy of the base layer's weight.
+
+    The base layer stays frozen: it is the pretrained weight W0, it is what runs when adapters are disabled, and
+    `dps_weight - W0` is the delta by which several adapters are combined and merged. With one active adapter the
+    forward is the base layer's operation with the adapter's weight in place of W0.
+
+    Attributes:
+        dps_weight: Per adapter, the trainable weight, in the base weight's shape and layout.
+        dps_bias: Per adapter, the trainable bias; missing where the base layer has none or `train_bias=False`.
+        dps_subnetworks: Per adapter, the subnetwork this layer belongs to.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("dps_weight", "dps_bias")
+    other_param_names: tuple[str, ...] = ("dps_subnetworks",)
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        self.base_layer = base_layer
+        self.dps_weight = nn.ParameterDict({})
+        self.dps_bias = nn.ParameterDict({})
+        self.dps_subnetworks: dict[str, ForwardObserver] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._unmerged_weight: torch.Tensor | None = None
+        self._unmerged_bias: torch.Tensor | None = None
+
+    def update_layer(
+        self, adapter_name: str, config: DPSConfig, subnetwork: ForwardObserver, low_cpu_mem_usage: bool = False
+    ) -> None:
+        """Add an adapter: copy the base layer's weight and bias as its starting point.
+
+        Args:
+            adapter_name: Name of the adapter.
+            config: Its configuration.
+            subnetwork: The subnetwork that the copy is trained in.
+            low_cpu_mem_usage: Create the copies without data on the meta device, to be filled by a checkpoint.
+        """
+        weight, bias = self._pretrained()
+        self.dps_weight[adapter_name] = _trainable_copy(weight, config, low_cpu_mem_usage)
+        if bias is not None and config.train_bias:
+            self.dps_bias[adapter_name] = _trainable_copy(bias, config, low_cpu_mem_usage)
+        self.dps_subnetworks[adapter_name] = subnetwork
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """Return what the adapter adds to the pretrained weight: dps_weight - W0.
+
+        Args:
+            adapter: Name of the adapter.
+
+        Returns:
+            The difference in the adapter's dtype, in the shape and layout of the base weight.
+        """
+        weight = self.dps_weight[adapter]
+        return weight - self._pretrained()[0].to(weight.dtype)
+
+    def get_delta_bias(self, adapter: str) -> torch.Tensor | None:
+        """Return what the adapter adds to the pretrained bias `[out]`, or None if it trains none."""
+        if adapter not in self.dps_bias:
+            return None
+        bias = self.dps_bias[adapter]
+        pretrained = self._pretrained()[1]
+        return None if pretrained is None else bias - pretrained.to(bias.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the adapters' weights into the base layer.
+
+        The merged weight is computed from the pretrained one with all merged adapters at once, and the pretrained one
+        is kept until `unmerge`, which is therefore exact to the bit.
+
+        Args:
+            safe_merge: Check the merged values for NaN and infinity before anything is changed.
+            adapter_names: Adapters to merge; None for the active ones.
+
+        Raises:
+            ValueError: If `safe_merge` finds a value that is not finite.
+        """
+        new_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dps_weight]
+        if not new_names:
+            return
+        names = [*self.merged_adapters, *new_names]
+        with torch.no_grad():
+            weight, bias = self._combined(names)
+            base_weight, base_bias = self._pretrained()
+            weight = _detached_as(weight, base_weight)
+            bias = None if bias is None or base_bias is None else _detached_as(bias, base_bias)
+        if safe_merge:
+            for tensor in (weight, bias):
+                if tensor is not None and not torch.isfinite(tensor).all():
+                    raise ValueError(
+                        f"The merged weights are not finite (NaN or inf). The adapter {new_names} seems to be broken."
+                    )
+        base = self.get_base_layer()
+        if not self.merged:
+            self._unmerged_weight = base_weight
+            self._unmerged_bias = base_bias if bias is not None else None
+        base.weight.data = weight
+        if bias is not None:
+            base.bias.data = bias
+        self.merged_adapters = names
+
+    def unmerge(self) -> None:
+        """Give the base layer its pretrained weight and bias back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        weight, bias = self._pretrained()
+        base.weight.data = weight
+        if self._unmerged_bias is not None:
+            base.bias.data = bias
+        self._unmerged_weight = self._unmerged_bias = None
+        self.merged_adapters = []
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight in effect, for modules that read it instead of calling the layer; dtype of the base weight."""
+        base_weight: torch.Tensor = self.get_base_layer().weight
+        if not self._adapters_in_effect():
+            return base_weight
+        return self._effective()[0].to(base_weight.dtype)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The bias in effect, like `weight`."""
+        base_bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
+        if base_bias is None or not self._adapters_in_effect():
+            return base_bias
+        bias = self._effective()[1]
+        return None if bias is None else bias.to(base_bias.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Tell PEFT that the adapter is additive: its delta can be approximated by a LoRA."""
+        return True
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the base layer's operation with the weight of the active adapters."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = self._adapters_in_effect()
+        if not names:
+            output: torch.Tensor = self.base_layer(x, *args, **kwargs)
+            return output
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for name in names:
+                self.dps_subnetworks[name].on_forward(self)
+        weight, bias = self._effective()
+        return self._compute(x, weight, bias)
+
+    def _compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _adapters_in_effect(self) -> list[str]:
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.dps_weight]
+
+    def _effective(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._combined(self._adapters_in_effect())
+
+    def _combined(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the weight and bias of one adapter, or W0 plus the deltas of several."""
+        pretrained_weight, pretrained_bias = self._pretrained()
+        biases = [name for name in names if name in self.dps_bias]
+        if len(names) == 1:
+            return self.dps_weight[names[0]], self.dps_bias[names[0]] if biases else pretrained_bias
+        weight = sum((self.get_delta_weight(name) for name in names), start=pretrained_weight)
+        bias = pretrained_bias
+        for name in biases:
+            delta = self.get_delta_bias(name)
+            bias = delta if bias is None else bias + delta
+        return weight, bias
+
+    def _pretrained(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return W0 and the pretrained bias, also while adapters are merged into the base layer."""
+        base = self.get_base_layer()
+        weight = base.weight.data if self._unmerged_weight is None else self._unmerged_weight
+        if self._unmerged_bias is not None:
+            return weight, self._unmerged_bias
+        bias = getattr(base, "bias", None)
+        return weight, None if bias is None else bias.data
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version makes new parameters, which forgets requires_grad and rounds fp32 copies to the base's dtype.
+        device = device if device is not None else self.get_base_layer().weight.device
+        for container in (self.dps_weight, self.dps_bias):
+            if adapter_name in container and container[adapter_name].device not in (device, torch.device("meta")):
+                container[adapter_name].data = container[adapter_name].data.to(device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # What merging keeps is no buffer, since a state dict must not hold it; it still moves with the module.
+        if self._unmerged_weight is not None:
+            self._unmerged_weight = fn(self._unmerged_weight)
+        if self._unmerged_bias is not None:
+            self._unmerged_bias = fn(self._unmerged_bias)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        return "dps." + super().__repr__()
+
+
+class Linear(DPSLayer, nn.Module):
+    """DPS on `torch.nn.Linear`; weight `[out, in]`."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        nn.Module.__init__(self)
+        DPSLayer.__init__(self, base_layer)
+
+    def _compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, *_cast_to_activation(x, weight, bias))
+
+
+class Conv1DLinear(DPSLayer, nn.Module):
+    """DPS on transformers' `Conv1D`, a linear layer that stores its weight as `[in, out]`."""
+
+    # "Linear" in the class name is what lets PEFT find the layer for a second "all-linear" adapter.
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        nn.Module.__init__(self)
+        DPSLayer.__init__(self, base_layer)
+
+    def _compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        weight, bias = _cast_to_activation(x, weight, bias)
+        return F.linear(x, weight.t(), bias)
+
+
+def _cast_to_activation(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Cast fp32 master weights to the activation's dtype; autocast does that by itself."""
+    if torch.is_autocast_enabled(x.device.type):
+        return weight, bias
+    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+
+
+def _trainable_copy(tensor: torch.Tensor, config: DPSConfig, on_meta: bool) -> nn.Parameter:
+    if on_meta:
+        return nn.Parameter(torch.empty_like(tensor, device="meta"))
+    copy = tensor.detach().clone()
+    if not config.init_weights:
+        copy += 0.02 * torch.randn_like(copy)
+    return nn.Parameter(copy)
+
+
+def _detached_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    # Merged weights must not share memory with the adapter, and `.to` of the same dtype would.
+    return tensor.detach().to(device=like.device, dtype=like.dtype, copy=True)

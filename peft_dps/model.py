@@ -1,0 +1,231 @@
+"""`DPSModel`: puts DPS layers in place of the targeted modules."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_dps.config import DPSConfig
+from peft_dps.errors import ConfigError, TargetError
+from peft_dps.layer import Conv1DLinear, DPSLayer, Linear
+from peft_dps.status import DPSStatus, status_of
+from peft_dps.subnetwork import Subnetwork
+
+LAYER_TYPES: dict[type[nn.Module], type[DPSLayer]] = {nn.Linear: Linear, Conv1D: Conv1DLinear}
+
+
+class DPSModel(BaseTuner):
+    """Dynamic Parameter Selection model: `get_peft_model(model, DPSConfig(...))` makes one.
+
+    Args:
+        model (`torch.nn.Module`): The model to train.
+        config (`DPSConfig`): Its configuration.
+        adapter_name (`str`): Name of the adapter.
+
+    Example:
+        ```py
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> from peft import get_peft_model
+        >>> from peft_dps import DPSConfig
+
+        >>> base = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
+        >>> model = get_peft_model(base, DPSConfig(task_type="SEQ_CLS", total_steps=1000))
+        ```
+    """
+
+    prefix: str = "dps_"
+    tuner_layer_cls = DPSLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Wrap the targeted modules and add the adapter to them; see `BaseTuner.inject_adapter`."""
+        self._injecting = Subnetwork(adapter_name, self.peft_config[adapter_name]), low_cpu_mem_usage
+        try:
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+        finally:
+            del self._injecting
+
+    def dps_status(self, adapter_name: str | None = None) -> DPSStatus:
+        """Tell what DPS is doing: cycle, stage, entries selected per layer, and whether a frozen entry moved.
+
+        Args:
+            adapter_name: Name of the adapter; None for the active one.
+
+        Returns:
+            A snapshot, printable.
+
+        Raises:
+            ConfigError: If there is no such adapter, or several are active and none is named.
+        """
+        return status_of(self._subnetwork(adapter_name))
+
+    def set_dps_total_steps(self, total_steps: int, adapter_name: str | None = None) -> None:
+        """Begin a training of so many optimizer steps: a fractional `stage_steps` refers to them.
+
+        The stages start anew. With the HF Trainer there is no need to call this.
+
+        Args:
+            total_steps: Number of optimizer steps of the whole training, at least 2.
+            adapter_name: Name of the adapter; None for the active one.
+
+        Raises:
+            ConfigError: If the number is too small, or there is no such adapter.
+        """
+        if total_steps < 2:
+            raise ConfigError(f"`total_steps` must be an integer of at least 2, got {total_steps!r}.")
+        self._subnetwork(adapter_name).restart(total_steps)
+
+    def _subnetwork(self, adapter_name: str | None) -> Subnetwork:
+        if adapter_name is None:
+            if len(self.active_adapters) != 1:
+                raise ConfigError(f"`adapter_name` is needed, since the active adapters are {self.active_adapters}.")
+            adapter_name = self.active_adapters[0]
+        subnetworks = find_subnetworks(self.model)
+        if adapter_name not in subnetworks:
+            raise ConfigError(f"`adapter_name` must be one of {sorted(subnetworks)}, got {adapter_name!r}.")
+        return subnetworks[adapter_name]
+
+    def _prepare_model(self, peft_config: DPSConfig, model: nn.Module) -> None:
+        if peft_config.train_remaining:
+            _save_remaining(peft_config, model)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: DPSConfig, key: str) -> Any:
+        found = check_target_module_exists(peft_config, key)
+        if not found or peft_config.layers_to_transform is None:
+            return found
+        # PEFT forgets `layers_to_transform` for modules named in full, which is what "all-linear" becomes.
+        return _layer_index(key, peft_config.layers_pattern) in _as_list(peft_config.layers_to_transform)
+
+    def _create_and_replace(
+        self,
+        peft_config: DPSConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        subnetwork, low_cpu_mem_usage = self._injecting
+        if isinstance(target, DPSLayer):
+            layer = target
+        else:
+            layer = _make_layer(target, current_key)
+            # A second adapter that reaches a new module must not activate itself there.
+            layer.set_adapter(self.active_adapters)
+        layer.update_layer(adapter_name, peft_config, subnetwork, low_cpu_mem_usage)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+        subnetwork.track(current_key, layer)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT's version makes new parameters, which makes inactive adapters trainable.
+        if not autocast_adapter_dtype:
+            return
+        for module in self.model.modules():
+            if isinstance(module, DPSLayer):
+                for container in (module.dps_weight, module.dps_bias):
+                    if adapter_name in container and container[adapter_name].dtype in (torch.float16, torch.bfloat16):
+                        container[adapter_name].data = container[adapter_name].data.float()
+
+
+def find_subnetworks(model: nn.Module) -> dict[str, Subnetwork]:
+    """Collect the subnetworks of all DPS adapters in a model, however the adapters were injected.
+
+    Args:
+        model: A PEFT model, or any module that holds DPS layers.
+
+    Returns:
+        Per adapter name, its subnetwork.
+    """
+    found: dict[str, Subnetwork] = {}
+    for module in model.modules():
+        if isinstance(module, DPSLayer):
+            for name, subnetwork in module.dps_subnetworks.items():
+                if isinstance(subnetwork, Subnetwork):
+                    found.setdefault(name, subnetwork)
+    return found
+
+
+def _make_layer(target: nn.Module, key: str) -> DPSLayer:
+    if isinstance(target, BaseTunerLayer):
+        raise TargetError(
+            f"The target {key!r} is already wrapped by another tuner ({type(target).__module__}). Unload that adapter "
+            "first, or leave the module out with `exclude_modules`."
+        )
+    layer_cls = next((cls for base_cls, cls in LAYER_TYPES.items() if isinstance(target, base_cls)), None)
+    weight = getattr(target, "weight", None)
+    if layer_cls is None:
+        supported = ", ".join(base_cls.__name__ for base_cls in LAYER_TYPES)
+        raise TargetError(
+            f"The target {key!r} is a {type(target).__name__}, which DPS cannot train; it supports {supported}. Leave "
+            "it out with `exclude_modules`, or train it in full with `modules_to_save`."
+        )
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or _is_quantized(target):
+        raise TargetError(
+            f"The weight of the target {key!r} is quantized ({type(target).__name__}, {weight.dtype}). DPS trains "
+            "full-precision weights: load the model without quantization, or use LoRA on a quantized model."
+        )
+    if weight.device.type == "meta" or weight.numel() == 0 or type(weight.data).__name__ == "DTensor":
+        raise TargetError(
+            f"The weight of the target {key!r} is empty, on the meta device or sharded, so there is nothing to copy. "
+            "Add the adapter to the fully loaded model, before it is sharded (FSDP, ZeRO-3) or dispatched."
+        )
+    return layer_cls(target)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    weight = module.weight
+    exact_parameter = type(weight) in (nn.Parameter, torch.Tensor)
+    return not exact_parameter and any(hasattr(weight, name) for name in ("quant_state", "SCB", "dequantize_affine"))
+
+
+def _save_remaining(config: DPSConfig, model: nn.Module) -> None:
+    """Add every other module with parameters of its own to `modules_to_save`."""
+    targets = {key for key, _ in model.named_modules() if DPSModel._check_target_module_exists(config, key)}
+    linear = isinstance(config.target_modules, str) and config.target_modules == "all-linear"
+    remaining = [
+        key
+        for key, module in model.named_modules()
+        if key
+        and key not in targets
+        and not (linear and isinstance(module, tuple(LAYER_TYPES)))
+        and any(True for _ in module.parameters(recurse=False))
+        and not any(True for _ in module.children())
+    ]
+    config.modules_to_save = sorted({*(config.modules_to_save or []), *remaining})
+
+
+def _layer_index(key: str, layers_pattern: list[str] | str | None) -> int | None:
+    """Return the layer number in a module path, counted in the module lists that the patterns name."""
+    patterns = _as_list(layers_pattern) or [r"[^.]+"]
+    for pattern in patterns:
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)(?:\.|$)", key)
+        if match:
+            return int(match.group(1))
+    return None
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple, set)) else [value]

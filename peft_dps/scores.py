@@ -1,0 +1,109 @@
+"""Gradients -> scores: how important an entry is, higher is better.
+
+A score is one function of what is known about a weight when the subnetwork is selected. `register_score` gives it a
+name that `DPSConfig(score=...)` accepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from peft_dps.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a score may look at, for one weight.
+
+    Attributes:
+        squared_gradients: Sum over the stage of the squared gradients, shape of the weight, fp32 (fp64 for an fp64
+            weight); None if the score was registered with `uses_gradients=False`.
+        weight: The weight as trained so far, in the adapter's dtype.
+        base_weight: The pretrained weight, same shape, in the base model's dtype.
+        generator: Random numbers of this weight and cycle, on the CPU: the same on every process and after a resume.
+    """
+
+    squared_gradients: torch.Tensor | None
+    weight: torch.Tensor
+    base_weight: torch.Tensor
+    generator: torch.Generator
+
+
+ScoreFunction = Callable[[Evidence], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A named score.
+
+    Attributes:
+        name: What `DPSConfig.score` calls it.
+        function: Maps the evidence to scores of the weight's shape, none of them NaN or negative.
+        uses_gradients: Whether squared gradients have to be accumulated for it.
+    """
+
+    name: str
+    function: ScoreFunction
+    uses_gradients: bool = True
+
+
+SCORES: dict[str, Score] = {}
+
+
+def register_score(name: str, *, uses_gradients: bool = True) -> Callable[[ScoreFunction], ScoreFunction]:
+    """Register a function as the score that `DPSConfig(score=name)` selects by.
+
+    Args:
+        name: The name, not taken yet.
+        uses_gradients: False if the score needs no gradients; nothing is accumulated then, which saves memory.
+
+    Returns:
+        A decorator that returns its function unchanged.
+
+    Raises:
+        ConfigError: If the name is taken by another function.
+    """
+
+    def register(function: ScoreFunction) -> ScoreFunction:
+        taken = SCORES.get(name)
+        if taken is not None and taken.function.__qualname__ != function.__qualname__:
+            raise ConfigError(f"The score name {name!r} is taken by {taken.function.__qualname__}; use another name.")
+        SCORES[name] = Score(name, function, uses_gradients)
+        return function
+
+    return register
+
+
+@register_score("squared_gradient")
+def squared_gradient(evidence: Evidence) -> torch.Tensor:
+    """Score by the accumulated squared gradient: S = sum over the stage of G * G (arXiv:2211.01642, equation 3)."""
+    if evidence.squared_gradients is None:
+        raise ConfigError("The score 'squared_gradient' needs accumulated gradients, and none were kept for it.")
+    return evidence.squared_gradients
+
+
+@register_score("random", uses_gradients=False)
+def random(evidence: Evidence) -> torch.Tensor:
+    """Score at random: the baseline that a score from gradients has to beat at the same density."""
+    scores = torch.rand(evidence.weight.shape, generator=evidence.generator, dtype=torch.float32)
+    return scores.to(evidence.weight.device)
+
+
+def score_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which scores of a weight are accumulated: fp32, or fp64 for an fp64 weight."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+@torch.no_grad()
+def accumulate_squares_(totals: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
+    """Add the squared gradients to the totals in place: S += G * G.
+
+    Args:
+        totals: Scores so far, one per weight, in the dtype of `score_dtype`.
+        gradients: Gradients the optimizer is about to apply, same shapes, any floating dtype.
+    """
+    gradients = [gradient.to(total.dtype) for total, gradient in zip(totals, gradients, strict=True)]
+    torch._foreach_addcmul_(list(totals), gradients, gradients)

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adafactor, AdamW
+
+from peft_dps import EngineError, ScheduleError, ScoreError, Stage
+from peft_dps.errors import ConfigError
+from tests.reference import ReferenceDense
+from tests.unit.conftest import layers_of, subnetwork_of, train, trainable, weights_of
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "adamw_foreach": lambda parameters: AdamW(parameters, lr=1e-2, weight_decay=0.1, foreach=True),
+    "adamw_loop": lambda parameters: AdamW(parameters, lr=1e-2, weight_decay=0.1, foreach=False),
+    "adamw_fused": lambda parameters: AdamW(parameters, lr=1e-2, weight_decay=0.1, fused=True),
+    "adafactor": lambda parameters: Adafactor(parameters, lr=1e-2, weight_decay=0.1),
+}
+
+
+class Guarded(SGD):
+    """Updates nothing that has a gradient of NaN or inf, as careful training loops do."""
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            if not torch.isfinite(parameter.grad).all():
+                parameter.grad = None
+        super().step()
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().view(torch.int32)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("frozen", ["exact", "gradient"])
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_training_is_bitwise_the_reference(make_model, make_net, batches, optimizer, frozen, scope):
+    fields = {"density": 0.3, "stage_steps": 3, "scope": scope, "frozen": frozen}
+    sizes = (12, 7, 9, 3)
+    model, plain = make_model(sizes=sizes, **fields), make_net(sizes=sizes)
+    reference = ReferenceDense([layer.weight for layer in plain.layers], **fields)
+    ours, theirs = OPTIMIZERS[optimizer](trainable(model)), OPTIMIZERS[optimizer](plain.parameters())
+    for x, y in batches(14):
+        train(model, ours, [(x, y)])
+        theirs.zero_grad()
+        nn.functional.cross_entropy(plain(x), y).backward()
+        reference.before_step()
+        theirs.step()
+        reference.after_step()
+        for layer, expected in zip(layers_of(model), plain.layers, strict=True):
+            assert torch.equal(layer.dps_weight["default"], expected.weight)
+            assert torch.equal(layer.dps_bias["default"], expected.bias)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("frozen", ["exact", "gradient"])
+def test_density_one_is_bitwise_plain_fine_tuning(make_model, make_net, batches, optimizer, frozen):
+    model, plain = make_model(density=1.0, frozen=frozen), make_net()
+    ours, theirs = OPTIMIZERS[optimizer](trainable(model)), OPTIMIZERS[optimizer](plain.parameters())
+    for batch in batches(7):
+        train(model, ours, [batch])
+        train(plain, theirs, [batch])
+    for layer, expected in zip(layers_of(model), plain.layers, strict=True):
+        assert torch.equal(bits(layer.dps_weight["default"]), bits(expected.weight))
+
+
+@pytest.mark.parametrize("density", [1e-9, 0.1, 0.7])
+def test_exactly_ceil_of_the_density_is_selected_in_each_weight(make_model, batches, density):
+    model = make_model(density=density)
+    train(model, AdamW(trainable(model)), batches(3))
+    for layer in model.dps_status().layers.values():
+        assert layer.selected == -(-layer.entries * density // 1)  # ceil
+    assert model.dps_status().frozen_moved is False
+
+
+def test_scope_model_selects_exactly_over_all_weights(make_model, batches):
+    model = make_model(density=0.2, scope="model")
+    train(model, AdamW(trainable(model)), batches(3))
+    status = model.dps_status()
+    assert status.selected == 48  # ceil(240 * 0.2)
+    assert len({layer.selected / layer.entries for layer in status.layers.values()}) == 2
+
+
+def test_state_of_a_stage_is_freed_before_the_next(make_model, batches):
+    model = make_model()
+    optimizer, data = AdamW(trainable(model)), batches(5)
+    weights = subnetwork_of(model).weights
+    train(model, optimizer, data[:2])
+    assert all(weight.total is not None and weight.keep is None and weight.held is None for weight in weights)
+    train(model, optimizer, data[2:4])
+    assert all(weight.total is None and weight.keep is not None and weight.held is not None for weight in weights)
+    train(model, optimizer, data[4:])
+    assert all(weight.total is not None and weight.keep is None and weight.held is None for weight in weights)
+
+
+def test_random_score_keeps_no_gradients_and_repeats(make_model, batches):
+    chosen = []
+    for _ in range(2):
+        model = make_model(score="random", seed=3)
+        optimizer = AdamW(trainable(model))
+        train(model, optimizer, batches(2))
+        assert all(weight.total is None for weight in subnetwork_of(model).weights)
+        train(model, optimizer, batches(1))
+        chosen.append([weight.keep.clone() for weight in subnetwork_of(model).weights])
+    other = make_model(score="random", seed=4)
+    train(other, AdamW(trainable(other)), batches(3))
+    assert all(torch.equal(a, b) for a, b in zip(*chosen, strict=True))
+    assert not torch.equal(chosen[0][0], subnetwork_of(other).weights[0].keep)
+
+
+def test_random_masks_differ_between_cycles_and_weights(make_model, batches):
+    model = make_model(score="random", stage_steps=1, sizes=(12, 12, 12, 3))
+    optimizer, seen = AdamW(trainable(model)), []
+    for batch in batches(4):
+        train(model, optimizer, [batch])
+        if subnetwork_of(model).stage is Stage.SUBNETWORK:
+            seen += [weight.keep.clone() for weight in subnetwork_of(model).weights[:2]]
+    assert len(seen) == 4
+    assert not any(torch.equal(a, b) for index, a in enumerate(seen) for b in seen[index + 1 :])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_with_bad_gradients_is_counted_but_not_scored(make_model, batches, caplog, bad):
+    model = make_model(stage_steps=3)
+    optimizer = Guarded(trainable(model), lr=0.1)
+    totals = []
+    for step, (x, y) in enumerate(batches(3)):
+        nn.functional.cross_entropy(model(x), y).backward()
+        if step == 1:
+            weights_of(model)[0].grad[0, 0] = bad
+        with caplog.at_level(logging.WARNING):
+            optimizer.step()
+        optimizer.zero_grad()
+        totals.append([weight.total.clone() for weight in subnetwork_of(model).weights])
+    assert all(torch.equal(a, b) for a, b in zip(totals[0], totals[1], strict=True))
+    assert not torch.equal(totals[1][0], totals[2][0])
+    status = model.dps_status()
+    assert (status.steps, status.unscored_steps) == (3, 1)
+    assert "step 2 are not finite" in caplog.text
+
+
+def test_a_stage_without_any_finite_gradient_is_an_error_and_keeps_the_weights(make_model, batches):
+    model = make_model()
+    optimizer = Guarded(trainable(model), lr=0.1)
+    for x, y in batches(2):
+        nn.functional.cross_entropy(model(x), y).backward()
+        weights_of(model)[0].grad.fill_(float("nan"))
+        optimizer.step()
+    before = [weight.detach().clone() for weight in weights_of(model)]
+    with pytest.raises(ScoreError, match="none of the 2 steps"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights_of(model), strict=True))
+
+
+def test_bad_gradients_of_frozen_entries_do_no_harm_in_subnetwork(make_model, batches):
+    model = make_model(stage_steps=1)
+    optimizer = AdamW(trainable(model), lr=1e-2)
+    train(model, optimizer, batches(1))
+    x, y = batches(1, seed=2)[0]
+    nn.functional.cross_entropy(model(x), y).backward()
+    weight, before = weights_of(model)[0], weights_of(model)[0].detach().clone()
+    # Which entries will be frozen is known from the scores: the first weight's lower half.
+    total = subnetwork_of(model).weights[0].total.flatten()
+    frozen = torch.ones(weight.numel(), dtype=torch.bool)
+    frozen[total.argsort(descending=True)[: weight.numel() // 2]] = False
+    frozen = frozen.view(weight.shape)
+    weight.grad[frozen] = float("nan")
+    optimizer.step()
+    assert torch.isfinite(weight).all()
+    assert torch.equal(bits(weight)[frozen], bits(before)[frozen])
+
+
+def test_fraction_without_total_is_an_error_that_names_three_remedies(make_model, batches):
+    model = make_model(stage_steps=0.1)
+    x, y = batches(1)[0]
+    nn.functional.cross_entropy(model(x), y).backward()
+    with pytest.raises(ScheduleError) as error:
+        AdamW(trainable(model)).step()
+    for remedy in ("total_steps=", "as an int", "set_dps_total_steps"):
+        assert remedy in str(error.value)
+
+
+def test_total_steps_turn_the_fraction_into_steps(make_model, batches):
+    model = make_model(stage_steps=0.25)
+    model.set_dps_total_steps(12)
+    train(model, AdamW(trainable(model)), batches(4))
+    status = model.dps_status()
+    assert (status.stage_steps, status.stage, status.step_in_stage) == (3, Stage.SUBNETWORK, 1)
+
+
+def test_total_steps_too_small_are_refused(make_model):
+    with pytest.raises(ConfigError, match=r"total_steps.*got 1"):
+        make_model().set_dps_total_steps(1)
+
+
+def test_a_weight_changed_without_its_gradient_is_an_error_at_selection(make_model, batches):
+    model = make_model()
+    optimizer = SGD([weights_of(model)[0]], lr=0.1)  # the other weight is stepped where the bridge cannot see it
+    for x, y in batches(2):
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        with torch.no_grad():
+            weights_of(model)[1].sub_(0.1 * weights_of(model)[1].grad)
+        model.zero_grad()
+    x, y = batches(1)[0]
+    nn.functional.cross_entropy(model(x), y).backward()
+    with pytest.raises(EngineError, match=r"layers\.1"):
+        optimizer.step()
+
+
+def test_an_unused_layer_is_no_error(make_model, batches):
+    model = make_model()
+    used = layers_of(model)[0]
+    optimizer = AdamW(trainable(model), lr=1e-2)
+    for x, _ in batches(4):
+        optimizer.zero_grad()
+        used(x).square().mean().backward()
+        optimizer.step()
+    status = model.dps_status()
+    assert [layer.observed for layer in status.layers.values()] == [2, 0]
+    assert not status.frozen_moved
+
+
+def test_sparse_gradients_are_refused(make_model):
+    model = make_model()
+    weights_of(model)[0].grad = torch.zeros_like(weights_of(model)[0]).to_sparse()
+    with pytest.raises(EngineError, match="layout"):
+        SGD(trainable(model)).step()
+
+
+def test_copies_train_on_like_the_original_and_apart_from_it(make_model, batches):
+    model = make_model(stage_steps=2)
+    optimizer = SGD(trainable(model), lr=0.1)
+    data = batches(8)
+    train(model, optimizer, data[:3])
+    twins = {"deepcopy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model))}  # noqa: S301
+    train(model, optimizer, data[3:])
+    for how, twin in twins.items():
+        assert twin.dps_status().steps == 3, how
+        train(twin, SGD(trainable(twin), lr=0.1), data[3:])
+        assert twin.dps_status() == model.dps_status(), how
+        assert all(torch.equal(a, b) for a, b in zip(weights_of(twin), weights_of(model), strict=True)), how
+
+
+def test_a_dead_model_is_freed_without_the_cycle_collector(make_model, batches):
+    model = make_model()
+    train(model, AdamW(trainable(model)), batches(3))
+    layer = weakref.ref(layers_of(model)[0])
+    gc.disable()
+    try:
+        del model
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+def test_status_tells_a_moved_frozen_entry(make_model, batches):
+    for frozen in ("exact", "gradient"):
+        model = make_model(frozen=frozen, density=0.5)
+        train(model, SGD(trainable(model), lr=0.1), batches(3))
+        weight = subnetwork_of(model).weights[0]
+        assert not model.dps_status().frozen_moved
+        with torch.no_grad():
+            weight.weight.view(-1)[(weight.keep.view(-1) == 0).nonzero()[0]] += 1e-3
+        assert model.dps_status().frozen_moved
+
+
+def test_status_prints(make_model, batches):
+    model = make_model()
+    assert "no optimizer step seen" in str(model.dps_status())
+    assert not model.dps_status().engaged
+    train(model, SGD(trainable(model), lr=0.1), batches(3))
+    assert "step 3, cycle 1, subnetwork 1/2, selected 50.0% of 240 entries" in str(model.dps_status())
+    assert model.dps_status().engaged

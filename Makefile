@@ -34,7 +34,7 @@ quality: $(VENV)/.installed-dev ## Check style, formatting, types and layering
 	$(RUN) ruff check
 	$(RUN) ruff format --check
 	$(RUN) mypy
-	$(VENV)/bin/lint-imports
+	$(VENV)/bin/lint-imports --no-logo
 
 style: $(VENV)/.installed-dev ## Mend style and formatting
 	$(RUN) ruff check --fix

@@ -52,9 +52,10 @@ def hold_frozen(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     Returns:
         An integer tensor of the weight's shape and size: the bits of frozen entries, 0 elsewhere.
     """
-    held = _bits(weight).clone()
-    for piece, kept in _pieces(held, keep):
-        piece.bitwise_and_(~kept)
+    bits = _bits(weight)
+    held = torch.empty_like(bits)
+    for piece, kept, frozen in _pieces(bits, keep, held):
+        torch.bitwise_and(piece, ~kept, out=frozen)
     return held
 
 
@@ -82,9 +83,9 @@ def frozen_checksum(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     for piece, kept in _pieces(_bits(weight), keep):
-        frozen = piece.bitwise_and(~kept).reshape(-1).to(torch.int64)
-        places = torch.arange(1, frozen.numel() + 1, device=frozen.device)
-        total = total * 1_000_003 + (frozen * (2 * places + 1)).sum()
+        frozen = piece.bitwise_and(~kept).reshape(-1)
+        odd_numbers = torch.arange(3, 2 * frozen.numel() + 3, 2, device=frozen.device)
+        total = total * 1_000_003 + (frozen * odd_numbers).sum()
     return total
 
 

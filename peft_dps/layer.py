@@ -20,7 +20,7 @@ class ForwardObserver(Protocol):
         """Take note that `layer` is about to compute a training forward."""
 
 
-class DPSLayer(BaseTunerLayer):
+class DPSLayer(nn.Module, BaseTunerLayer):
     """Tuner layer that trains a copy of the base layer's weight.
 
     The base layer stays frozen: it is the pretrained weight W0, it is what runs when adapters are disabled, and
@@ -31,13 +31,18 @@ class DPSLayer(BaseTunerLayer):
         dps_weight: Per adapter, the trainable weight, in the base weight's shape and layout.
         dps_bias: Per adapter, the trainable bias; missing where the base layer has none or `train_bias=False`.
         dps_subnetworks: Per adapter, the subnetwork this layer belongs to.
+        in_features: Size of the input, as PEFT wants it of every layer.
+        out_features: Size of the output.
     """
 
     adapter_layer_names: tuple[str, ...] = ("dps_weight", "dps_bias")
     other_param_names: tuple[str, ...] = ("dps_subnetworks",)
     base_layer: nn.Module
+    in_features: int
+    out_features: int
 
     def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self.dps_weight = nn.ParameterDict({})
         self.dps_bias = nn.ParameterDict({})
@@ -74,7 +79,7 @@ class DPSLayer(BaseTunerLayer):
         Returns:
             The difference in the adapter's dtype, in the shape and layout of the base weight.
         """
-        weight = self.dps_weight[adapter]
+        weight: torch.Tensor = self.dps_weight[adapter]
         return weight - self._pretrained()[0].to(weight.dtype)
 
     def get_delta_bias(self, adapter: str) -> torch.Tensor | None:
@@ -111,9 +116,9 @@ class DPSLayer(BaseTunerLayer):
             for tensor in (weight, bias):
                 if tensor is not None and not torch.isfinite(tensor).all():
                     raise ValueError(
-                        f"The merged weights are not finite (NaN or inf). The adapter {new_names} seems to be broken."
+                        f"NaNs detected in the merged weights. The adapter {', '.join(new_names)} seems to be broken"
                     )
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if not self.merged:
             self._unmerged_weight = base_weight
             self._unmerged_bias = base_bias if bias is not None else None
@@ -127,7 +132,7 @@ class DPSLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         weight, bias = self._pretrained()
         base.weight.data = weight
         if self._unmerged_bias is not None:
@@ -138,14 +143,19 @@ class DPSLayer(BaseTunerLayer):
     @property
     def weight(self) -> torch.Tensor:
         """The weight in effect, for modules that read it instead of calling the layer; dtype of the base weight."""
-        base_weight: torch.Tensor = self.get_base_layer().weight
+        if self.disable_adapters and self.merged:
+            return self._pretrained()[0]
+        base: Any = self.get_base_layer()
+        base_weight: torch.Tensor = base.weight
         if not self._adapters_in_effect():
             return base_weight
         return self._effective()[0].to(base_weight.dtype)
 
     @property
-    def bias(self) -> torch.Tensor | None:
+    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
         """The bias in effect, like `weight`."""
+        if self.disable_adapters and self.merged:
+            return self._pretrained()[1]
         base_bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
         if base_bias is None or not self._adapters_in_effect():
             return base_bias
@@ -191,13 +201,13 @@ class DPSLayer(BaseTunerLayer):
         bias = pretrained_bias
         for name in biases:
             delta = self.get_delta_bias(name)
-            bias = delta if bias is None else bias + delta
+            bias = bias if bias is None or delta is None else bias + delta
         return weight, bias
 
     def _pretrained(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return W0 and the pretrained bias, also while adapters are merged into the base layer."""
-        base = self.get_base_layer()
-        weight = base.weight.data if self._unmerged_weight is None else self._unmerged_weight
+        base: Any = self.get_base_layer()
+        weight: torch.Tensor = base.weight.data if self._unmerged_weight is None else self._unmerged_weight
         if self._unmerged_bias is not None:
             return weight, self._unmerged_bias
         bias = getattr(base, "bias", None)
@@ -205,7 +215,7 @@ class DPSLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version makes new parameters, which forgets requires_grad and rounds fp32 copies to the base's dtype.
-        device = device if device is not None else self.get_base_layer().weight.device
+        device = device if device is not None else self._pretrained()[0].device
         for container in (self.dps_weight, self.dps_bias):
             if adapter_name in container and container[adapter_name].device not in (device, torch.device("meta")):
                 container[adapter_name].data = container[adapter_name].data.to(device)
@@ -216,31 +226,31 @@ class DPSLayer(BaseTunerLayer):
             self._unmerged_weight = fn(self._unmerged_weight)
         if self._unmerged_bias is not None:
             self._unmerged_bias = fn(self._unmerged_bias)
-        return super()._apply(fn, recurse)  # type: ignore[misc]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return "dps." + super().__repr__()
 
 
-class Linear(DPSLayer, nn.Module):
+class Linear(DPSLayer):
     """DPS on `torch.nn.Linear`; weight `[out, in]`."""
 
     def __init__(self, base_layer: nn.Module) -> None:
-        nn.Module.__init__(self)
-        DPSLayer.__init__(self, base_layer)
+        super().__init__(base_layer)
+        self.out_features, self.in_features = self._pretrained()[0].shape
 
     def _compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, *_cast_to_activation(x, weight, bias))
 
 
-class Conv1DLinear(DPSLayer, nn.Module):
+class Conv1DLinear(DPSLayer):
     """DPS on transformers' `Conv1D`, a linear layer that stores its weight as `[in, out]`."""
 
     # "Linear" in the class name is what lets PEFT find the layer for a second "all-linear" adapter.
 
     def __init__(self, base_layer: nn.Module) -> None:
-        nn.Module.__init__(self)
-        DPSLayer.__init__(self, base_layer)
+        super().__init__(base_layer)
+        self.in_features, self.out_features = self._pretrained()[0].shape
 
     def _compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         weight, bias = _cast_to_activation(x, weight, bias)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -15,8 +17,10 @@ from peft_dps.errors import ConfigError, TargetError
 from peft_dps.layer import Conv1DLinear, DPSLayer, Linear
 from peft_dps.status import DPSStatus, status_of
 from peft_dps.subnetwork import Subnetwork
+from peft_dps.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules
 
 LAYER_TYPES: dict[type[nn.Module], type[DPSLayer]] = {nn.Linear: Linear, Conv1D: Conv1DLinear}
+TRAINABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class DPSModel(BaseTuner):
@@ -40,7 +44,7 @@ class DPSModel(BaseTuner):
 
     prefix: str = "dps_"
     tuner_layer_cls = DPSLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def inject_adapter(
         self,
@@ -50,8 +54,13 @@ class DPSModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Wrap the targeted modules and add the adapter to them; see `BaseTuner.inject_adapter`."""
-        self._injecting = Subnetwork(adapter_name, self.peft_config[adapter_name]), low_cpu_mem_usage
+        """Wrap the targeted modules and add the adapter to them; see `BaseTuner.inject_adapter`.
+
+        If it fails, the model is left as it was.
+        """
+        config = _as_dps(self.peft_config[adapter_name])
+        subnetwork = Subnetwork(adapter_name, config)
+        self._injecting = subnetwork, low_cpu_mem_usage
         try:
             super().inject_adapter(
                 model,
@@ -60,6 +69,11 @@ class DPSModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
+            if config.train_remaining:
+                tie_saved_modules(model, adapter_name)
+        except Exception:
+            _take_out(model, subnetwork)
+            raise
         finally:
             del self._injecting
 
@@ -103,21 +117,31 @@ class DPSModel(BaseTuner):
             raise ConfigError(f"`adapter_name` must be one of {sorted(subnetworks)}, got {adapter_name!r}.")
         return subnetworks[adapter_name]
 
-    def _prepare_model(self, peft_config: DPSConfig, model: nn.Module) -> None:
-        if peft_config.train_remaining:
-            _save_remaining(peft_config, model)
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops `adapter_names` in silence where a tuner has no such method.
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError("`adapter_names` (one adapter per sample) works with LoRA only; use `set_adapter`.")
+        yield
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        config = _as_dps(peft_config)
+        expand_all_linear(config, model)
+        if config.train_remaining:
+            save_remaining(config, model)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        # PEFT warns that tied copies come apart; `train_remaining` ties them.
+        if not _as_dps(peft_config).train_remaining:
+            super()._check_tied_modules(model, peft_config)
 
     @staticmethod
-    def _check_target_module_exists(peft_config: DPSConfig, key: str) -> Any:
-        found = check_target_module_exists(peft_config, key)
-        if not found or peft_config.layers_to_transform is None:
-            return found
-        # PEFT forgets `layers_to_transform` for modules named in full, which is what "all-linear" becomes.
-        return _layer_index(key, peft_config.layers_pattern) in _as_list(peft_config.layers_to_transform)
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        return is_target(_as_dps(peft_config), key)
 
     def _create_and_replace(
         self,
-        peft_config: DPSConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -126,13 +150,11 @@ class DPSModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         subnetwork, low_cpu_mem_usage = self._injecting
-        if isinstance(target, DPSLayer):
-            layer = target
-        else:
-            layer = _make_layer(target, current_key)
+        layer = target if isinstance(target, DPSLayer) else _make_layer(target, current_key)
+        if layer is not target:
             # A second adapter that reaches a new module must not activate itself there.
             layer.set_adapter(self.active_adapters)
-        layer.update_layer(adapter_name, peft_config, subnetwork, low_cpu_mem_usage)
+        layer.update_layer(adapter_name, _as_dps(peft_config), subnetwork, low_cpu_mem_usage)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
         subnetwork.track(current_key, layer)
@@ -172,20 +194,34 @@ def _make_layer(target: nn.Module, key: str) -> DPSLayer:
             f"The target {key!r} is already wrapped by another tuner ({type(target).__module__}). Unload that adapter "
             "first, or leave the module out with `exclude_modules`."
         )
-    layer_cls = next((cls for base_cls, cls in LAYER_TYPES.items() if isinstance(target, base_cls)), None)
     weight = getattr(target, "weight", None)
+    if isinstance(weight, torch.Tensor) and (weight.dtype not in TRAINABLE_DTYPES or _is_quantized(weight)):
+        raise TargetError(
+            f"The weight of the target {key!r} is quantized ({type(target).__name__}, {weight.dtype}). DPS trains "
+            "full-precision weights: load the model without quantization, or use LoRA on a quantized model."
+        )
+    layer_cls = next(
+        # A subclass that computes something else would be replaced by a plain linear layer.
+        (
+            cls
+            for base, cls in LAYER_TYPES.items()
+            if isinstance(target, base) and type(target).forward is base.forward
+        ),
+        None,
+    )
     if layer_cls is None:
         supported = ", ".join(base_cls.__name__ for base_cls in LAYER_TYPES)
         raise TargetError(
             f"The target {key!r} is a {type(target).__name__}, which DPS cannot train; it supports {supported}. Leave "
             "it out with `exclude_modules`, or train it in full with `modules_to_save`."
         )
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point() or _is_quantized(target):
+    parameter = target._parameters.get("weight")
+    if parameter is None:
         raise TargetError(
-            f"The weight of the target {key!r} is quantized ({type(target).__name__}, {weight.dtype}). DPS trains "
-            "full-precision weights: load the model without quantization, or use LoRA on a quantized model."
+            f"The weight of the target {key!r} is computed from other parameters (torch.nn.utils.parametrize), so it "
+            "cannot be trained itself. Remove the parametrization, or leave the module out with `exclude_modules`."
         )
-    if weight.device.type == "meta" or weight.numel() == 0 or type(weight.data).__name__ == "DTensor":
+    if parameter.device.type == "meta" or parameter.numel() == 0 or type(parameter.data).__name__ == "DTensor":
         raise TargetError(
             f"The weight of the target {key!r} is empty, on the meta device or sharded, so there is nothing to copy. "
             "Add the adapter to the fully loaded model, before it is sharded (FSDP, ZeRO-3) or dispatched."
@@ -193,39 +229,24 @@ def _make_layer(target: nn.Module, key: str) -> DPSLayer:
     return layer_cls(target)
 
 
-def _is_quantized(module: nn.Module) -> bool:
-    weight = module.weight
+def _is_quantized(weight: torch.Tensor) -> bool:
     exact_parameter = type(weight) in (nn.Parameter, torch.Tensor)
     return not exact_parameter and any(hasattr(weight, name) for name in ("quant_state", "SCB", "dequantize_affine"))
 
 
-def _save_remaining(config: DPSConfig, model: nn.Module) -> None:
-    """Add every other module with parameters of its own to `modules_to_save`."""
-    targets = {key for key, _ in model.named_modules() if DPSModel._check_target_module_exists(config, key)}
-    linear = isinstance(config.target_modules, str) and config.target_modules == "all-linear"
-    remaining = [
-        key
-        for key, module in model.named_modules()
-        if key
-        and key not in targets
-        and not (linear and isinstance(module, tuple(LAYER_TYPES)))
-        and any(True for _ in module.parameters(recurse=False))
-        and not any(True for _ in module.children())
-    ]
-    config.modules_to_save = sorted({*(config.modules_to_save or []), *remaining})
+def _take_out(model: nn.Module, subnetwork: Subnetwork) -> None:
+    """Undo an injection that failed midway."""
+    subnetwork.weights.clear()
+    for key, module in list(model.named_modules()):
+        if isinstance(module, DPSLayer) and module.dps_subnetworks.get(subnetwork.adapter) is subnetwork:
+            for container in (module.dps_weight, module.dps_bias, module.dps_subnetworks):
+                if subnetwork.adapter in container:
+                    del container[subnetwork.adapter]
+            if not module.dps_subnetworks:
+                model.set_submodule(key, module.get_base_layer())
 
 
-def _layer_index(key: str, layers_pattern: list[str] | str | None) -> int | None:
-    """Return the layer number in a module path, counted in the module lists that the patterns name."""
-    patterns = _as_list(layers_pattern) or [r"[^.]+"]
-    for pattern in patterns:
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)(?:\.|$)", key)
-        if match:
-            return int(match.group(1))
-    return None
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple, set)) else [value]
+def _as_dps(config: PeftConfig) -> DPSConfig:
+    if not isinstance(config, DPSConfig):
+        raise ConfigError(f"A DPS model takes a DPSConfig, got {type(config).__name__}.")
+    return config

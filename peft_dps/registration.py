@@ -11,7 +11,7 @@ from peft_dps.config import DPSConfig, DPSPeftType
 from peft_dps.errors import RegistrationError
 from peft_dps.model import DPSModel
 
-MINIMUM_PEFT = "0.21.0"
+MINIMUM_PEFT = "0.21.2"
 
 
 def register() -> None:

@@ -60,10 +60,12 @@ class StageSchedule:
             The schedule, in steps.
 
         Raises:
-            ConfigError: If a fraction meets an unknown total, or if the first stage would fill the whole training,
-                so that no subnetwork would ever be selected.
+            ConfigError: If the stage length is out of range, if a fraction meets an unknown total, or if the first
+                stage would fill the whole training, so that no subnetwork would ever be selected.
         """
         if isinstance(stage_steps, float):
+            if not 0.0 < stage_steps < 1.0:
+                raise ConfigError(f"`stage_steps` as a fraction of all steps must be in (0, 1), got {stage_steps}.")
             if total_steps is None:
                 raise ConfigError(f"`stage_steps={stage_steps}` is a fraction and needs `total_steps`, got None.")
             stage_steps = max(1, int(total_steps * stage_steps))
@@ -79,6 +81,9 @@ class StageSchedule:
 
         Args:
             step: Number of the step, counted from 1.
+
+        Raises:
+            ConfigError: If the step is smaller than 1.
         """
         if step < 1:
             raise ConfigError(f"`step` is counted from 1, got {step}.")

@@ -57,7 +57,7 @@ def register_score(name: str, *, uses_gradients: bool = True) -> Callable[[Score
     """Register a function as the score that `DPSConfig(score=name)` selects by.
 
     Args:
-        name: The name, not taken yet.
+        name: The name, not taken yet. The same function may be registered again, as reloading its module does.
         uses_gradients: False if the score needs no gradients; nothing is accumulated then, which saves memory.
 
     Returns:
@@ -69,12 +69,16 @@ def register_score(name: str, *, uses_gradients: bool = True) -> Callable[[Score
 
     def register(function: ScoreFunction) -> ScoreFunction:
         taken = SCORES.get(name)
-        if taken is not None and taken.function.__qualname__ != function.__qualname__:
-            raise ConfigError(f"The score name {name!r} is taken by {taken.function.__qualname__}; use another name.")
+        if taken is not None and _path(taken.function) != _path(function):
+            raise ConfigError(f"The score name {name!r} is taken by {_path(taken.function)}; use another name.")
         SCORES[name] = Score(name, function, uses_gradients)
         return function
 
     return register
+
+
+def _path(function: ScoreFunction) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 @register_score("squared_gradient")

@@ -1,7 +1,8 @@
 """Scores, density -> masks with an exact number of selected entries, in linear time.
 
 The scores are non-negative floats, and those sort like their bits read as integers. The k-th best score is therefore
-found digit by digit, from the histograms of 16 bits at a time: two passes for fp32, no sort, no copy of the scores.
+found digit by digit, from the histograms of 16 bits at a time: two passes for fp32, no sort, no copy of contiguous
+scores. Histograms add up, so scores on several devices are ranked together.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ from peft_dps.errors import ConfigError, ScoreError
 
 _DIGIT_BITS = 16
 _DIGITS = 1 << _DIGIT_BITS
-_SIGN_DIGIT = _DIGITS >> 1
-_KEY_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_KEY_DTYPES = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 # Elementwise work in pieces that stay in a CPU's cache is several times faster than one pass with a large temporary.
 _CPU_CHUNK = 1 << 18
 _DEVICE_CHUNK = 1 << 26
@@ -41,14 +46,15 @@ def select(scores: torch.Tensor, density: float) -> torch.Tensor:
     """Select the ceil(n * density) best-scored of the n entries of one weight.
 
     Args:
-        scores: Scores of any shape and floating dtype; +inf is allowed and is the best.
+        scores: Scores of any shape and of fp16, bf16, fp32 or fp64; +inf is allowed and is the best.
         density: Fraction to select, in (0, 1].
 
     Returns:
         A bool mask of the shape of `scores`, True where selected. Ties are broken by row-major index: the first wins.
 
     Raises:
-        ScoreError: If a score is NaN or negative.
+        ConfigError: If the density is out of range.
+        ScoreError: If a score is NaN or negative, or the dtype is none of these.
     """
     return select_across([scores], density)[0]
 
@@ -57,7 +63,7 @@ def select_across(scores: Sequence[torch.Tensor], density: float) -> list[torch.
     """Select the ceil(n * density) best-scored of the n entries of several weights together.
 
     Args:
-        scores: Scores of each weight, of any shapes, one floating dtype, on any devices.
+        scores: Scores of each weight, of any shapes, of one dtype (fp16, bf16, fp32 or fp64), on any devices.
         density: Fraction of all entries to select, in (0, 1].
 
     Returns:
@@ -65,8 +71,12 @@ def select_across(scores: Sequence[torch.Tensor], density: float) -> list[torch.
         index: the first wins.
 
     Raises:
-        ScoreError: If a score is NaN or negative.
+        ConfigError: If the density is out of range.
+        ScoreError: If a score is NaN or negative, or the dtypes differ or are none of these.
     """
+    dtypes = {tensor.dtype for tensor in scores}
+    if len(dtypes) > 1:
+        raise ScoreError(f"Scores ranked together must have one dtype, got {', '.join(sorted(map(str, dtypes)))}.")
     keys = [_sortable_key(tensor) for tensor in scores]
     count = selected_count(sum(key.numel() for key in keys), density)
     if count == 0:
@@ -81,10 +91,10 @@ def select_across(scores: Sequence[torch.Tensor], density: float) -> list[torch.
 
 def _sortable_key(scores: torch.Tensor) -> torch.Tensor:
     """Return the bits of the scores as a flat integer tensor that sorts like the scores."""
-    if not scores.is_floating_point():
-        raise ScoreError(f"Scores must be floating point, got {scores.dtype}.")
+    if scores.dtype not in _KEY_DTYPES:
+        raise ScoreError(f"Scores must be fp16, bf16, fp32 or fp64, got {scores.dtype}.")
     flat = scores.detach().reshape(-1)
-    key = flat.view(_KEY_DTYPES[flat.element_size()])
+    key = flat.view(_KEY_DTYPES[flat.dtype])
     if key.numel() == 0:
         return key
     lowest, highest = (int(bound) for bound in torch.aminmax(key))
@@ -95,22 +105,24 @@ def _sortable_key(scores: torch.Tensor) -> torch.Tensor:
         raise ScoreError(f"{int(torch.isnan(flat).sum())} of {flat.numel()} scores are NaN; no entry can be ranked.")
     if (flat < 0).any():
         raise ScoreError(f"Scores must not be negative, got {float(flat.min())}.")
-    return (flat + 0.0).view(key.dtype)  # only -0.0 is left: adding +0.0 gives it the bits of zero
+    return key.clamp(min=0)  # only -0.0 is left, whose bits are a negative integer
 
 
 def _find_threshold(keys: Sequence[torch.Tensor], count: int) -> tuple[int, int]:
-    """Find the `count`-th largest key, and how many of the entries equal to it belong to the `count` largest."""
-    prefix, remaining = 0, count
+    """Find a threshold such that the `count` largest keys are those above it and the first `ties` equal to it."""
+    prefix, remaining, equal = 0, count, 0
     for shift in range(keys[0].element_size() * 8 - _DIGIT_BITS, -1, -_DIGIT_BITS):
         histogram = torch.zeros(_DIGITS, dtype=torch.int64)
         for key in keys:
-            if key.numel():
-                histogram += _digit_histogram(key, shift, prefix).cpu()
+            histogram += _digit_histogram(key, shift, prefix).cpu()
         from_top = histogram.flip(0).cumsum(0)
         position = int(torch.searchsorted(from_top, remaining))
         digit = _DIGITS - 1 - position
-        remaining -= int(from_top[position] - histogram[digit])
+        equal = int(histogram[digit])
+        remaining -= int(from_top[position]) - equal
         prefix = (prefix << _DIGIT_BITS) | digit
+    if remaining == equal:  # all of the equal ones are taken: no need to look for the first of them
+        return prefix - 1, 0
     return prefix, remaining
 
 
@@ -119,9 +131,10 @@ def _digit_histogram(key: torch.Tensor, shift: int, prefix: int) -> torch.Tensor
     histogram = torch.zeros(_DIGITS, dtype=torch.int64, device=key.device)
     top_digit = shift + _DIGIT_BITS == key.element_size() * 8
     for chunk in _chunks(key):
-        if not top_digit:
-            chunk = chunk[(chunk >> (shift + _DIGIT_BITS)) == prefix]
-        digits = (chunk >> shift).bitwise_and_(_DIGITS - 1) if key.element_size() > 2 else chunk
+        if top_digit:
+            digits = chunk >> shift
+        else:
+            digits = (chunk[(chunk >> (shift + _DIGIT_BITS)) == prefix] >> shift).bitwise_and_(_DIGITS - 1)
         histogram += torch.bincount(digits, minlength=_DIGITS)
     return histogram
 
@@ -129,14 +142,16 @@ def _digit_histogram(key: torch.Tensor, shift: int, prefix: int) -> torch.Tensor
 def _mask_above(key: torch.Tensor, threshold: int, ties: int) -> tuple[torch.Tensor, int]:
     """Select keys above the threshold and the first `ties` equal to it; return how many ties are left to take."""
     mask = key > threshold
-    start = 0
-    for chunk in _chunks(key):
+    for selected, chunk in zip(_chunks(mask), _chunks(key), strict=True):
         if ties == 0:
             break
-        equal = (chunk == threshold).nonzero().view(-1)[:ties]
-        mask[start : start + chunk.numel()][equal] = True
-        ties -= equal.numel()
-        start += chunk.numel()
+        equal = chunk == threshold
+        found = int(equal.count_nonzero())
+        if found > ties:
+            equal[equal.nonzero().view(-1)[ties:]] = False
+            found = ties
+        selected |= equal
+        ties -= found
     return mask, ties
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import IO
 
 from filelock import FileLock
@@ -293,7 +293,7 @@ def _take(asset: _Asset, members: Iterator[_Member], wanted: Mapping[str, Path])
 
 
 def _danger(name: str, kind: str) -> str | None:
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    if posix.is_absolute() or windows.anchor or ".." in posix.parts or ".." in windows.parts:
+    path = PureWindowsPath(name)  # the stricter flavour: both slashes separate, and drives anchor
+    if path.anchor or ".." in path.parts:
         return f"{name!r} leaves the target folder"
     return f"{name!r} is a link or a device" if kind == "other" else None

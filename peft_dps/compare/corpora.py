@@ -8,15 +8,13 @@ import logging
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from datasets.arrow_dataset import Dataset
-from datasets.exceptions import DatasetsError
 from datasets.features import ClassLabel, Features, Value
-from datasets.load import load_dataset
 
 _logger = logging.getLogger(__name__)
 _FILES = {
@@ -25,11 +23,7 @@ _FILES = {
     "nyt": "nytEditorialSnippets_GroundTruth.txt",
     "tweets": "tweets_GroundTruth.txt",
 }
-_FORMATS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _ALIKE = 0.75  # a binary fraction, so that the arithmetic of `_link` is exact
-
-_Paths = str | Path | Sequence[str | Path]
-Source = _Paths | Mapping[str, _Paths]
 
 
 class DataError(RuntimeError):
@@ -238,7 +232,7 @@ def split(examples: Examples, validation: float = 0.1, test: float = 0.2, seed: 
             "what they leave is for training."
         )
     sizes = Counter(examples.groups)
-    names = sorted(sizes)
+    names = list(sizes)
     part_of, filled = {}, 0
     for i in _draw(seed, names):
         share = (filled + sizes[names[i]] / 2) / len(examples)  # the middle of the group decides
@@ -283,141 +277,3 @@ def subset(examples: Examples, size: int, seed: int = 0) -> Examples:
         places.append((ranks[stratum] > 0, (ranks[stratum] + 0.5) / classes[stratum], i))
         ranks[stratum] += 1
     return examples.take(sorted(i for _, _, i in sorted(places)[:size]))
-
-
-def load_user_data(
-    source: Source,
-    text_columns: str | Sequence[str],
-    label_column: str,
-    *,
-    group_column: str | None = None,
-    splits: Mapping[str, str] | None = None,
-    config: str | None = None,
-    revision: str | None = None,
-    cache: Path | None = None,
-) -> dict[str, Examples]:
-    """Load the user's own data from the Hugging Face Hub or from csv, tsv, json, jsonl or parquet files.
-
-    Strings, ints and bools are classes, mapped to 0..k-1 in sorted order over all splits; a `ClassLabel` column keeps
-    its own order. A float column means regression: to regress on an int column, store it as float.
-
-    Args:
-        source: A Hub id, a path, several paths, or a mapping from split names to paths.
-        text_columns: One column of texts, or two for pairs of texts.
-        label_column: The column to predict.
-        group_column: Rows equal in this column stay on one side of `split`. Without it, rows with equal texts do.
-        splits: Which splits to load: our name to theirs, slices allowed, as `{"train": "train[:10%]"}`. `None` loads
-            all of them.
-        config: The configuration of the Hub data set, where it has several.
-        revision: The commit or tag of the Hub data set.
-        cache: Where `datasets` keeps what it prepares; `None` is its own default.
-
-    Returns:
-        Examples by split name; paths without split names are one split, "train".
-
-    Raises:
-        ValueError: A column is not in the data or an argument is malformed.
-        DataError: The data cannot be loaded, or has missing or unusable texts or labels.
-    """
-    columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
-    if len(columns) not in (1, 2):
-        raise ValueError(f"`text_columns` must name 1 or 2 columns, got {columns}.")
-    loaded = _load(source, splits, name=config, revision=revision, cache_dir=None if cache is None else str(cache))
-    asked = {"text_columns": columns, "label_column": [label_column], "group_column": [group_column or label_column]}
-    _require(loaded, asked)
-    labels, label_names = _labels({part: data.select_columns([label_column]) for part, data in loaded.items()})
-    title = source if isinstance(source, str) else "user data"
-    result = {}
-    for part, data in loaded.items():
-        texts = [_strings(data, column, part) for column in columns]
-        keys = data[group_column][:] if group_column else zip(*texts, strict=True)
-        first: dict[str, int] = {}
-        groups = tuple(str(first.setdefault(repr(key), i)) for i, key in enumerate(keys))
-        result[part] = Examples(title, texts[0], labels[part], groups, label_names, *texts[1:])
-    return result
-
-
-def _load(source: Source, splits: Mapping[str, str] | None, **options: Any) -> dict[str, Dataset]:
-    given = source if isinstance(source, Mapping) else {"train": source}
-    files = {part: [paths] if isinstance(paths, (str, Path)) else list(paths) for part, paths in given.items()}
-    paths = [Path(path) for group in files.values() for path in group]
-    if isinstance(source, str) and paths[0].suffix not in _FORMATS and not paths[0].exists():
-        where = source
-    else:
-        where = _file_format(paths)
-        options["data_files"] = {part: [str(path) for path in group] for part, group in files.items()}
-        if where == "tsv":
-            where, options["sep"] = "csv", "\t"
-    try:
-        if splits is None:
-            loaded = dict(load_dataset(where, **options))
-        else:
-            loaded = {part: load_dataset(where, split=theirs, **options) for part, theirs in splits.items()}
-    except (OSError, ValueError, DatasetsError) as error:
-        raise DataError(
-            f"`source` {source!r} cannot be loaded: {error} (cause: {error.__cause__}). Check the Hub id with its "
-            "`config` and `splits` and the network, or that the files are what their suffix says."
-        ) from error
-    rows = {part: len(data) for part, data in loaded.items()}
-    if not rows or 0 in rows.values():
-        raise DataError(f"`source` {source!r} must have rows in every split, got {rows}: choose others with `splits`.")
-    return loaded
-
-
-def _file_format(paths: Sequence[Path]) -> str:
-    absent = [str(path) for path in paths if not path.is_file()]
-    if absent or not paths:
-        raise DataError(f"`source` must be a Hub id or files that exist, got {absent}: no such file (or a folder).")
-    formats = {_FORMATS.get(path.suffix) for path in paths}
-    found = formats.pop()
-    if formats or found is None:
-        got = ", ".join(sorted({path.name for path in paths}))
-        raise ValueError(f"`source` must be files of one format, of {', '.join(_FORMATS)}, got {got}.")
-    return found
-
-
-def _require(loaded: Mapping[str, Dataset], asked: Mapping[str, Sequence[str]]) -> None:
-    for part, data in loaded.items():
-        for argument, names in asked.items():
-            if absent := [name for name in names if name not in data.column_names]:
-                raise ValueError(
-                    f"`{argument}` must name columns of the data, got {', '.join(map(repr, absent))}; "
-                    f"the columns of split {part!r} are {', '.join(map(repr, data.column_names))}."
-                )
-
-
-def _strings(data: Dataset, column: str, part: str) -> tuple[str, ...]:
-    values = data[column][:]
-    if wrong := [i for i, value in enumerate(values) if not isinstance(value, str)]:
-        raise DataError(
-            f"Column {column!r} must hold texts, got {values[wrong[0]]!r} in row {wrong[0]} of split {part!r} "
-            f"({len(wrong)} such rows). Remove these rows or name another column in `text_columns`."
-        )
-    return tuple(values)
-
-
-def _labels(columns: Mapping[str, Dataset]) -> tuple[dict[str, tuple[float, ...]], tuple[str, ...]]:
-    """The labels by split, and the class names: none for regression."""
-    column, feature = next((name, kind) for data in columns.values() for name, kind in data.features.items())
-    values = {part: data[column][:] for part, data in columns.items()}
-    dtype = str(getattr(feature, "dtype", None) or type(feature).__name__)
-    named = isinstance(feature, ClassLabel)
-    for part, labels in values.items():
-        # A ClassLabel of -1 is the Hub's way to withhold the labels of a test split.
-        absent = (None, math.inf, -math.inf, -1 if named else None)
-        if bad := [i for i, label in enumerate(labels) if label in absent or label != label]:
-            raise DataError(
-                f"Column {column!r} has no label in row {bad[0]} of split {part!r} ({len(bad)} such rows). Remove "
-                "these rows, or leave the split out with `splits`."
-            )
-    if named:
-        return {part: tuple(labels) for part, labels in values.items()}, tuple(feature.names)
-    if re.match("float|double", dtype):
-        return {part: tuple(labels) for part, labels in values.items()}, ()
-    if not re.match("u?int|bool|large_string|string", dtype):
-        raise DataError(f"Column {column!r} must hold strings, ints, bools or floats to be predicted, got {dtype}.")
-    classes = sorted({label for labels in values.values() for label in labels})
-    if len(classes) < 2:
-        raise DataError(f"Column {column!r} must hold at least 2 classes, got only {classes}. Name another column.")
-    index = {label: i for i, label in enumerate(classes)}
-    return {part: tuple(index[label] for label in labels) for part, labels in values.items()}, tuple(map(str, classes))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, disable_progress_bars, enable_progress_bars
+from datasets import Value
 
 from peft_dps.compare import corpora as module
 from peft_dps.compare.corpora import (
@@ -18,7 +15,6 @@ from peft_dps.compare.corpora import (
     Examples,
     binary,
     load_corpora,
-    load_user_data,
     split,
     subset,
 )
@@ -183,10 +179,11 @@ def test_split_refuses_parts_that_are_empty_or_lack_a_class() -> None:
 
 
 def test_subset_has_the_class_balance_of_the_whole() -> None:
-    for size in (8, 40, 200, 1000):
-        drawn = subset(examples(), size)
+    data = examples()
+    for size in (*range(4, 60), 200, 1000):
+        drawn = subset(data, size)
         assert len(drawn) == size
-        assert sum(drawn.labels) == size / 4
+        assert abs(sum(drawn.labels) - size / 4) <= 0.5  # rounded to the nearest
         assert len(set(drawn.texts)) == size
 
 
@@ -228,182 +225,3 @@ def test_to_dataset_for_classes_pairs_and_regression() -> None:
     paired = Examples("some", ("a",), (0.5,), ("1",), pairs=("b",)).to_dataset()
     assert paired.to_dict() == {"text": ["a"], "label": [0.5], "text_pair": ["b"]}
     assert paired.features["label"] == Value("float32")
-
-
-TABLE = {
-    "review": ["fine", "bad", "fine", "so so"],
-    "title": ["a", "b", "c", "d"],
-    "mood": ["up", "down", "up", "level"],
-    "stars": [5, 1, 5, 3],
-    "score": [0.9, -0.5, 0.8, 0.0],
-    "liked": [True, False, True, False],
-    "author": ["x", "y", "y", "z"],
-}
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Iterator[Callable[..., dict[str, Examples]]]:
-    disable_progress_bars()
-    yield lambda *args, **options: load_user_data(*args, cache=tmp_path / "prepared", **options)
-    enable_progress_bars()
-
-
-Load = Callable[..., dict[str, Examples]]
-
-
-def write(path: Path, table: dict[str, list[Any]]) -> Path:
-    data = Dataset.from_dict(table)
-    rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
-    if path.suffix == ".parquet":
-        data.to_parquet(path)
-    elif path.suffix in (".csv", ".tsv"):
-        data.to_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
-    else:
-        path.write_text("\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows))
-    return path
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
-@pytest.mark.parametrize("kind", [str, Path])
-def test_user_files_of_every_format(suffix: str, kind: type, load: Load, tmp_path: Path) -> None:
-    path = write(tmp_path / f"mine{suffix}", TABLE)
-    found = load(kind(path), "review", "mood")
-    assert list(found) == ["train"]
-    assert found["train"].texts == tuple(TABLE["review"])
-    assert found["train"].label_names == ("down", "level", "up")
-    assert found["train"].labels == (2, 0, 2, 1)
-    assert found["train"].groups == ("0", "1", "0", "3")  # equal texts stay together
-    assert found["train"].pairs == ()
-
-
-@pytest.mark.parametrize(
-    ("column", "labels", "names"),
-    [
-        ("stars", (2, 0, 2, 1), ("1", "3", "5")),
-        ("liked", (1, 0, 1, 0), ("False", "True")),
-        ("score", (0.9, -0.5, 0.8, 0.0), ()),
-    ],
-)
-def test_user_labels_of_every_kind(
-    column: str, labels: tuple[float, ...], names: tuple[str, ...], load: Load, tmp_path: Path
-) -> None:
-    found = load(write(tmp_path / "mine.jsonl", TABLE), "review", column)["train"]
-    assert found.labels == labels
-    assert [type(label) for label in found.labels] == [int if names else float] * 4
-    assert found.label_names == names
-
-
-def test_user_pairs_and_groups(load: Load, tmp_path: Path) -> None:
-    found = load(write(tmp_path / "mine.csv", TABLE), ["review", "title"], "mood", group_column="author")["train"]
-    assert found.pairs == ("a", "b", "c", "d")
-    assert found.groups == ("0", "1", "1", "3")
-    without = load(tmp_path / "mine.csv", ["review", "title"], "mood")["train"]
-    assert len(set(without.groups)) == 4
-
-
-def test_classes_are_those_of_all_splits(load: Load, tmp_path: Path) -> None:
-    first = write(tmp_path / "a.csv", {"text": ["x", "y"], "label": ["b", "c"]})
-    second = write(tmp_path / "b.csv", {"text": ["z"], "label": ["a"]})
-    found = load({"train": [first], "test": str(second)}, "text", "label")
-    assert found["train"].labels == (1, 2)
-    assert found["test"].labels == (0,)
-    assert found["test"].label_names == ("a", "b", "c")
-    assert load([first, second], "text", "label")["train"].labels == (1, 2, 0)
-    part = load({"train": [first, second]}, "text", "label", splits={"validation": "train[1:]"})
-    assert part["validation"].texts == ("y", "z")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"text_columns": "body"},
-            r"`text_columns` must name columns of the data, got 'body'; .*'train' are 'review'",
-        ),
-        ({"label_column": "class"}, r"`label_column` .* got 'class'; .*'mood', 'stars'"),
-        ({"group_column": "user"}, r"`group_column` .* got 'user'; "),
-        ({"text_columns": []}, r"`text_columns` must name 1 or 2 columns, got \[\]"),
-        ({"text_columns": ["review", "title", "mood"]}, "must name 1 or 2 columns"),
-    ],
-)
-def test_wrong_columns_are_named(options: dict[str, Any], message: str, load: Load, tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.csv", TABLE)
-    with pytest.raises(ValueError, match=message):
-        load(path, **{"text_columns": "review", "label_column": "mood"} | options)
-
-
-@pytest.mark.parametrize(
-    ("column", "values", "message"),
-    [
-        ("mood", ["up", None, "down", None], r"'mood' has no label in row 1 of split 'train' \(2 such rows\)"),
-        ("mood", [1.0, float("nan"), 2.0, 1.0], "has no label in row 1"),
-        ("mood", [1.0, 2.0, float("inf"), 1.0], "has no label in row 2"),
-        ("mood", ["up"] * 4, r"at least 2 classes, got only \['up'\]"),
-        ("mood", [[1], [2], [1], [3]], "must hold strings, ints, bools or floats"),
-        ("review", ["a", "b", None, "c"], r"'review' must hold texts, got None in row 2 of split 'train' \(1 such"),
-        ("review", [1, 2, 3, 4], "'review' must hold texts, got 1 in row 0"),
-    ],
-)
-def test_unusable_values_are_named(column: str, values: list[Any], message: str, load: Load, tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.parquet", TABLE | {column: values})
-    with pytest.raises(DataError, match=message):
-        load(path, "review", "mood")
-
-
-def test_unusable_sources_are_named(load: Load, tmp_path: Path) -> None:
-    path = write(tmp_path / "mine.csv", TABLE)
-    with pytest.raises(DataError, match=r"got \['.*absent\.csv'\]: no such file"):
-        load({"train": path, "test": tmp_path / "absent.csv"}, "review", "mood")
-    with pytest.raises(DataError, match="no such file"):
-        load(str(tmp_path), "review", "mood")
-    with pytest.raises(DataError, match="no such file"):
-        load([], "review", "mood")
-    with pytest.raises(ValueError, match=r"files of one format, of \.csv, .* got mine\.csv, mine\.tsv"):
-        load([path, write(tmp_path / "mine.tsv", TABLE)], "review", "mood")
-    (tmp_path / "mine.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"files of one format, .* got mine\.txt"):
-        load(tmp_path / "mine.txt", "review", "mood")
-    with pytest.raises(DataError, match=r"cannot be loaded: .*Check the Hub id with its `config` and `splits`"):
-        load(path, "review", "mood", splits={"train": "dev"})
-
-
-def test_empty_split_is_named(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = DatasetDict(train=Dataset.from_dict(TABLE), test=Dataset.from_dict({"review": [], "mood": []}))
-    monkeypatch.setattr(module, "load_dataset", lambda where, **options: parts)
-    with pytest.raises(DataError, match=r"must have rows in every split, got \{'train': 4, 'test': 0\}"):
-        load("some/data", "review", "mood")
-
-
-def test_hub_ids_go_to_the_hub(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["zebra", "ape"])})
-    part = Dataset.from_dict({"text": ["x", "y"], "label": [1, 0]}, features=features)
-
-    def stand_in(where: str, **options: Any) -> DatasetDict:
-        asked.append((where, options["name"], options["revision"], "data_files" in options))
-        return DatasetDict(train=part, test=part)
-
-    monkeypatch.setattr(module, "load_dataset", stand_in)
-    found = load("some/data", "text", "label", config="english", revision="v1")
-    assert asked == [("some/data", "english", "v1", False)]
-    assert list(found) == ["train", "test"]
-    assert found["train"].name == "some/data"
-    assert found["train"].label_names == ("zebra", "ape")  # its own order, not the alphabet's
-    assert found["train"].labels == (1, 0)
-
-
-def test_withheld_test_labels_are_named(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
-    hidden = Dataset.from_dict({"text": ["x"], "label": [-1]}, features=features)
-    monkeypatch.setattr(module, "load_dataset", lambda where, **options: DatasetDict(test=hidden))
-    with pytest.raises(DataError, match=r"no label in row 0 of split 'test'.*leave the split out with `splits`"):
-        load("some/data", "text", "label")
-
-
-def test_hub_out_of_reach_is_named(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(where: str, **options: Any) -> DatasetDict:
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(module, "load_dataset", fail)
-    with pytest.raises(DataError, match=r"'some/data' cannot be loaded: no route.*network"):
-        load("some/data", "text", "label")

@@ -1,0 +1,64 @@
+"""`Settings`: what a benchmark run measures on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+SIZES: dict[str, dict[str, Any]] = {
+    "base": {},  # what BertConfig gives: BERT-base
+    "small": {
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 1024,
+    },
+    "toy": {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    },
+}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw-fused": {"fused": True},
+    "adamw-foreach": {"foreach": True},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one run, the same for every variant.
+
+    Attributes:
+        size: Name of the model size, one of `SIZES`.
+        batch: Sequences in a batch.
+        tokens: Tokens in a sequence.
+        optimizer: Name of the optimizer, one of `OPTIMIZERS`.
+        density: Fraction of entries in the subnetwork.
+        stage_steps: Steps in a stage.
+        cycles: Cycles to train.
+        warmup: Rounds at the start that the figures leave out.
+        dropout: Dropout of the model, in the hidden states and in the attention.
+        threads: Threads to compute on; None for torch's own choice.
+        seed: Seed of weights, batch and dropout.
+    """
+
+    size: str = "base"
+    batch: int = 16
+    tokens: int = 64
+    optimizer: str = "adamw-fused"
+    density: float = 0.7
+    stage_steps: int = 4
+    cycles: int = 5
+    warmup: int = 2
+    dropout: float = 0.1
+    threads: int | None = None
+    seed: int = 0
+
+    @property
+    def rounds(self) -> int:
+        """Steps that each variant takes."""
+        return 2 * self.stage_steps * self.cycles

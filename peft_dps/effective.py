@@ -1,0 +1,141 @@
+"""Effective weights of DPS Mix: what a training forward multiplies with in place of the weight itself.
+
+They are computed anew in the backward pass, so that no second copy of a weight lives from forward to backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from peft_dps.freezing import zero_frozen_
+
+
+class EffectiveWeight(Protocol):
+    """A weight as a training forward sees it."""
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the effective weight, as a new tensor in the weight's shape and dtype."""
+
+    def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Turn the gradient of the effective weight into that of the weight, in place."""
+
+
+@dataclass(frozen=True)
+class NoisyWeight:
+    """ACCUMULATE: W_eff = W0 + b * (W - W0) / density, whose mean over b is W; dL/dW = dL/dW_eff * b.
+
+    Attributes:
+        base_weight: W0.
+        columns: b, 0 or 1 per input column, shaped to broadcast over the weight, in the weight's dtype.
+        density: Probability of b = 1.
+    """
+
+    base_weight: torch.Tensor
+    columns: torch.Tensor
+    density: float
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return W_eff, as a new tensor in the weight's shape and dtype."""
+        base = self.base_weight.to(weight.dtype)
+        return (weight - base).mul_(self.columns / self.density).add_(base)
+
+    def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Multiply the gradient of W_eff by b, in place."""
+        return gradient.mul_(self.columns.to(gradient.dtype))
+
+
+@dataclass(frozen=True)
+class AmplifiedWeight:
+    """SUBNETWORK: W_eff = T + M * (W - T) / density; dL/dW = dL/dW_eff * M.
+
+    Attributes:
+        snapshot: T, the weight when the stage began.
+        keep: M as int8, -1 where the entry is updated.
+        density: Density of the subnetwork.
+    """
+
+    snapshot: torch.Tensor
+    keep: torch.Tensor
+    density: float
+
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return W_eff, as a new tensor in the weight's shape and dtype."""
+        change = (weight - self.snapshot).div_(self.density)
+        zero_frozen_(change, self.keep)
+        return change.add_(self.snapshot)
+
+    def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Zero the gradient of frozen entries, in place."""
+        zero_frozen_(gradient, self.keep)
+        return gradient
+
+
+def effective_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    effective: EffectiveWeight,
+    *,
+    input_axis: int,
+) -> torch.Tensor:
+    """Compute x @ W_eff^T + bias, in the dtype that autocast or else `x` asks for.
+
+    Args:
+        x: Activations `[..., in]`.
+        weight: W, `[out, in]`, or `[in, out]` with `input_axis=0`.
+        bias: `[out]` or None.
+        effective: What makes W_eff of W.
+        input_axis: Axis of `weight` that holds the input columns.
+
+    Returns:
+        Activations `[..., out]`.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        output: torch.Tensor = _EffectiveLinear.apply(  # type: ignore[no-untyped-call]
+            x.to(dtype), weight, None if bias is None else bias.to(dtype), effective, input_axis
+        )
+    return output
+
+
+class _EffectiveLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        effective: EffectiveWeight,
+        input_axis: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.effective, ctx.input_axis = effective, input_axis
+        return F.linear(x, _out_in(effective.of(weight).to(x.dtype), input_axis), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        if ctx.needs_input_grad[0]:
+            effective = _out_in(ctx.effective.of(weight).to(x.dtype), ctx.input_axis)
+            grad_x = (rows @ effective).view(x.shape)
+            del effective
+        if ctx.needs_input_grad[1]:
+            columns = x.reshape(-1, x.shape[-1])
+            product = rows.t() @ columns if ctx.input_axis == 1 else columns.t() @ rows
+            grad_weight = ctx.effective.gradient_(product.to(weight.dtype))
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _out_in(weight: torch.Tensor, input_axis: int) -> torch.Tensor:
+    return weight if input_axis == 1 else weight.t()

@@ -1,0 +1,142 @@
+"""Small models of each kind that DPS targets, and one way to train them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from peft_dps import DPSConfig
+
+
+class MLP(nn.Module):
+    """Layers in a list, a norm that is no target, and names that are suffixes of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Module()
+        self.body.layers = nn.ModuleList(
+            nn.ModuleDict({"fc": nn.Linear(8, 8), "proj": nn.Linear(8, 8, bias=False)}) for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.body.layers:
+            x = x + layer["proj"](torch.tanh(layer["fc"](x)))
+        return self.head(self.norm(x))
+
+
+def make_bert() -> BertForSequenceClassification:
+    config = BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3,
+    )  # fmt: skip
+    return BertForSequenceClassification(config)
+
+
+def make_gpt2(**options: Any) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=1,
+        attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, **options,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of model with a configuration for it. `base()` gives the same weights each time."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: torch.Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def base(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self.make().eval()
+
+    def config(self, **options: Any) -> DPSConfig:
+        return DPSConfig(**{"stage_steps": 2, "density": 0.5, **self.options, **options})
+
+    def model(self, **options: Any) -> PeftModel:
+        return get_peft_model(self.base(), self.config(**options)).eval()
+
+    def output(self, model: nn.Module) -> torch.Tensor:
+        output = model(self.inputs)
+        return getattr(output, "logits", output)
+
+    def train(self, model: nn.Module, steps: int = 1, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Move the output towards a fixed target."""
+        optimizer = optimizer or self.optimizer(model)
+        model.train()
+        for _ in range(steps):
+            output = self.output(model)
+            target = torch.linspace(-1, 1, output.shape[-1]).expand_as(output)
+            nn.functional.mse_loss(output.float(), target).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+
+    @staticmethod
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+
+
+TOKENS = torch.arange(2, 14).view(2, 6)
+FLOATS = torch.linspace(-2, 2, 32).view(4, 8)
+CASES = [
+    Case("mlp", MLP, FLOATS, {"target_modules": ["fc", "proj"], "modules_to_save": ["head"]}),
+    Case("bert", make_bert, TOKENS, {"task_type": "SEQ_CLS"}),
+    Case("gpt2", make_gpt2, TOKENS, {"task_type": "CAUSAL_LM"}),
+]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(params=CASES[1:], ids=lambda case: case.name)
+def transformer(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture
+def mlp() -> Case:
+    return CASES[0]
+
+
+@pytest.fixture
+def bert() -> Case:
+    return CASES[1]
+
+
+@pytest.fixture
+def gpt2() -> Case:
+    return CASES[2]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+Snapshot = Callable[[nn.Module], dict[str, torch.Tensor]]
+
+
+@pytest.fixture
+def snapshot() -> Snapshot:
+    """Copies of a model's parameters and buffers by name."""
+    return lambda model: {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.fixture
+def untied_gpt2() -> Case:
+    return Case("untied", lambda: make_gpt2(tie_word_embeddings=False), TOKENS, {"task_type": "CAUSAL_LM"})

@@ -1,0 +1,52 @@
+"""Every python block of README.md runs: in order, in one namespace, in an empty folder.
+
+A comment `# > text` after a print says what is printed; the text has to appear in the output, in the same order.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+README = Path(__file__).parents[2] / "README.md"
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def _clean_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("_clean_accelerate")
+# What the Trainer's defaults bring about on a machine without an accelerator.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+def test_python_blocks_run_and_print_what_they_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = README.read_text(encoding="utf-8")
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) >= 5
+    namespace = {"__name__": "readme"}
+    for block in blocks:
+        line = text.count("\n", 0, block.start(1))
+        # Empty lines before it give a traceback the line numbers of the file.
+        exec(compile("\n" * line + block.group(1), str(README), "exec"), namespace)  # noqa: S102
+    output = capsys.readouterr().out
+    position = 0
+    for promised in re.findall(r"^# > (.*)$", "".join(block.group(1) for block in blocks), re.MULTILINE):
+        position = output.find(promised, position)
+        assert position >= 0, f"README promises {promised!r}, printed was:\n{output}"
+
+
+def test_the_two_commands_come_first():
+    assert README.read_text(encoding="utf-8").split("```bash\n")[1].startswith("make demo")
+
+
+def test_links_lead_somewhere():
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text(encoding="utf-8")):
+        assert (README.parent / link).exists(), link

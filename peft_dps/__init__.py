@@ -13,7 +13,7 @@ from peft_dps.errors import (
 )
 from peft_dps.integrations import DPSTrainerCallback, trainer
 from peft_dps.layer import DPSLayer
-from peft_dps.model import DPSModel
+from peft_dps.model import DPSModel, dps_status
 from peft_dps.schedule import Stage, StageSchedule
 from peft_dps.scores import Evidence, register_score
 from peft_dps.status import DPSStatus
@@ -40,5 +40,6 @@ __all__ = [
     "Stage",
     "StageSchedule",
     "TargetError",
+    "dps_status",
     "register_score",
 ]

@@ -44,7 +44,7 @@ class _OpenStep:
             if not with_gradient:
                 continue
             if self.closure_runs <= 1:
-                subnetwork.begin_call(with_gradient)
+                subnetwork.begin_call(weights)
             elif subnetwork.stage is Stage.ACCUMULATE:
                 raise EngineError(
                     f"{type(self.optimizer).__name__} evaluated its closure {self.closure_runs} times in one step, so "

@@ -48,6 +48,8 @@ class DPSConfig(PeftConfig):
             momentum and weight decay still move them, as in the code released with the paper.
         score (`str`, defaults to `"squared_gradient"`): How entries are ranked: `"squared_gradient"`, `"random"` (the
             baseline), or a name given to `peft_dps.register_score`.
+        participation_decay (`bool`, *optional*): Only for Mix: whether scores are multiplied by exp(-F / stage_steps),
+            F being how often a column took part. By default it is for stages of 50 steps or more.
         train_bias (`bool`, defaults to `True`): Whether the biases of targeted modules are trained too. They are
             never masked.
         train_remaining (`bool`, defaults to `False`): Whether every other module with parameters is trained in full,
@@ -87,6 +89,9 @@ class DPSConfig(PeftConfig):
         metadata={"help": "'exact': frozen entries keep their bits; 'gradient': only their gradient is zeroed."},
     )
     score: str = field(default="squared_gradient", metadata={"help": "How entries are ranked."})
+    participation_decay: bool | None = field(
+        default=None, metadata={"help": "Mix: favour columns that took part less often. None: from 50 steps on."}
+    )
     train_bias: bool = field(default=True, metadata={"help": "Train the biases of targeted modules too."})
     train_remaining: bool = field(
         default=False, metadata={"help": "Train every other module with parameters in full (`modules_to_save`)."}
@@ -140,8 +145,8 @@ class DPSConfig(PeftConfig):
             raise ConfigError(f"`density` must be in (0, 1], got {self.density!r}.")
         if not _is_int(self.seed) or self.seed < 0:
             raise ConfigError(f"`seed` must be an integer of at least 0, got {self.seed!r}.")
-        if self.variant == "mix":
-            raise ConfigError("`variant='mix'` is not available yet; use `variant='dense'`.")
+        if self.participation_decay is not None and not isinstance(self.participation_decay, bool):
+            raise ConfigError(f"`participation_decay` must be True, False or None, got {self.participation_decay!r}.")
 
     def _validate_schedule(self) -> None:
         steps = self.stage_steps

@@ -104,6 +104,29 @@ def effective_linear(
     return output
 
 
+def materialize(weight: torch.Tensor, effective: EffectiveWeight) -> torch.Tensor:
+    """Return W_eff as a tensor that passes its gradient on to the weight, for modules that read weights.
+
+    Args:
+        weight: W.
+        effective: What makes W_eff of W.
+    """
+    output: torch.Tensor = _Materialize.apply(weight, effective)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Materialize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, effective: EffectiveWeight) -> torch.Tensor:
+        ctx.effective = effective
+        return effective.of(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.effective.gradient_(gradient.clone()), None
+
+
 class _EffectiveLinear(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -73,6 +73,19 @@ def restore_frozen_(weight: torch.Tensor, keep: torch.Tensor, held: torch.Tensor
 
 
 @torch.no_grad()
+def restore_from_snapshot_(weight: torch.Tensor, keep: torch.Tensor, snapshot: torch.Tensor) -> None:
+    """Give the frozen entries the bits they have in a full copy; the others are left alone.
+
+    Args:
+        weight: Any floating dtype.
+        keep: int8, same shape.
+        snapshot: A copy of the weight, same shape and dtype.
+    """
+    for piece, kept, bits in _pieces(_bits(weight), keep, _bits(snapshot)):
+        piece.bitwise_xor_((piece ^ bits).bitwise_and_(~kept))
+
+
+@torch.no_grad()
 def frozen_checksum(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """Add up the bits of the frozen entries, each weighted by its place, modulo 2**64.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +11,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from peft_dps.config import DPSConfig
+from peft_dps.effective import EffectiveWeight, effective_linear, materialize
 
 
-class ForwardObserver(Protocol):
-    """What a layer tells of its training forwards, per adapter."""
+class Trainer(Protocol):
+    """What a layer needs to know of the training of one of its adapters."""
 
-    def on_forward(self, layer: DPSLayer) -> None:
-        """Take note that `layer` is about to compute a training forward."""
+    @property
+    def is_mix(self) -> bool:
+        """Whether training forwards use effective weights."""
+
+    def on_forward(self, layer: DPSLayer) -> EffectiveWeight | None:
+        """Prepare a training forward of `layer`: what to multiply with in place of the weight, None for itself."""
 
 
 class DPSLayer(nn.Module, BaseTunerLayer):
@@ -33,6 +38,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         dps_subnetworks: Per adapter, the subnetwork this layer belongs to.
         in_features: Size of the input, as PEFT wants it of every layer.
         out_features: Size of the output.
+        input_axis: Axis of the weight that holds the input columns.
     """
 
     adapter_layer_names: tuple[str, ...] = ("dps_weight", "dps_bias")
@@ -40,20 +46,21 @@ class DPSLayer(nn.Module, BaseTunerLayer):
     base_layer: nn.Module
     in_features: int
     out_features: int
+    input_axis: ClassVar[int]
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.dps_weight = nn.ParameterDict({})
         self.dps_bias = nn.ParameterDict({})
-        self.dps_subnetworks: dict[str, ForwardObserver] = {}
+        self.dps_subnetworks: dict[str, Trainer] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_weight: torch.Tensor | None = None
         self._unmerged_bias: torch.Tensor | None = None
 
     def update_layer(
-        self, adapter_name: str, config: DPSConfig, subnetwork: ForwardObserver, low_cpu_mem_usage: bool = False
+        self, adapter_name: str, config: DPSConfig, subnetwork: Trainer, low_cpu_mem_usage: bool = False
     ) -> None:
         """Add an adapter: copy the base layer's weight and bias as its starting point.
 
@@ -174,14 +181,26 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         if not names:
             output: torch.Tensor = self.base_layer(x, *args, **kwargs)
             return output
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            for name in names:
-                self.dps_subnetworks[name].on_forward(self)
-        weight, bias = self._effective()
-        return self._compute(x, weight, bias)
+        effective = self._prepare_training(names)
+        weight, bias = self._combined(names, effective if len(names) > 1 else {})
+        return self._compute(x, weight, bias, effective.get(names[0]) if len(names) == 1 else None)
 
-    def _compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _compute(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None
+    ) -> torch.Tensor:
         raise NotImplementedError
+
+    def _prepare_training(self, names: list[str]) -> dict[str, EffectiveWeight]:
+        """Announce a training forward to the adapters; return the effective weights of those that train by Mix."""
+        effective = {}
+        for name in names if self.training else ():
+            subnetwork = self.dps_subnetworks[name]
+            # Dense leaves a compiled graph whole; Mix breaks it here.
+            if subnetwork.is_mix or not torch.compiler.is_compiling():
+                made = _announce(subnetwork, self)
+                if made is not None:
+                    effective[name] = made
+        return effective
 
     def _adapters_in_effect(self) -> list[str]:
         if self.disable_adapters or self.merged:
@@ -189,19 +208,26 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.dps_weight]
 
     def _effective(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self._combined(self._adapters_in_effect())
+        names = self._adapters_in_effect()
+        return self._combined(names, self._prepare_training(names))
 
-    def _combined(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _combined(
+        self, names: list[str], effective: dict[str, EffectiveWeight] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the weight and bias of one adapter, or W0 plus the deltas of several."""
+        effective = effective or {}
         pretrained_weight, pretrained_bias = self._pretrained()
-        biases = [name for name in names if name in self.dps_bias]
+        weights = [
+            materialize(self.dps_weight[name], effective[name]) if name in effective else self.dps_weight[name]
+            for name in names
+        ]
+        biases = [self.dps_bias[name] for name in names if name in self.dps_bias]
         if len(names) == 1:
-            return self.dps_weight[names[0]], self.dps_bias[names[0]] if biases else pretrained_bias
-        weight = sum((self.get_delta_weight(name) for name in names), start=pretrained_weight)
+            return weights[0], biases[0] if biases else pretrained_bias
+        weight = sum((own - pretrained_weight.to(own.dtype) for own in weights), start=pretrained_weight)
         bias = pretrained_bias
-        for name in biases:
-            delta = self.get_delta_bias(name)
-            bias = bias if bias is None or delta is None else bias + delta
+        if pretrained_bias is not None:
+            bias = sum((own - pretrained_bias.to(own.dtype) for own in biases), start=pretrained_bias)
         return weight, bias
 
     def _pretrained(self) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -235,16 +261,24 @@ class DPSLayer(nn.Module, BaseTunerLayer):
 class Linear(DPSLayer):
     """DPS on `torch.nn.Linear`; weight `[out, in]`."""
 
+    input_axis = 1
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.out_features, self.in_features = self._pretrained()[0].shape
 
-    def _compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _compute(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None
+    ) -> torch.Tensor:
+        if effective is not None:
+            return effective_linear(x, weight, bias, effective, input_axis=self.input_axis)
         return F.linear(x, *_cast_to_activation(x, weight, bias))
 
 
 class Conv1DLinear(DPSLayer):
     """DPS on transformers' `Conv1D`, a linear layer that stores its weight as `[in, out]`."""
+
+    input_axis = 0
 
     # "Linear" in the class name is what lets PEFT find the layer for a second "all-linear" adapter.
 
@@ -252,9 +286,18 @@ class Conv1DLinear(DPSLayer):
         super().__init__(base_layer)
         self.in_features, self.out_features = self._pretrained()[0].shape
 
-    def _compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _compute(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None
+    ) -> torch.Tensor:
+        if effective is not None:
+            return effective_linear(x, weight, bias, effective, input_axis=self.input_axis)
         weight, bias = _cast_to_activation(x, weight, bias)
         return F.linear(x, weight.t(), bias)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _announce(subnetwork: Trainer, layer: DPSLayer) -> EffectiveWeight | None:
+    return subnetwork.on_forward(layer)
 
 
 def _cast_to_activation(

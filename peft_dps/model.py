@@ -78,18 +78,8 @@ class DPSModel(BaseTuner):
             del self._injecting
 
     def dps_status(self, adapter_name: str | None = None) -> DPSStatus:
-        """Tell what DPS is doing: cycle, stage, entries selected per layer, and whether a frozen entry moved.
-
-        Args:
-            adapter_name: Name of the adapter; None for the active one.
-
-        Returns:
-            A snapshot, printable.
-
-        Raises:
-            ConfigError: If there is no such adapter, or several are active and none is named.
-        """
-        return status_of(self._subnetwork(adapter_name))
+        """Tell what DPS is doing; see `peft_dps.dps_status`."""
+        return dps_status(self.model, self._one_adapter(adapter_name))
 
     def set_dps_total_steps(self, total_steps: int, adapter_name: str | None = None) -> None:
         """Begin a training of so many optimizer steps: a fractional `stage_steps` refers to them.
@@ -101,21 +91,18 @@ class DPSModel(BaseTuner):
             adapter_name: Name of the adapter; None for the active one.
 
         Raises:
-            ConfigError: If the number is too small, or there is no such adapter.
+            ConfigError: If the number is no integer or too small, or there is no such adapter.
         """
-        if total_steps < 2:
+        if type(total_steps) is not int or total_steps < 2:
             raise ConfigError(f"`total_steps` must be an integer of at least 2, got {total_steps!r}.")
-        self._subnetwork(adapter_name).restart(total_steps)
+        _pick(find_subnetworks(self.model), self._one_adapter(adapter_name)).restart(total_steps)
 
-    def _subnetwork(self, adapter_name: str | None) -> Subnetwork:
-        if adapter_name is None:
-            if len(self.active_adapters) != 1:
-                raise ConfigError(f"`adapter_name` is needed, since the active adapters are {self.active_adapters}.")
-            adapter_name = self.active_adapters[0]
-        subnetworks = find_subnetworks(self.model)
-        if adapter_name not in subnetworks:
-            raise ConfigError(f"`adapter_name` must be one of {sorted(subnetworks)}, got {adapter_name!r}.")
-        return subnetworks[adapter_name]
+    def _one_adapter(self, adapter_name: str | None) -> str:
+        if adapter_name is not None:
+            return adapter_name
+        if len(self.active_adapters) != 1:
+            raise ConfigError(f"`adapter_name` is needed, since the active adapters are {self.active_adapters}.")
+        return self.active_adapters[0]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -168,6 +155,30 @@ class DPSModel(BaseTuner):
                 for container in (module.dps_weight, module.dps_bias):
                     if adapter_name in container and container[adapter_name].dtype in (torch.float16, torch.bfloat16):
                         container[adapter_name].data = container[adapter_name].data.float()
+
+
+def dps_status(model: nn.Module, adapter_name: str | None = None) -> DPSStatus:
+    """Tell what DPS is doing: cycle, stage, entries selected per layer, and whether a frozen entry moved.
+
+    Args:
+        model: A PEFT model, or any module into which DPS adapters were injected.
+        adapter_name: Name of the adapter; None if there is only one.
+
+    Returns:
+        A snapshot, printable.
+
+    Raises:
+        ConfigError: If there is no such adapter, or several and none is named.
+    """
+    return status_of(_pick(find_subnetworks(model), adapter_name))
+
+
+def _pick(subnetworks: dict[str, Subnetwork], adapter_name: str | None) -> Subnetwork:
+    if adapter_name is None and len(subnetworks) == 1:
+        return next(iter(subnetworks.values()))
+    if adapter_name not in subnetworks:
+        raise ConfigError(f"`adapter_name` must be one of {sorted(subnetworks)}, got {adapter_name!r}.")
+    return subnetworks[adapter_name]
 
 
 def find_subnetworks(model: nn.Module) -> dict[str, Subnetwork]:

@@ -20,7 +20,7 @@ class Evidence:
 
     Attributes:
         squared_gradients: Sum over the stage of the squared gradients, shape of the weight, fp32 (fp64 for an fp64
-            weight); None if the score was registered with `uses_gradients=False`.
+            weight), relaxed by participation in Mix; None if the score was registered with `uses_gradients=False`.
         weight: The weight as trained so far, in the adapter's dtype.
         base_weight: The pretrained weight, same shape, in the base model's dtype.
         generator: Random numbers of this weight and cycle, on the CPU: the same on every process and after a resume.
@@ -83,7 +83,7 @@ def _path(function: ScoreFunction) -> str:
 
 @register_score("squared_gradient")
 def squared_gradient(evidence: Evidence) -> torch.Tensor:
-    """Score by the accumulated squared gradient: S = sum over the stage of G * G (arXiv:2211.01642, equation 3)."""
+    """Score by the accumulated squared gradient: S = sum over the stage of G * G (arXiv:2211.01642)."""
     if evidence.squared_gradients is None:
         raise ConfigError("The score 'squared_gradient' needs accumulated gradients, and none were kept for it.")
     return evidence.squared_gradients
@@ -111,3 +111,24 @@ def accumulate_squares_(totals: Sequence[torch.Tensor], gradients: Sequence[torc
     """
     gradients = [gradient.to(total.dtype) for total, gradient in zip(totals, gradients, strict=True)]
     torch._foreach_addcmul_(list(totals), gradients, gradients)
+
+
+@torch.no_grad()
+def relax_by_participation_(
+    total: torch.Tensor, participation: torch.Tensor, stage_steps: int, *, decay: bool
+) -> torch.Tensor:
+    """Relax scores of DPS Mix by how often their column took part: s = S / max(F, 1), times exp(-F / us) with decay.
+
+    Args:
+        total: S, the accumulated squared gradients; changed in place.
+        participation: F, steps of the stage in which the column took part, shaped to broadcast over `total`.
+        stage_steps: us, the length of the stage in steps.
+        decay: Whether to favour columns that took part less often.
+
+    Returns:
+        `total`.
+    """
+    total.div_(participation.clamp(min=1))
+    if decay:
+        total.mul_(torch.exp(-participation / stage_steps))
+    return total

@@ -81,11 +81,14 @@ class DPSStatus:
         if self.stage is None:
             return f"DPS adapter {self.adapter!r}: no optimizer step seen yet"
         selected = "none yet" if self.selected_fraction is None else f"{self.selected_fraction:.1%}"
-        moved = "moved" if self.frozen_moved else "unmoved"
+        if self.stage is Stage.SUBNETWORK:
+            moved = "moved" if self.frozen_moved else "unmoved"
+            doing = f"selected {selected} of {self.entries} entries, frozen entries {moved}"
+        else:
+            doing = f"scoring {self.entries} entries, last selected {selected}"
         return (
             f"DPS adapter {self.adapter!r}: step {self.steps}, cycle {self.cycle}, {self.stage.value} "
-            f"{self.step_in_stage}/{self.stage_steps}, selected {selected} of {self.entries} entries, frozen entries "
-            f"{moved}, {self.unscored_steps} steps not scored"
+            f"{self.step_in_stage}/{self.stage_steps}, {doing}, {self.unscored_steps} steps not scored"
         )
 
 

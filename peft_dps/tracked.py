@@ -8,9 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_dps.effective import AmplifiedWeight, EffectiveWeight, NoisyWeight
 from peft_dps.errors import EngineError
-from peft_dps.freezing import frozen_checksum, hold_frozen
+from peft_dps.freezing import (
+    frozen_checksum,
+    hold_frozen,
+    keep_from_mask,
+    restore_from_snapshot_,
+    restore_frozen_,
+    zero_frozen_,
+)
 from peft_dps.layer import DPSLayer
+from peft_dps.scores import score_dtype
+
+UNKNOWN = -1  # version counter of a weight that was copied or unpickled
 
 
 class TrackedWeight:
@@ -22,33 +33,41 @@ class TrackedWeight:
         adapter: Name of the adapter.
 
     Attributes:
-        version: Version counter of the weight when this ACCUMULATE stage began.
         total: Squared gradients added up in this ACCUMULATE stage.
+        participation: Steps of this ACCUMULATE stage in which each input column took part, `[in]`, in Mix.
+        columns: Input columns that take part in the coming step, `[in]`, in Mix.
         keep: Mask of this SUBNETWORK stage, int8, -1 where updated.
-        held: Bits of the frozen entries, kept with `frozen="exact"`.
-        checksum: Checksum of the frozen entries when the stage began, kept with `frozen="gradient"`.
+        held: Bits of the frozen entries when the stage began, kept with `frozen="exact"` in Dense.
+        snapshot: The weight when the stage began, kept in Mix.
+        checksum: Checksum of the frozen entries when the stage began, kept where nothing else tells whether they move.
         observed: Steps of this ACCUMULATE stage that brought it a gradient.
         selected: Entries selected at the latest selection.
+        version: Version counter of the weight when nothing but DPS and its optimizer was to change it any more.
+        changed_outside: Whether something else changed the weight in this SUBNETWORK stage.
     """
 
     def __init__(self, name: str, layer: DPSLayer, adapter: str) -> None:
         self.name = name
         self.adapter = adapter
         self._layer = weakref.ref(layer)  # the layer owns the subnetwork; a cycle would keep dead models in memory
-        self.version = 0
-        self.reset()
+        self.selected: int | None = None
+        self.columns: torch.Tensor | None = None
+        self.release()
 
-    def reset(self) -> None:
-        """Forget everything that the stages of a training leave here."""
+    def release(self) -> None:
+        """Free what the stages leave here, and begin an ACCUMULATE stage."""
         self.total: torch.Tensor | None = None
+        self.participation: torch.Tensor | None = None
         self.keep: torch.Tensor | None = None
         self.held: torch.Tensor | None = None
+        self.snapshot: torch.Tensor | None = None
         self.checksum: torch.Tensor | None = None
         self.observed = 0
-        self.selected: int | None = None
+        self.changed_outside = False
+        self.version = self.weight._version if self.adapter in self.layer.dps_weight else 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layer": self.layer}
+        return {**self.__dict__, "_layer": self.layer, "version": UNKNOWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _layer=weakref.ref(state["_layer"]))
@@ -89,10 +108,101 @@ class TrackedWeight:
             )
         return gradient
 
+    def running_total(self) -> torch.Tensor:
+        """Return the accumulated squared gradients, zero if there are none yet, on the weight's device."""
+        weight = self.weight
+        if self.total is None:
+            self.total = torch.zeros_like(weight, dtype=score_dtype(weight), requires_grad=False)
+        self.total = self.total.to(weight.device)
+        return self.total
+
+    def count_participation(self) -> None:
+        """Count the columns that took part in this step; all of them if the weight was read without noise."""
+        if self.participation is None:
+            inputs = self.weight.shape[self.layer.input_axis]
+            self.participation = torch.zeros(inputs, dtype=torch.float32, device=self.weight.device)
+        self.participation += 1.0 if self.columns is None else self.columns.to(self.participation)
+
+    def over_columns(self, row: torch.Tensor) -> torch.Tensor:
+        """Shape a row `[in]` so that it broadcasts over the weight."""
+        return row if self.layer.input_axis == 1 else row.unsqueeze(1)
+
+    def freeze(self, mask: torch.Tensor, *, exact: bool, snapshot: bool) -> None:
+        """Begin a SUBNETWORK stage.
+
+        Args:
+            mask: Bool tensor of the weight's shape, True = updated. Its memory is reused.
+            exact: Keep what it takes to give frozen entries their bits back.
+            snapshot: Keep the whole weight, for Mix.
+        """
+        self.total = self.participation = self.columns = None
+        self.selected = int(torch.count_nonzero(mask))
+        self.keep = keep_from_mask(mask)
+        if snapshot:
+            self.snapshot = self.weight.detach().clone()
+        elif exact:
+            self.held = hold_frozen(self.weight, self.keep)
+        if not exact:
+            self.checksum = frozen_checksum(self.weight, self.keep)
+        self.version = self.weight._version
+
+    def mask_gradient(self) -> None:
+        """Zero the gradient of frozen entries."""
+        if self.keep is not None:
+            self._follow_device()
+            zero_frozen_(self.gradient, self.keep)
+
+    def accept_changes(self) -> bool:
+        """Take values that were written from outside since the latest step, such as a loaded state, as they are.
+
+        Returns:
+            Whether frozen entries had other values.
+        """
+        touched = self.keep is not None and self.version not in (UNKNOWN, self.weight._version)
+        self.version = self.weight._version
+        if not touched or self.keep is None or not self.frozen_moved():
+            return False
+        self._follow_device()
+        if self.held is not None:
+            self.held = hold_frozen(self.weight, self.keep)
+        if self.snapshot is not None:
+            self.snapshot.copy_(self.weight.detach())
+        self.changed_outside = True
+        return True
+
+    def hold(self, *, exact: bool) -> None:
+        """Give frozen entries back the bits they had when the stage began, if the policy is exact."""
+        if self.keep is None:
+            return
+        if self.held is not None:
+            restore_frozen_(self.weight, self.keep, self.held)
+        elif exact and self.snapshot is not None:
+            restore_from_snapshot_(self.weight, self.keep, self.snapshot)
+        self.version = self.weight._version
+
+    def effective(self, density: float) -> EffectiveWeight | None:
+        """Return what a training forward of Mix makes of the weight, or None for the weight itself."""
+        if self.keep is not None and self.snapshot is not None:
+            self._follow_device()
+            return AmplifiedWeight(self.snapshot, self.keep, density)
+        if self.columns is not None:
+            return NoisyWeight(self.base_weight, self.over_columns(self.columns.to(self.weight)), density)
+        return None
+
     def frozen_moved(self) -> bool:
         """Tell whether any frozen entry has other bits than when this SUBNETWORK stage began."""
         if self.keep is None:
             return False
-        if self.held is not None:
-            return not torch.equal(hold_frozen(self.weight, self.keep), self.held)
-        return self.checksum is not None and bool(frozen_checksum(self.weight, self.keep) != self.checksum)
+        if self.changed_outside:
+            return True
+        if self.checksum is not None:
+            return bool(frozen_checksum(self.weight, self.keep) != self.checksum)
+        before = self.held if self.snapshot is None else hold_frozen(self.snapshot, self.keep)
+        return before is not None and not torch.equal(hold_frozen(self.weight, self.keep), before)
+
+    def _follow_device(self) -> None:
+        device = self.weight.device
+        for name in ("keep", "held", "snapshot"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.device != device:
+                setattr(self, name, tensor.to(device))

@@ -1,7 +1,7 @@
-"""The specification of DPS Dense as plain slow code: Python lists and loops, one weight at a time.
+"""The specification of DPS as plain slow code: Python lists and loops, one weight at a time.
 
 It knows nothing of PEFT or hooks: the caller runs `before_step` when the gradients are ready, then the optimizer's own
-step, then `after_step`.
+step, then `after_step`. Mix also wants `effective` in place of the weight in every forward.
 """
 
 from __future__ import annotations
@@ -79,3 +79,71 @@ def best(scores: list[float], density: float) -> list[int]:
     """Indices of the ceil(n * density) best scores; of equal ones the first."""
     ranked = sorted(range(len(scores)), key=lambda index: (-float(scores[index]), index))
     return ranked[: math.ceil(len(scores) * density)]
+
+
+class ReferenceMix(ReferenceDense):
+    """`draw(step)` gives one 0/1 row `[in]` per weight `[out, in]`."""
+
+    def __init__(self, weights, *, draw, decay: bool, **fields) -> None:
+        super().__init__(weights, **fields)
+        self.pretrained = [weight.detach().clone() for weight in weights]
+        self.draw = draw
+        self.decay = decay
+        self.participation = [torch.zeros(weight.shape[1]) for weight in weights]
+        self.rows: list[torch.Tensor] = []
+        self.snapshots: list[torch.Tensor] = []
+
+    def effective(self) -> list[torch.Tensor]:
+        """The weights of the coming step's forward, as autograd sees them."""
+        coming = self.step + 1
+        if ((coming - 1) // self.stage_steps) % 2 == 0:
+            self.rows = self.draw(coming)
+            return [
+                noisy(weight, base, row, self.density)
+                for weight, base, row in zip(self.weights, self.pretrained, self.rows, strict=True)
+            ]
+        if (coming - 1) % self.stage_steps == 0:
+            self.masks = self.select()
+            self.snapshots = [weight.detach().clone() for weight in self.weights]
+        return [
+            amplified(weight, snapshot, mask, self.density)
+            for weight, snapshot, mask in zip(self.weights, self.snapshots, self.masks, strict=True)
+        ]
+
+    def before_step(self) -> None:
+        masks = self.masks
+        super().before_step()
+        self.masks = masks  # chosen before the forward already
+        if self.accumulating:
+            first_of_stage = (self.step - 1) % self.stage_steps == 0
+            for index, row in enumerate(self.rows):
+                if first_of_stage:
+                    self.participation[index].zero_()
+                self.participation[index] += row
+
+    def select(self) -> list[torch.Tensor]:
+        raw = self.scores
+        self.scores = []
+        for scores, counts, weight in zip(raw, self.participation, self.weights, strict=True):
+            columns = weight.shape[1]
+            relaxed = []
+            for index, score in enumerate(scores):
+                count = counts[index % columns]
+                value = score / max(count, torch.tensor(1.0))
+                relaxed.append(value * torch.exp(-count / self.stage_steps) if self.decay else value)
+            self.scores.append(relaxed)
+        masks = super().select()
+        self.scores = raw
+        return masks
+
+
+def noisy(weight, base, row, density):
+    """W0 + b * (W - W0) / density, with the gradient of W being that of W_eff times b."""
+    value = base + row * (weight.detach() - base) / density
+    return (weight * row - (weight * row).detach()) + value
+
+
+def amplified(weight, snapshot, mask, density):
+    """T + M * (W - T) / density, with the gradient of W being that of W_eff times M."""
+    value = snapshot + mask * (weight.detach() - snapshot) / density
+    return (weight * mask - (weight * mask).detach()) + value

@@ -187,6 +187,7 @@ def test_a_merged_layer_moves_and_casts_whole(mlp):
     model.double()
     model.unmerge_adapter()
     for name, tensor in base_tensors(model).items():
+        assert tensor.dtype == torch.float64
         assert torch.equal(tensor, before[name].double())
 
 

@@ -127,6 +127,8 @@ def test_inject_adapter_in_model(case, low_cpu_mem_usage):
     source = get_peft_model(case.base(), case.config(**options, init_weights=False)).eval()
     state_dict = get_peft_model_state_dict(source)
     model = inject_adapter_in_model(case.config(**options), case.base(), low_cpu_mem_usage=low_cpu_mem_usage)
+    device = "meta" if low_cpu_mem_usage else "cpu"
+    assert {layer.dps_weight["default"].device.type for layer in dps_layers(model)} == {device}
     assert type(model) is type(case.base())
     result = set_peft_model_state_dict(
         model, {k.removeprefix("base_model.model."): v for k, v in state_dict.items()},

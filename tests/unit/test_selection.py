@@ -14,6 +14,12 @@ from peft_dps.errors import ConfigError, ScoreError
 from peft_dps.selection import select, select_across, selected_count
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+BITS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133, torch.float32: 2.0**-149, torch.float64: 2.0**-1074}
 
 densities = st.floats(0.0, 1.0, exclude_min=True)
@@ -171,6 +177,15 @@ def test_nan_is_refused_with_how_many_there_are(dtype):
         select(scores, 0.5)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_of_the_smallest_payload_is_not_taken_for_infinity(dtype):
+    scores = torch.tensor([1.0, math.inf], dtype=dtype)
+    scores.view(BITS[dtype])[1] += 1
+    assert bool(scores.isnan()[1])
+    with pytest.raises(ScoreError, match="1 of 2 scores are NaN"):
+        select(scores, 0.5)
+
+
 @pytest.mark.parametrize("lowest", [-math.inf, -2.0, "subnormal"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_negative_score_is_refused_with_its_value(dtype, lowest):
@@ -278,6 +293,11 @@ def test_nothing_sorts(kind):
     assert not {"sort", "argsort", "topk", "kthvalue", "msort", "median", "quantile", "unique_dim", "_unique2"} & set(
         calls
     )
+
+
+def test_scores_without_ties_need_no_search_for_the_first_of_the_ties():
+    assert "count_nonzero" not in count_ops(torch.arange(1000.0)).calls
+    assert "count_nonzero" in count_ops(torch.ones(1000)).calls
 
 
 @pytest.mark.parametrize("kind", SCORES_OF_SIZE)

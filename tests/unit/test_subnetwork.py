@@ -8,10 +8,11 @@ import weakref
 
 import pytest
 import torch
+from peft import inject_adapter_in_model
 from torch import nn
 from torch.optim import SGD, Adafactor, AdamW
 
-from peft_dps import EngineError, ScheduleError, ScoreError, Stage
+from peft_dps import DPSConfig, EngineError, ScheduleError, ScoreError, Stage, dps_status
 from peft_dps.errors import ConfigError
 from tests.reference import ReferenceDense
 from tests.unit.conftest import layers_of, subnetwork_of, train, trainable, weights_of
@@ -196,9 +197,20 @@ def test_total_steps_turn_the_fraction_into_steps(make_model, batches):
     assert (status.stage_steps, status.stage, status.step_in_stage) == (3, Stage.SUBNETWORK, 1)
 
 
-def test_total_steps_too_small_are_refused(make_model):
-    with pytest.raises(ConfigError, match=r"total_steps.*got 1"):
-        make_model().set_dps_total_steps(1)
+@pytest.mark.parametrize("total", [1, 20.5, True])
+def test_total_steps_that_are_no_number_of_steps_are_refused(make_model, total):
+    with pytest.raises(ConfigError, match=rf"total_steps.*got {total}"):
+        make_model().set_dps_total_steps(total)
+
+
+def test_status_of_adapters_injected_without_a_peft_model(make_net, batches):
+    net = inject_adapter_in_model(DPSConfig(target_modules=["layers.0", "layers.1"], stage_steps=1), make_net())
+    train(net, SGD(trainable(net), lr=0.1), batches(2))
+    assert dps_status(net).stage is Stage.SUBNETWORK
+    with pytest.raises(ConfigError, match=r"one of \['default'\], got 'other'"):
+        dps_status(net, "other")
+    with pytest.raises(ConfigError, match=r"one of \[\], got None"):
+        dps_status(make_net())
 
 
 def test_a_weight_changed_without_its_gradient_is_an_error_at_selection(make_model, batches):
@@ -262,6 +274,47 @@ def test_a_dead_model_is_freed_without_the_cycle_collector(make_model, batches):
         gc.enable()
 
 
+def test_steps_that_reach_different_weights_all_count(make_model, batches):
+    model = make_model(sizes=(12, 12, 12), stage_steps=2)
+    optimizer = SGD(trainable(model), lr=0.1)
+    for step, (x, _) in enumerate(batches(8)):
+        optimizer.zero_grad()
+        layers_of(model)[step % 2](x).square().mean().backward()
+        optimizer.step()
+    assert model.dps_status().steps == 8
+
+
+@pytest.mark.parametrize("frozen", ["exact", "gradient"])
+def test_weights_loaded_in_subnetwork_are_kept(make_model, batches, caplog, frozen):
+    model = make_model(frozen=frozen)
+    optimizer = SGD(trainable(model), lr=0.1)
+    train(model, optimizer, batches(3))
+    with torch.no_grad():
+        for weight in weights_of(model):
+            weight.copy_(weight + 1.0)
+    loaded = [weight.detach().clone() for weight in weights_of(model)]
+    train(model, optimizer, batches(1))
+    for tracked, before in zip(subnetwork_of(model).weights, loaded, strict=True):
+        frozen_entries = ~tracked.keep.bool()
+        assert torch.equal(tracked.weight[frozen_entries], before[frozen_entries])
+    assert model.dps_status().frozen_moved
+    assert "changed outside of the optimizer" in caplog.text
+
+
+def test_weights_swapped_out_and_in_again_are_no_alarm(make_model, batches, caplog):
+    model = make_model()
+    optimizer = SGD(trainable(model), lr=0.1)
+    train(model, optimizer, batches(3))
+    for weight in weights_of(model):
+        saved = weight.detach().clone()
+        with torch.no_grad():
+            weight.zero_()
+            weight.copy_(saved)
+    train(model, optimizer, batches(1))
+    assert not model.dps_status().frozen_moved
+    assert not caplog.text
+
+
 def test_status_tells_a_moved_frozen_entry(make_model, batches):
     for frozen in ("exact", "gradient"):
         model = make_model(frozen=frozen, density=0.5)
@@ -278,5 +331,9 @@ def test_status_prints(make_model, batches):
     assert "no optimizer step seen" in str(model.dps_status())
     assert not model.dps_status().engaged
     train(model, SGD(trainable(model), lr=0.1), batches(3))
-    assert "step 3, cycle 1, subnetwork 1/2, selected 50.0% of 240 entries" in str(model.dps_status())
+    assert "step 3, cycle 1, subnetwork 1/2, selected 50.0% of 240 entries, frozen entries unmoved" in str(
+        model.dps_status()
+    )
     assert model.dps_status().engaged
+    train(model, SGD(trainable(model), lr=0.1), batches(2))
+    assert "accumulate 1/2, scoring 240 entries, last selected 50.0%" in str(model.dps_status())

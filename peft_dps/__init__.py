@@ -2,6 +2,7 @@
 
 from peft_dps import bridge, registration
 from peft_dps.config import DPSConfig
+from peft_dps.dropout import disable_dropout
 from peft_dps.errors import (
     ConfigError,
     DPSError,
@@ -40,6 +41,7 @@ __all__ = [
     "Stage",
     "StageSchedule",
     "TargetError",
+    "disable_dropout",
     "dps_status",
     "register_score",
 ]

@@ -108,6 +108,33 @@ class DPSConfig(PeftConfig):
     seed: int = field(default=0, metadata={"help": "Seed of the method's own random numbers."})
     init_weights: bool = field(default=True, metadata={"help": "False perturbs the copies; only for tests."})
 
+    @classmethod
+    def from_paper(cls, variant: Literal["dense", "mix"] = "dense", **fields: Any) -> DPSConfig:
+        """Build the configuration of the paper's own runs (arXiv:2211.01642, with the code released beside it).
+
+        DPS on every linear layer, pooler and head included, with density 0.7 and stages of 5% of all steps; every
+        other parameter is trained too, and freezing is by gradient. The runs also had no dropout in the model
+        (`peft_dps.disable_dropout`), AdamW with learning rate 2e-5, weight decay 0.01, warm-up over 10% of the steps,
+        batches of 16 and 3 epochs.
+
+        Args:
+            variant: `"dense"` or `"mix"`.
+            **fields: Fields to set otherwise. With a `task_type` PEFT trains the head in full, beside DPS.
+
+        Returns:
+            The configuration.
+        """
+        paper: dict[str, Any] = {
+            "target_modules": "all-linear",
+            "density": 0.7,
+            "stage_steps": 0.05,
+            "scope": "tensor",
+            "frozen": "gradient",
+            "train_bias": True,
+            "train_remaining": True,
+        }
+        return cls(variant=variant, **{**paper, **fields})
+
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = DPSPeftType.DPS

@@ -356,3 +356,20 @@ def test_a_snapshot_is_the_only_copy_in_subnetwork(make_model, batches):
             assert weight.total is None
             assert weight.participation is None
             assert weight.columns is None
+
+
+def test_the_papers_settings_put_everything_under_training(make_net):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    base = BertForSequenceClassification(
+        BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
+    total = sum(parameter.numel() for parameter in base.parameters())
+    for variant in ("dense", "mix"):
+        config = DPSConfig.from_paper(variant, total_steps=40)
+        assert (config.variant, config.frozen, config.density, config.stage_steps) == (variant, "gradient", 0.7, 0.05)
+        model = get_peft_model(copy.deepcopy(base), config)
+        layers = model.dps_status().layers
+        assert {"bert.pooler.dense", "classifier"} <= set(layers)
+        assert sum(parameter.numel() for parameter in trainable(model)) == total
+    assert DPSConfig.from_paper(density=0.3).density == 0.3

@@ -138,9 +138,6 @@ class DPSModel(BaseTuner):
     ) -> None:
         subnetwork, low_cpu_mem_usage = self._injecting
         layer = target if isinstance(target, DPSLayer) else _make_layer(target, current_key)
-        if layer is not target:
-            # A second adapter that reaches a new module must not activate itself there.
-            layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, _as_dps(peft_config), subnetwork, low_cpu_mem_usage)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)

@@ -44,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser(
         "demo",
-        help="full fine-tuning and DPS Dense on a small model",
-        description="Fine-tune with full fine-tuning and with DPS Dense, then show one table and draw one figure.",
+        help="full fine-tuning, DPS Dense and DPS Mix on a small model",
+        description="Fine-tune with full fine-tuning, DPS Dense and DPS Mix, then show one table and draw one figure.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--model", help="path or Hub id of a model (default: a 22M one from the package index)")

@@ -1,4 +1,4 @@
-"""The demo: full fine-tuning and DPS Dense on a small pretrained model, in some minutes on a CPU."""
+"""The demo: full fine-tuning, DPS Dense and DPS Mix on a small pretrained model, in some minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft_dps.compare.task import Task, sentiment_task, user_task
 from peft_dps.compare.timing import step_time_ratios
 from peft_dps.compare.training import train_apart
 
-METHODS = ("full", "dps-dense")
+METHODS = ("full", "dps-dense", "dps-mix")
 TRAIN_SIZE = 1000
 MAX_LENGTH = 64
 
@@ -55,7 +55,7 @@ class Demo:
 
 
 def run_demo(demo: Demo, console: Console) -> list[Run]:
-    """Train both methods, then show the table and draw the figure.
+    """Train all methods, then show the table and draw the figure.
 
     Args:
         demo: What to run.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle, groupby
 from pathlib import Path
 
 import numpy as np
@@ -25,34 +25,43 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         runs: The runs; those of DPS have stages and selected fractions.
         path: Where to save it.
     """
+    colors = dict(zip((run.method for run in runs), cycle(COLORS)))
     dps = [run for run in runs if run.selected]
-    figure = Figure(figsize=(11, 4 + 5 * bool(dps)), layout="constrained")
+    rows = max((len(run.selected) for run in dps), default=0)
+    figure = Figure(figsize=(10, 4 + bool(dps) + 0.15 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1 + bool(dps), 1, squeeze=False, height_ratios=[1, 1.3] if dps else [1]).ravel()
-    _draw_losses(axes[0], runs)
+    heights = [4, 1 + 0.15 * rows] if dps else [4]
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights).ravel()
+    _draw_losses(axes[0], runs, colors)
     if dps:
-        _draw_selected(axes[1], dps[0])
+        _draw_selected(axes[1], dps, colors)
     figure.savefig(path, dpi=130)
 
 
-def _draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
-    for color, run in zip(COLORS, runs, strict=False):
+def _draw_losses(axes: Axes, runs: Sequence[Run], colors: Mapping[str, str]) -> None:
+    for run in runs:
         steps = np.arange(1, len(run.losses) + 1)
-        axes.plot(steps, _smooth(run.losses), color=color, label=METHODS[run.method].title)
-        for start, end in _subnetwork_spans(run.stages):
-            axes.axvspan(start - 0.5, end + 0.5, color=color, alpha=0.12, linewidth=0)
+        axes.plot(steps, _smooth(run.losses), color=colors[run.method], label=METHODS[run.method].title)
+    shaded = next((run.stages for run in runs if run.stages), [])
+    for start, end in _subnetwork_spans(shaded):
+        axes.axvspan(start - 0.5, end + 0.5, color="0.5", alpha=0.15, linewidth=0)
     axes.set(xlabel="step", ylabel=f"training loss, mean of {SMOOTHING_STEPS} steps", xlim=(0.5, None))
-    axes.set_title("Shaded: SUBNETWORK, where DPS updates only the best-scored entries", fontsize=10)
+    if shaded:
+        axes.set_title("Shaded: SUBNETWORK, where DPS updates only the best-scored entries", fontsize=10)
     axes.legend(frameon=False)
 
 
-def _draw_selected(axes: Axes, run: Run) -> None:
-    names = list(run.selected)[::-1]
-    fractions = [run.selected[name] for name in names]
-    axes.barh(range(len(names)), fractions, color=COLORS[1])
-    axes.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=6)
+def _draw_selected(axes: Axes, runs: Sequence[Run], colors: Mapping[str, str]) -> None:
+    names = list(runs[0].selected)[::-1]
+    for run in runs:
+        fractions = [run.selected.get(name, np.nan) for name in names]
+        axes.plot(fractions, range(len(names)), "o", color=colors[run.method], label=METHODS[run.method].title, ms=5)
+    axes.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=7)
     axes.set(xlim=(0, 1), ylim=(-0.6, len(names) - 0.4), xlabel="fraction of the layer's entries in the subnetwork")
-    axes.set_title(f"{METHODS[run.method].title}: the last subnetwork, by layer", fontsize=10)
+    axes.set_title("The last subnetwork, by layer", fontsize=10)
+    axes.grid(axis="both", color="0.9")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
 
 
 def _subnetwork_spans(stages: Sequence[str]) -> Iterator[tuple[int, int]]:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peft_dps.config import DPSConfig
+from peft_dps.dropout import disable_dropout
 
 Prepare = Callable[[PreTrainedModel], nn.Module]
 
@@ -63,3 +64,10 @@ def dps_dense(model: PreTrainedModel) -> nn.Module:
     The subnetwork is chosen over all weights together, so that the figure can show which layers it falls on.
     """
     return get_peft_model(model, DPSConfig(task_type="SEQ_CLS", scope="model", train_remaining=True))
+
+
+@register_method("dps-mix", "DPS Mix")
+def dps_mix(model: PreTrainedModel) -> nn.Module:
+    """Train like DPS Dense, but by DPS Mix and without dropout, whose place its noise takes."""
+    disable_dropout(model)
+    return get_peft_model(model, DPSConfig(variant="mix", task_type="SEQ_CLS", scope="model", train_remaining=True))

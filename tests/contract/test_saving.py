@@ -75,7 +75,9 @@ def test_save_and_load(case, tmp_path, is_trainable, low_cpu_mem_usage):
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_fp32_copies_on_half_precision_bases_survive(mlp, tmp_path, low_cpu_mem_usage):
-    model = get_peft_model(mlp.base().to(torch.bfloat16), mlp.config(init_weights=False))
+    model = get_peft_model(mlp.base().to(torch.bfloat16), mlp.config())
+    for layer in dps_layers(model):
+        layer.dps_weight["default"].data += 1e-5  # more digits than the base's dtype has
     model.save_pretrained(tmp_path)
     base = mlp.base().to(torch.bfloat16)
     loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)

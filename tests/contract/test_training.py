@@ -104,6 +104,15 @@ def test_half_precision_bases_keep_fp32_copies(case, dtype):
     assert torch.equal(layer(x), layer.get_base_layer()(x))
 
 
+def test_inactive_adapters_on_half_precision_bases_stay_frozen(case):
+    model = get_peft_model(case.base().to(torch.bfloat16), case.config())
+    model.add_adapter("other", case.config())
+    for layer in dps_layers(model):
+        assert layer.dps_weight["other"].dtype == torch.float32
+        assert not layer.dps_weight["other"].requires_grad
+        assert layer.dps_weight["default"].requires_grad
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_no_autocast_adapter_dtype_keeps_the_dtype_of_the_base(case, dtype):
     model = get_peft_model(case.base().to(dtype), case.config(), autocast_adapter_dtype=False)

@@ -57,13 +57,19 @@ def test_demo_on_the_users_model_and_data(model_folder, data_files, tmp_path, ca
     )
     shown = capsys.readouterr().out
     assert status == 0, shown
-    for text in ("full fine-tuning", "DPS Dense", "elsewhere", "Proof of engagement: DPS adapter 'default'"):
+    for text in (
+        "full fine-tuning",
+        "DPS Dense",
+        "DPS Mix",
+        "elsewhere",
+        "Proof of engagement: DPS adapter 'default'",
+    ):
         assert text in shown
     assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
-    full, dense = (json.loads(line) for line in (output / "runs.jsonl").read_text().splitlines())
-    assert (full["method"], dense["method"]) == ("full", "dps-dense")
+    full, dense, mix = (json.loads(line) for line in (output / "runs.jsonl").read_text().splitlines())
+    assert [run["method"] for run in (full, dense, mix)] == ["full", "dps-dense", "dps-mix"]
     assert set(dense["scores"]) == {"train", "elsewhere"}
-    assert dense["trainable"] == full["trainable"]
+    assert dense["trainable"] == mix["trainable"] == full["trainable"]
     assert set(dense["stages"]) == {"accumulate", "subnetwork"}
     assert dense["frozen_moved"] is False
     assert sum(dense["selected"].values()) > 0

@@ -13,7 +13,7 @@ from rich.progress import Progress
 
 from benchmarks.machine import load
 from benchmarks.report import to_document, to_tables
-from benchmarks.rounds import run_rounds
+from benchmarks.rounds import Round, run_rounds
 from benchmarks.settings import OPTIMIZERS, SIZES, Settings
 from benchmarks.variant import VARIANTS
 
@@ -33,7 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = load()
     with Progress(console=console) as progress:
         task = progress.add_task(f"{len(options.variants)} variants, step by step", total=settings.rounds)
-        run = run_rounds(options.variants, settings, lambda: progress.advance(task))
+
+        def tell(each: Round) -> None:
+            progress.advance(task)
+            if not console.is_terminal:  # where the bar is drawn only at the end
+                console.print(f"Round {each.number} of {settings.rounds} is done.")
+
+        run = run_rounds(options.variants, settings, tell)
     document = to_document(run, settings, (before, load()))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

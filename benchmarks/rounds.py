@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
 
 from benchmarks.settings import Settings
 from benchmarks.worker import FINISH, STEP, StepTimes, Summary, work
@@ -48,13 +47,13 @@ class Run:
     summaries: dict[str, Summary]
 
 
-def run_rounds(names: Sequence[str], settings: Settings, progress: Callable[[], Any]) -> Run:
+def run_rounds(names: Sequence[str], settings: Settings, progress: Callable[[Round], None]) -> Run:
     """Train the variants step by step in turn, each in its own process; while one computes, the others wait.
 
     Args:
         names: Names of the variants.
         settings: Settings of the run.
-        progress: Called after each round.
+        progress: Called with each round when it is done.
     """
     context = multiprocessing.get_context("spawn")
     schedule = StageSchedule(settings.stage_steps)
@@ -79,7 +78,7 @@ def run_rounds(names: Sequence[str], settings: Settings, progress: Callable[[], 
                 times[name] = connections[name].recv()
             figure = SELECTING if selecting else position.stage.value
             rounds.append(Round(number, figure, number <= settings.warmup, times))
-            progress()
+            progress(rounds[-1])
         summaries = {}
         for name, connection in connections.items():
             connection.send((FINISH, ""))

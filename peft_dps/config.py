@@ -9,7 +9,8 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from peft_dps.errors import ConfigError
-from peft_dps.scores import SCORES
+from peft_dps.schedule import StageSchedule
+from peft_dps.scores import find_score
 
 VARIANTS = ("dense", "mix")
 SCOPES = ("tensor", "model")
@@ -138,17 +139,26 @@ class DPSConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = DPSPeftType.DPS
-        if isinstance(self.target_modules, list):
+        if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
+        if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self._validate_targets()
         self._validate_method()
         self._validate_schedule()
 
     def _validate_targets(self) -> None:
-        if not self.target_modules:
+        if not self.target_modules or not _are_names(self.target_modules):
             raise ConfigError(f"`target_modules` must name modules or be 'all-linear', got {self.target_modules!r}.")
+        if self.exclude_modules is not None and not _are_names(self.exclude_modules):
+            raise ConfigError(f"`exclude_modules` must name modules, got {self.exclude_modules!r}.")
+        if self.modules_to_save is not None and not _are_names(self.modules_to_save, expression=False):
+            raise ConfigError(f"`modules_to_save` must be a list of names, got {self.modules_to_save!r}.")
+        layers = self.layers_to_transform
+        if layers is not None and not all(
+            _is_int(layer) and layer >= 0 for layer in (layers if isinstance(layers, list) else [layers])
+        ):
+            raise ConfigError(f"`layers_to_transform` must be layer numbers of at least 0, got {layers!r}.")
         is_expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
         if is_expression and self.layers_to_transform is not None:
             raise ConfigError(
@@ -164,7 +174,8 @@ class DPSConfig(PeftConfig):
         _require_choice("variant", self.variant, VARIANTS)
         _require_choice("scope", self.scope, SCOPES)
         _require_choice("frozen", self.frozen, FROZEN_POLICIES)
-        _require_choice("score", self.score, tuple(SCORES))
+        if not self.inference_mode:  # a trained adapter loads without the score that trained it
+            find_score(self.score)
         for name in ("train_bias", "train_remaining", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
@@ -187,11 +198,19 @@ class DPSConfig(PeftConfig):
             )
         if self.total_steps is not None and (not _is_int(self.total_steps) or self.total_steps < 2):
             raise ConfigError(f"`total_steps` must be an integer of at least 2, got {self.total_steps!r}.")
+        if self.total_steps is not None:
+            StageSchedule.resolve(self.stage_steps, self.total_steps)
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _are_names(value: Any, *, expression: bool = True) -> bool:
+    return (expression and isinstance(value, str)) or (
+        isinstance(value, (list, set)) and all(isinstance(name, str) and name for name in value)
+    )
 
 
 def _is_int(value: Any) -> bool:

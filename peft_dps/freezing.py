@@ -24,11 +24,6 @@ def keep_from_mask(mask: torch.Tensor) -> torch.Tensor:
     return mask.view(torch.int8).neg_()
 
 
-def mask_from_keep(keep: torch.Tensor) -> torch.Tensor:
-    """Turn a `keep` tensor back into a bool mask, True = updated."""
-    return keep.bool()
-
-
 @torch.no_grad()
 def zero_frozen_(gradient: torch.Tensor, keep: torch.Tensor) -> None:
     """Set the frozen entries of a gradient to +0.0 in place, also where they are NaN or infinite.
@@ -89,7 +84,12 @@ def restore_from_snapshot_(weight: torch.Tensor, keep: torch.Tensor, snapshot: t
 def frozen_checksum(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """Add up the bits of the frozen entries, each weighted by its place, modulo 2**64.
 
-    It tells whether any frozen entry moved where no copy of them is kept.
+    It tells whether frozen entries moved where no copy of them is kept: surely if one did, and almost surely if
+    several did, since their changes would have to cancel out.
+
+    Args:
+        weight: Any floating dtype.
+        keep: int8, same shape.
 
     Returns:
         An int64 scalar on the weight's device.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from peft_dps.errors import ConfigError
+from peft_dps.errors import ConfigError, ScheduleError
 
 
 class Stage(str, enum.Enum):
@@ -67,7 +67,11 @@ class StageSchedule:
             if not 0.0 < stage_steps < 1.0:
                 raise ConfigError(f"`stage_steps` as a fraction of all steps must be in (0, 1), got {stage_steps}.")
             if total_steps is None:
-                raise ConfigError(f"`stage_steps={stage_steps}` is a fraction and needs `total_steps`, got None.")
+                raise ScheduleError(
+                    f"`stage_steps={stage_steps}` is a fraction of all training steps, and their number is unknown. "
+                    "Either set `DPSConfig(total_steps=...)`, or give `stage_steps` as an int, in steps, or call "
+                    "`model.set_dps_total_steps(...)` before the first step. (The HF Trainer does that by itself.)"
+                )
             stage_steps = max(1, int(total_steps * stage_steps))
         if total_steps is not None and stage_steps >= total_steps:
             raise ConfigError(

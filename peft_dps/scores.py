@@ -77,6 +77,18 @@ def register_score(name: str, *, uses_gradients: bool = True) -> Callable[[Score
     return register
 
 
+def find_score(name: str) -> Score:
+    """Return the score of a name.
+
+    Raises:
+        ConfigError: If no score is registered under it.
+    """
+    if name not in SCORES:
+        known = ", ".join(map(repr, SCORES))
+        raise ConfigError(f"`score` must be one of {known}, got {name!r}. Give your own with `register_score`.")
+    return SCORES[name]
+
+
 def _path(function: ScoreFunction) -> str:
     return f"{function.__module__}.{function.__qualname__}"
 
@@ -109,8 +121,12 @@ def accumulate_squares_(totals: Sequence[torch.Tensor], gradients: Sequence[torc
         totals: Scores so far, one per weight, in the dtype of `score_dtype`.
         gradients: Gradients the optimizer is about to apply, same shapes, any floating dtype.
     """
-    gradients = [gradient.to(total.dtype) for total, gradient in zip(totals, gradients, strict=True)]
-    torch._foreach_addcmul_(list(totals), gradients, gradients)
+    if all(gradient.dtype == total.dtype for total, gradient in zip(totals, gradients, strict=True)):
+        torch._foreach_addcmul_(list(totals), list(gradients), list(gradients))
+        return
+    for total, gradient in zip(totals, gradients, strict=True):  # one wider copy at a time
+        wide = gradient.to(total.dtype)
+        total.addcmul_(wide, wide)
 
 
 @torch.no_grad()

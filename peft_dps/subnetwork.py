@@ -13,11 +13,11 @@ import torch
 from peft_dps.canary import Canary
 from peft_dps.config import DPSConfig
 from peft_dps.effective import EffectiveWeight
-from peft_dps.errors import ConfigError, EngineError, ScheduleError, ScoreError
+from peft_dps.errors import ConfigError, EngineError, ScoreError
 from peft_dps.layer import DPSLayer
 from peft_dps.noise import ColumnNoise
 from peft_dps.schedule import Position, Stage, StageSchedule
-from peft_dps.scores import SCORES, Evidence, accumulate_squares_, relax_by_participation_
+from peft_dps.scores import Evidence, accumulate_squares_, find_score, relax_by_participation_
 from peft_dps.selection import select, select_across
 from peft_dps.tracked import UNKNOWN, TrackedWeight
 
@@ -135,7 +135,7 @@ class Subnetwork:
         if self._entered is Stage.ACCUMULATE:
             for weight in weights:
                 weight.observed += 1
-            if SCORES[self.config.score].uses_gradients:
+            if find_score(self.config.score).uses_gradients:
                 self._score(weights, grad_scale)
             return
         for weight in weights:
@@ -193,7 +193,7 @@ class Subnetwork:
 
     def _enter_next_stage(self) -> Position:
         """Make sure that the stage of the next step has begun, and return the step's position."""
-        self._schedule = self._schedule or self._make_schedule()
+        self._schedule = self._schedule or StageSchedule.resolve(self.config.stage_steps, self.total_steps)
         position = self._schedule.at(self.step + 1)
         if position.stage is not self._entered:
             if position.stage is Stage.SUBNETWORK:
@@ -205,16 +205,6 @@ class Subnetwork:
                 self.scored_steps = 0
             self._entered = position.stage
         return position
-
-    def _make_schedule(self) -> StageSchedule:
-        steps, total = self.config.stage_steps, self.total_steps
-        if isinstance(steps, float) and total is None:
-            raise ScheduleError(
-                f"`stage_steps={steps}` is a fraction of all training steps, and their number is unknown. Either set "
-                f"`DPSConfig(total_steps=...)`, or give `stage_steps` as an int, in steps, or call "
-                f"`model.set_dps_total_steps(...)` before the first step. (The HF Trainer does that by itself.)"
-            )
-        return StageSchedule.resolve(steps, total)
 
     def _score(self, weights: Sequence[TrackedWeight], grad_scale: torch.Tensor | None) -> None:
         gradients = [weight.gradient for weight in weights]
@@ -237,7 +227,7 @@ class Subnetwork:
                 weight.count_participation()
 
     def _check_observed(self) -> None:
-        if SCORES[self.config.score].uses_gradients and self.scored_steps == 0:
+        if find_score(self.config.score).uses_gradients and self.scored_steps == 0:
             raise ScoreError(
                 f"Adapter {self.adapter!r}: none of the {self.step} steps so far had finite gradients to score, so no "
                 "subnetwork can be selected. Look for the cause of the NaN or inf; the weights are as before this "
@@ -270,7 +260,7 @@ class Subnetwork:
 
     def _scores(self, weight: TrackedWeight, index: int, stage_steps: int) -> torch.Tensor:
         """Evaluate the score of one weight; its accumulated total is given away."""
-        score = SCORES[self.config.score]
+        score = find_score(self.config.score)
         total = weight.running_total() if score.uses_gradients else None
         weight.total = None
         if total is not None and weight.participation is not None:

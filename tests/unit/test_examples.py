@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXPECTED = {
     "plain_loop.py": [
-        "step 1, cycle 1, accumulate 1/4, selected none yet",
+        "step 1, cycle 1, accumulate 1/4, scoring 17408 entries, last selected none yet",
         "step 5, cycle 1, subnetwork 1/4, selected 30.1%",
         "step 9, cycle 2, accumulate 1/4",
         "step 24, cycle 3, subnetwork 4/4, selected 30.1% of 17408 entries, frozen entries unmoved",

@@ -12,7 +12,6 @@ from peft_dps.freezing import (
     frozen_checksum,
     hold_frozen,
     keep_from_mask,
-    mask_from_keep,
     restore_frozen_,
     zero_frozen_,
 )
@@ -73,13 +72,6 @@ def test_keep_has_all_bits_where_updated_and_none_where_frozen():
 def test_keep_uses_the_memory_of_the_mask():
     mask = torch.tensor([True, False])
     assert keep_from_mask(mask).data_ptr() == mask.data_ptr()
-
-
-def test_a_mask_survives_the_way_to_keep_and_back():
-    mask = torch.rand(3, 5) < 0.5
-    back = mask_from_keep(keep_of(mask))
-    assert back.dtype is torch.bool
-    assert torch.equal(back, mask)
 
 
 # --- gradients ---

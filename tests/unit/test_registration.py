@@ -169,50 +169,37 @@ print(json.dumps(told))
 """
 
 
-@pytest.fixture(scope="module")
-def story(tmp_path_factory) -> dict[str, object]:
-    checkpoint = str(tmp_path_factory.mktemp("checkpoint"))
+def test_what_a_fresh_process_sees_before_and_after_the_import_a_reload_and_a_second_import(tmp_path):
     config = DPSConfig(target_modules=["0"], density=0.25)
-    get_peft_model(nn.Sequential(nn.Linear(4, 3)), config).save_pretrained(checkpoint)
+    get_peft_model(nn.Sequential(nn.Linear(4, 3)), config).save_pretrained(str(tmp_path))
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(peft_dps.__file__).parents[1]),
         "HF_HUB_OFFLINE": "1",
-        "CHECKPOINT": checkpoint,
+        "CHECKPOINT": str(tmp_path),
         "PICKLE": base64.b64encode(pickle.dumps(config)).decode(),
     }
     done = subprocess.run([sys.executable, "-c", STORY], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_without_the_import_loading_a_checkpoint_is_a_bare_key_error(story):
-    assert story["imported by peft alone"] is False
-    assert story["model without the plugin"] == "KeyError('DPS')"
-    assert story["config without the plugin"] == "KeyError('DPS')"
-
-
-def test_with_the_import_the_checkpoint_loads(story):
-    assert story["model with the plugin"] == "no error"
-
-
-def test_a_pickled_config_imports_and_registers_the_plugin_in_a_fresh_process(story):
-    assert story["imported by the pickle"] is True
-    assert story["registered by the pickle"] is True
-    assert story["unpickled"] == [True, 0.25, ["0"]]
-    assert story["deepcopy of unpickled"] is True
-
-
-def test_reloading_adds_no_hooks(story):
-    assert story["hooks added by reloading"] == 0
-
-
-def test_a_second_import_after_deletion_registers_itself_and_trains_as_before(story):
-    assert story["another module"] is True
-    assert story["registered anew"] is True
-    assert story["model after a second import"] == "no error"
-    assert story["trained"] == [3, 6, False]
-    assert story["trained after a second import"] == story["trained"]
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        # PEFT has no entry points: without the import, a checkpoint of ours is a bare KeyError.
+        "imported by peft alone": False,
+        "model without the plugin": "KeyError('DPS')",
+        "config without the plugin": "KeyError('DPS')",
+        # A pickled config brings the plugin with it.
+        "imported by the pickle": True,
+        "registered by the pickle": True,
+        "unpickled": [True, 0.25, ["0"]],
+        "deepcopy of unpickled": True,
+        "model with the plugin": "no error",
+        "trained": [3, 6, False],
+        "hooks added by reloading": 0,
+        # After deletion from sys.modules, the second import takes over.
+        "another module": True,
+        "registered anew": True,
+        "trained after a second import": [3, 6, False],
+        "model after a second import": "no error",
+    }
 
 
 def test_a_model_registered_here_is_saved_under_the_plain_name(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_dps.errors import ConfigError
+from peft_dps.errors import ConfigError, ScheduleError
 from peft_dps.schedule import Position, Stage, StageSchedule
 
 lengths = st.integers(1, 10_000)
@@ -93,7 +93,7 @@ def test_fractions_worked_out_by_hand(fraction, total_steps, expected):
 
 
 def test_a_fraction_of_an_unknown_total_is_refused_by_field_and_value():
-    with pytest.raises(ConfigError, match=r"`stage_steps=0.05` is a fraction and needs `total_steps`, got None"):
+    with pytest.raises(ScheduleError, match=r"`stage_steps=0.05` is a fraction of all training steps"):
         StageSchedule.resolve(0.05, None)
 
 

@@ -140,7 +140,7 @@ def _find_work(optimizer: Optimizer) -> Work:
     parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     work = []
     for subnetwork in subnetworks:
-        weights = [weight for weight in subnetwork.weights if id(weight.weight) in parameters]
+        weights = [weight for weight in subnetwork.weights if weight.exists() and id(weight.weight) in parameters]
         if weights:
             work.append((subnetwork, weights))
     return work

@@ -36,7 +36,8 @@ class DPSConfig(PeftConfig):
             expression, or `"all-linear"`.
         exclude_modules (`list[str] | str`, *optional*): Names, or a regular expression, of modules to leave out.
         variant (`"dense" | "mix"`, defaults to `"dense"`): `"dense"` trains as described; `"mix"` adds column noise
-            to ACCUMULATE.
+            to ACCUMULATE, relaxes scores by how often a column took part, and trains SUBNETWORK on
+            W_eff = T + M * (W - T) / density, T being the weight when the stage began.
         density (`float`, defaults to 0.7): Fraction of entries that the subnetwork holds, in (0, 1].
         stage_steps (`int | float`, defaults to 0.05): Length of a stage: optimizer steps if an int, a fraction of all
             steps in (0, 1) if a float.
@@ -73,7 +74,7 @@ class DPSConfig(PeftConfig):
         default=None, metadata={"help": "Names, or a regular expression, of modules to leave out."}
     )
     variant: Literal["dense", "mix"] = field(
-        default="dense", metadata={"help": "'dense', or 'mix', which adds column noise to ACCUMULATE."}
+        default="dense", metadata={"help": "'dense', or 'mix', which trains with column noise and relaxed scores."}
     )
     density: float = field(default=0.7, metadata={"help": "Fraction of entries in the subnetwork, in (0, 1]."})
     stage_steps: int | float = field(

@@ -1,4 +1,4 @@
-"""Dropout off: the paper's runs train without it, since DPS regularises by itself."""
+"""Dropout off, as in the paper's runs."""
 
 from __future__ import annotations
 

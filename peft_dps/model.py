@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dps.config import DPSConfig
 from peft_dps.errors import ConfigError, TargetError
-from peft_dps.layer import Conv1DLinear, DPSLayer, Linear
+from peft_dps.layer import DPSLayer
+from peft_dps.linear import Conv1DLinear, Linear
 from peft_dps.status import DPSStatus, status_of
 from peft_dps.subnetwork import Subnetwork
 from peft_dps.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules

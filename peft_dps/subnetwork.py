@@ -122,6 +122,9 @@ class Subnetwork:
             self._in_round |= names
             return
         self.position = self._enter_next_stage()
+        if self._prepared_for != self.step:  # no training forward of this step drew noise for it
+            for weight in self.weights:
+                weight.columns = None
         self.step += 1
         self._in_round = names
 

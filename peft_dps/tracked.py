@@ -64,13 +64,18 @@ class TrackedWeight:
         self.checksum: torch.Tensor | None = None
         self.observed = 0
         self.changed_outside = False
-        self.version = self.weight._version if self.adapter in self.layer.dps_weight else 0
+        self.version = self.weight._version if self.exists() else UNKNOWN
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_layer": self.layer, "version": UNKNOWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _layer=weakref.ref(state["_layer"]))
+
+    def exists(self) -> bool:
+        """Tell whether the layer still exists and has the adapter, which may have been deleted or unloaded."""
+        layer = self._layer()
+        return layer is not None and self.adapter in layer.dps_weight
 
     @property
     def layer(self) -> DPSLayer:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from peft_dps import DPSLayer
+from peft_dps.model import find_subnetworks
 
 STEPS = pytest.mark.parametrize("steps", [0, 1, 3, 5], ids=["fresh", "accumulate", "subnetwork", "next cycle"])
 
@@ -101,3 +102,18 @@ def test_a_model_that_is_gone_leaves_nothing_behind(mlp, end):
     mlp.train(other, steps=2)
     assert other.dps_status().steps == 2
     del kept
+
+
+@pytest.mark.parametrize("end", ["unloaded", "deleted"])
+def test_who_still_holds_a_subnetwork_does_not_disturb_other_models(mlp, end):
+    model = mlp.model()
+    held = find_subnetworks(model)  # as the Trainer's callback does
+    if end == "unloaded":
+        model = model.unload()
+    else:
+        model.delete_adapter("default")
+    gc.collect()
+    other = mlp.model()
+    mlp.train(other, steps=2)
+    assert other.dps_status().steps == 2
+    assert held["default"].step == 0

@@ -346,6 +346,17 @@ def test_density_one_is_bitwise_plain_fine_tuning(make_model, make_net, batches)
     assert all(torch.equal(a, layer.weight) for a, layer in zip(weights_of(model), plain.layers, strict=True))
 
 
+def test_a_step_without_a_training_forward_counts_every_column(make_model, batches):
+    model = mix(make_model, stage_steps=5)
+    optimizer = SGD(trainable(model), lr=0.1)
+    train(model, optimizer, batches(1))
+    before = [weight.participation.clone() for weight in subnetwork_of(model).weights]
+    model.eval()
+    train(model, optimizer, batches(1))
+    for weight, counts in zip(subnetwork_of(model).weights, before, strict=True):
+        assert torch.equal(weight.participation, counts + 1)
+
+
 def test_a_snapshot_is_the_only_copy_in_subnetwork(make_model, batches):
     for frozen in ("exact", "gradient"):
         model = mix(make_model, frozen=frozen)

@@ -1,0 +1,60 @@
+"""Runs on every rank: trains under DDP on the rank's share of each batch, then compares weights and masks."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from peft_dps import DPSConfig
+
+
+def make_model(variant: str) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3))
+    return get_peft_model(net, DPSConfig(target_modules=["0", "2"], variant=variant, density=0.4, stage_steps=3))
+
+
+def state_of(model: nn.Module) -> list[torch.Tensor]:
+    layers = [model.base_model.model[index] for index in (0, 2)]
+    weights = layers[0].dps_subnetworks["default"].weights
+    return [*(weight.weight.detach() for weight in weights), *(weight.keep.float() for weight in weights)]
+
+
+def main(variant: str) -> None:
+    dist.init_process_group("gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(rank)  # ranks differ in everything random, but not in their masks
+    model = make_model(variant)
+    torch.manual_seed(100 + rank)
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    alone = make_model(variant)
+    optimizer_alone = torch.optim.AdamW([p for p in alone.parameters() if p.requires_grad], lr=1e-2)
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(5):
+        x, y = torch.randn(8, 12, generator=generator), torch.randint(3, (8,), generator=generator)
+        mine = slice(rank * 8 // size, (rank + 1) * 8 // size)
+        for each, stepper, share in ((wrapped, optimizer, mine), (alone, optimizer_alone, slice(None))):
+            stepper.zero_grad()
+            nn.functional.cross_entropy(each(x[share]), y[share]).backward()
+            stepper.step()
+    buffers = [name for name, _ in model.named_buffers()]
+    if buffers:
+        raise AssertionError(f"buffers that DDP would broadcast: {buffers}")
+    for tensor in state_of(model):
+        gathered = [torch.empty_like(tensor) for _ in range(size)]
+        dist.all_gather(gathered, tensor)
+        if not all(torch.equal(gathered[0], other) for other in gathered):
+            raise AssertionError("ranks differ")
+    for ours, expected in zip(state_of(model), state_of(alone), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -44,7 +44,7 @@ docs: $(VENV)/.installed-docs ## Build the documentation into site/
 	$(RUN) mkdocs build --strict
 
 benchmark: $(VENV)/.installed-compare ## Measure time and memory of a step against plain fine-tuning
-	$(RUN) benchmarks.dense $(ARGS)
+	$(RUN) benchmarks $(ARGS)
 
 clean: ## Remove everything that was made here, .venv included
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
-from pathlib import Path
-
 import psutil
 import torch
 from torch import nn
@@ -13,23 +9,12 @@ from torch.optim import Optimizer
 
 from peft_dps.model import find_subnetworks
 
-KINDS = ("trained weights", "W0", "other weights", "gradients", "optimizer", "scores", "masks", "held bits")
-_STATUS = Path("/proc/self/status")
+KINDS = ("trained weights", "W0", "other weights", "gradients", "optimizer", "scores", "masks", "snapshots")
 
 
 def rss() -> int:
     """Return the bytes of this process that are in memory now."""
     return int(psutil.Process().memory_info().rss)
-
-
-def peak_rss() -> int:
-    """Return the most bytes that this process has had in memory."""
-    if _STATUS.exists():
-        # Linux starts ru_maxrss of a new process at that of the process which started it; this value it does not.
-        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def tensor_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
@@ -50,9 +35,9 @@ def tensor_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
         sizes["optimizer"] += sum(_bytes(value) for value in state.values())
     for subnetwork in find_subnetworks(model).values():
         for weight in subnetwork.weights:
-            sizes["scores"] += _bytes(weight.total)
-            sizes["masks"] += _bytes(weight.keep)
-            sizes["held bits"] += _bytes(weight.held)
+            sizes["scores"] += _bytes(weight.total) + _bytes(weight.participation)
+            sizes["masks"] += _bytes(weight.keep) + _bytes(weight.columns)
+            sizes["snapshots"] += _bytes(weight.held) + _bytes(weight.snapshot)
     return sizes
 
 

@@ -80,10 +80,16 @@ VARIANTS: dict[str, Variant] = {
         Variant("full-linear", "full fine-tuning of the linear layers only, those that DPS trains", _train_linear),
         Variant("dps-exact", "DPS on all linear layers, frozen='exact'", _dps(frozen="exact")),
         Variant("dps-gradient", "DPS on all linear layers, frozen='gradient'", _dps(frozen="gradient")),
+        Variant("mix-exact", "DPS Mix on all linear layers, frozen='exact'", _dps(variant="mix", frozen="exact")),
         Variant(
             "dps-remaining",
             "DPS on all linear layers, frozen='exact', every other parameter trained too",
             _dps(frozen="exact", train_remaining=True),
+        ),
+        Variant(
+            "mix-remaining",
+            "DPS Mix on all linear layers, frozen='exact', every other parameter trained too",
+            _dps(variant="mix", frozen="exact", train_remaining=True),
         ),
     )
 }
@@ -91,7 +97,10 @@ VARIANTS: dict[str, Variant] = {
 COMPARISONS: tuple[tuple[str, str], ...] = (
     ("dps-exact", "full-linear"),
     ("dps-gradient", "full-linear"),
+    ("mix-exact", "full-linear"),
     ("dps-remaining", "full"),
+    ("mix-remaining", "full"),
     ("dps-exact", "full"),
     ("dps-gradient", "full"),
+    ("mix-exact", "full"),
 )

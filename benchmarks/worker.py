@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
 import torch
 from torch import nn
 
-from benchmarks.memory import peak_rss, rss, tensor_bytes
+from benchmarks.memory import rss, tensor_bytes
 from benchmarks.settings import OPTIMIZERS, Settings
 from benchmarks.variant import VARIANTS, bert_config
+from peft_dps.compare.memory import peak_resident
 from peft_dps.model import find_subnetworks
 from peft_dps.status import status_of
 
@@ -102,13 +104,13 @@ class Trainee:
         middle = time.perf_counter()
         self.optimizer.step()
         end = time.perf_counter()
-        times = StepTimes(middle - start, end - middle, time.process_time() - cpu, peak_rss())
+        times = StepTimes(middle - start, end - middle, time.process_time() - cpu, peak_resident())
         self.tensors[stage] = tensor_bytes(self.model, self.optimizer)
         return times
 
     def finish(self) -> Summary:
         """Return what is known at the end."""
-        peak = peak_rss()  # first, since looking for moved entries takes memory
+        peak = peak_resident()  # first, since looking for moved entries takes memory
         status = next((status_of(subnetwork) for subnetwork in find_subnetworks(self.model).values()), None)
         return Summary(
             trained_entries=sum(parameter.numel() for parameter in self.trained),
@@ -134,9 +136,7 @@ def work(connection: Connection, name: str, settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
     trainee = Trainee(name, settings)
     connection.send(torch.get_num_threads())
-    while True:
-        request, stage = connection.recv()
-        if request == FINISH:
-            connection.send(trainee.finish())
-            return
-        connection.send(trainee.step(stage))
+    with suppress(EOFError, BrokenPipeError):  # the other end is gone
+        while (request := connection.recv())[0] == STEP:
+            connection.send(trainee.step(request[1]))
+        connection.send(trainee.finish())

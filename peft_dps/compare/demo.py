@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from peft_dps.compare import figure, run
 from peft_dps.compare.assets import Assets, fetch_assets
+from peft_dps.compare.methods import METHODS as KNOWN_METHODS
 from peft_dps.compare.run import Run, Settings
 from peft_dps.compare.table import results_table
 from peft_dps.compare.task import Task, sentiment_task, user_task
@@ -75,7 +76,8 @@ def run_demo(demo: Demo, console: Console) -> list[Run]:
     console.print(_reading(task))
     for done in runs:
         if done.status:
-            console.print(f"Proof of engagement: {done.status}.")
+            title = KNOWN_METHODS[done.method].title
+            console.print(f"Proof that {title} engaged, at the end of its last SUBNETWORK: {done.status}.")
     picture = demo.output / "demo.png"
     figure.draw(runs, picture)
     console.print(f"Figure: {picture}")

@@ -45,7 +45,7 @@ class Run:
         losses: Training loss of every step.
         stages: DPS stage of every step; empty for other methods.
         selected: Per layer, the fraction of entries selected at the latest selection; empty for other methods.
-        status: What DPS said of itself after training; empty for other methods.
+        status: What DPS said of itself at the end of the last SUBNETWORK stage; empty for other methods.
         frozen_moved: Whether a frozen entry moved in the last SUBNETWORK stage; None for other methods.
         versions: Versions of the packages in use.
     """

@@ -24,7 +24,7 @@ def results_table(runs: Sequence[Run], ratios: dict[str, float], task: Task) -> 
     for run in runs:
         table.add_column(METHODS[run.method].title, justify="right")
     for index, name in enumerate(task.tests):
-        domain = f"{task.metric} on {name}, {'in domain' if index == 0 else 'another domain'}"
+        domain = f"{task.metric}, {name}{' (in domain)' if index == 0 else ''}"
         table.add_row(
             domain, *(_score(run.scores[name], task) for run in runs), end_section=index + 1 == len(task.tests)
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -34,10 +33,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from peft_dps.compare.memory import peak_resident
 from peft_dps.compare.methods import METHODS
 from peft_dps.compare.run import Run, Settings
 from peft_dps.compare.task import Task, tokenize
 from peft_dps.model import find_subnetworks
+from peft_dps.schedule import Stage
 from peft_dps.status import DPSStatus, status_of
 
 PACKAGES = ("peft", "torch", "transformers", "accelerate")
@@ -69,6 +70,7 @@ def train(method: str, task: Task, settings: Settings) -> Run:
     data = tokenize(task.train, tokenizer, settings.max_length)
     memory_before = psutil.Process().memory_info().rss
     model = METHODS[method].prepare(load_model(task, settings))
+    witness = _Witness()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
@@ -76,18 +78,17 @@ def train(method: str, task: Task, settings: Settings) -> Run:
             train_dataset=data,
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=_correlation if task.is_regression else _accuracy,
-            callbacks=[_ProgressBar(METHODS[method].title)],
+            callbacks=[_ProgressBar(METHODS[method].title), witness],
         )
         trainer.remove_callback(PrinterCallback)
         start = time.monotonic()
         trainer.train()
         seconds = time.monotonic() - start
-        peak_memory = _peak_resident() - memory_before
+        peak_memory = peak_resident() - memory_before
         _save(model, folder)
         file_size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         scores = _test(trainer, task, tokenizer, settings)
     log: list[dict[str, Any]] = [entry for entry in trainer.state.log_history if "loss" in entry]
-    status = next((status_of(subnetwork) for subnetwork in find_subnetworks(model).values()), None)
     return Run(
         method=method,
         settings=settings,
@@ -99,7 +100,7 @@ def train(method: str, task: Task, settings: Settings) -> Run:
         losses=[entry["loss"] for entry in log],
         stages=[entry["dps_stage"] for entry in log if "dps_stage" in entry],
         versions={"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}},
-        **_proof(status),
+        **_proof(witness.status),
     )
 
 
@@ -171,9 +172,19 @@ def _proof(status: DPSStatus | None) -> dict[str, Any]:
     return {"selected": selected, "status": str(status), "frozen_moved": status.frozen_moved}
 
 
-def _peak_resident() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+class _Witness(TrainerCallback):
+    """Keeps what DPS says of itself at the end of each SUBNETWORK stage."""
+
+    def __init__(self) -> None:
+        self.status: DPSStatus | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        for subnetwork in find_subnetworks(kwargs["model"]).values():
+            position, schedule = subnetwork.position, subnetwork.schedule
+            if position is None or schedule is None or position.stage is not Stage.SUBNETWORK:
+                continue
+            if schedule.stage_steps == position.step_in_stage or state.global_step == state.max_steps:
+                self.status = status_of(subnetwork)
 
 
 class _ProgressBar(TrainerCallback):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.dense import main
+from benchmarks.__main__ import main
 from benchmarks.memory import KINDS
 from benchmarks.ratio import Spread
 from benchmarks.rounds import FIGURES
@@ -20,7 +20,7 @@ def output(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmark") / "dense.json"
     main(
         "--size toy --batch 2 --tokens 8 --stage-steps 2 --cycles 2 --warmup 1 --threads 1 --optimizer adamw-foreach "
-        f"--out {path}".split()
+        f"--out {path} --variants {' '.join(VARIANTS)}".split()
     )
     return path.read_text()
 
@@ -68,10 +68,10 @@ def test_tensors_are_counted_by_kind(document):
     exact = document["variants"]["dps-exact"]["tensors"]
     assert set(exact["accumulate"]) == set(KINDS)
     weights = exact["accumulate"]["scores"]  # fp32 like the weights
-    assert exact["subnetwork"]["scores"] == exact["accumulate"]["masks"] == exact["accumulate"]["held bits"] == 0
-    assert exact["subnetwork"]["held bits"] == weights
+    assert exact["subnetwork"]["scores"] == exact["accumulate"]["masks"] == exact["accumulate"]["snapshots"] == 0
+    assert exact["subnetwork"]["snapshots"] == weights
     assert exact["subnetwork"]["masks"] == weights // 4
-    assert document["variants"]["dps-gradient"]["tensors"]["subnetwork"]["held bits"] == 0
+    assert document["variants"]["dps-gradient"]["tensors"]["subnetwork"]["snapshots"] == 0
     full = document["variants"]["full"]["tensors"]["accumulate"]
     assert full["W0"] == full["scores"] == 0
     assert full["gradients"] == full["trained weights"]

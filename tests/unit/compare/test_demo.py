@@ -62,7 +62,7 @@ def test_demo_on_the_users_model_and_data(model_folder, data_files, tmp_path, ca
         "DPS Dense",
         "DPS Mix",
         "elsewhere",
-        "Proof of engagement: DPS adapter 'default'",
+        "Proof that DPS Dense engaged",
     ):
         assert text in shown
     assert (output / "demo.png").read_bytes().startswith(b"\x89PNG")
@@ -71,7 +71,8 @@ def test_demo_on_the_users_model_and_data(model_folder, data_files, tmp_path, ca
     assert set(dense["scores"]) == {"train", "elsewhere"}
     assert dense["trainable"] == mix["trainable"] == full["trainable"]
     assert set(dense["stages"]) == {"accumulate", "subnetwork"}
-    assert dense["frozen_moved"] is False
+    assert dense["frozen_moved"] is mix["frozen_moved"] is False
+    assert "subnetwork 1/1" in dense["status"]
     assert sum(dense["selected"].values()) > 0
     assert full["stages"] == []
     assert full["file_size"] > 0

@@ -45,6 +45,7 @@ class _OpenStep:
                 continue
             if self.closure_runs <= 1:
                 subnetwork.begin_call(weights)
+                subnetwork.accept_changes(weights)
             elif subnetwork.stage is Stage.ACCUMULATE:
                 raise EngineError(
                     f"{type(self.optimizer).__name__} evaluated its closure {self.closure_runs} times in one step, so "
@@ -162,7 +163,8 @@ def _refuse_unsupported(optimizer: Optimizer, work: Work) -> None:
     for _, weights in work:
         for weight in weights:
             parameter = weight.weight
-            if type(parameter.data).__name__ == "DTensor" or parameter.numel() == 0:
+            whole = weight.layer.in_features * weight.layer.out_features
+            if type(parameter.data).__name__ == "DTensor" or parameter.numel() != whole:
                 raise EngineError(
                     f"The weight of {weight.name!r} is sharded (FSDP or ZeRO-3), which DPS does not support yet. "
                     "Train with data parallelism (DDP) or on one process."

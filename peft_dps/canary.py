@@ -30,12 +30,12 @@ class Canary:
         Args:
             adapter: Name of the adapter.
             layer: The layer about to compute a training forward.
-            step: Optimizer steps that the bridge has seen.
+            step: Optimizer steps that the bridge has seen, applied or skipped.
 
         Raises:
             EngineError: If the weight has changed twice in a row and no step was seen.
         """
-        if self._layer is None:
+        if self._layer is None or self._layer() is None:
             self._layer = weakref.ref(layer)
         if self._layer() is not layer:
             return

@@ -160,7 +160,7 @@ class DPSConfig(PeftConfig):
             _is_int(layer) and layer >= 0 for layer in (layers if isinstance(layers, list) else [layers])
         ):
             raise ConfigError(f"`layers_to_transform` must be layer numbers of at least 0, got {layers!r}.")
-        is_expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        is_expression = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
         if is_expression and self.layers_to_transform is not None:
             raise ConfigError(
                 "`layers_to_transform` works with a list of names or 'all-linear' in `target_modules`, got the "

@@ -35,8 +35,8 @@ def disable_dropout(model: nn.Module) -> dict[str, float]:
                 module.p = 0.0
         else:
             changed.update(_zero_numbers(module, f"{path}." if path else ""))
-    config = getattr(model, "config", None)
-    if config is not None:
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    for config in configs.values():
         changed.update(_zero_numbers(config, "config."))
     logger.info("Dropout set to 0 in %d places: %s", len(changed), ", ".join(changed))
     return changed

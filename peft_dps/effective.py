@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from peft_dps.freezing import zero_frozen_
+from peft_dps.freezing import pieces, zero_frozen_
 
 
 class EffectiveWeight(Protocol):
@@ -41,8 +41,7 @@ class NoisyWeight:
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W_eff, as a new tensor in the weight's shape and dtype."""
-        base = self.base_weight.to(weight.dtype)
-        return (weight - base).mul_(self.columns / self.density).add_(base)
+        return torch.lerp(self.base_weight.to(weight.dtype), weight, self.columns / self.density)
 
     def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
         """Multiply the gradient of W_eff by b, in place."""
@@ -65,9 +64,10 @@ class AmplifiedWeight:
 
     def of(self, weight: torch.Tensor) -> torch.Tensor:
         """Return W_eff, as a new tensor in the weight's shape and dtype."""
-        change = (weight - self.snapshot).div_(self.density)
-        zero_frozen_(change, self.keep)
-        return change.add_(self.snapshot)
+        effective = torch.empty_like(weight)
+        for now, before, kept, piece in pieces(weight.detach(), self.snapshot, self.keep, effective):
+            torch.lerp(before, now, kept.to(piece.dtype).mul_(-1.0 / self.density), out=piece)
+        return effective
 
     def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
         """Zero the gradient of frozen entries, in place."""
@@ -96,7 +96,8 @@ def effective_linear(
         Activations `[..., out]`.
     """
     device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = torch.is_autocast_enabled(device) and x.dtype is not torch.float64
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     with torch.autocast(device, enabled=False):
         output: torch.Tensor = _EffectiveLinear.apply(  # type: ignore[no-untyped-call]
             x.to(dtype), weight, None if bias is None else bias.to(dtype), effective, input_axis

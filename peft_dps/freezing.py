@@ -13,6 +13,7 @@ import torch
 _INT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Work in pieces that stay in a CPU's cache: the int8 mask is widened piece by piece.
 _CPU_CHUNK = 1 << 18
+_CHECKSUM_CHUNK = 1 << 20  # the same on every device: its int64 temporaries are large
 
 
 def keep_from_mask(mask: torch.Tensor) -> torch.Tensor:
@@ -32,7 +33,7 @@ def zero_frozen_(gradient: torch.Tensor, keep: torch.Tensor) -> None:
         gradient: Any floating dtype.
         keep: int8, same shape.
     """
-    for piece, kept in _pieces(_bits(gradient), keep):
+    for piece, kept in pieces(_bits(gradient), keep):
         piece.bitwise_and_(kept)
 
 
@@ -49,7 +50,7 @@ def hold_frozen(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """
     bits = _bits(weight)
     held = torch.empty_like(bits)
-    for piece, kept, frozen in _pieces(bits, keep, held):
+    for piece, kept, frozen in pieces(bits, keep, held):
         torch.bitwise_and(piece, ~kept, out=frozen)
     return held
 
@@ -63,7 +64,7 @@ def restore_frozen_(weight: torch.Tensor, keep: torch.Tensor, held: torch.Tensor
         keep: int8, same shape.
         held: What `hold_frozen` returned.
     """
-    for piece, kept, bits in _pieces(_bits(weight), keep, held):
+    for piece, kept, bits in pieces(_bits(weight), keep, held):
         piece.bitwise_and_(kept).bitwise_or_(bits)
 
 
@@ -76,7 +77,7 @@ def restore_from_snapshot_(weight: torch.Tensor, keep: torch.Tensor, snapshot: t
         keep: int8, same shape.
         snapshot: A copy of the weight, same shape and dtype.
     """
-    for piece, kept, bits in _pieces(_bits(weight), keep, _bits(snapshot)):
+    for piece, kept, bits in pieces(_bits(weight), keep, _bits(snapshot)):
         piece.bitwise_xor_((piece ^ bits).bitwise_and_(~kept))
 
 
@@ -95,10 +96,13 @@ def frozen_checksum(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         An int64 scalar on the weight's device.
     """
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    for piece, kept in _pieces(_bits(weight), keep):
-        frozen = piece.bitwise_and(~kept).reshape(-1)
-        odd_numbers = torch.arange(3, 2 * frozen.numel() + 3, 2, device=frozen.device)
-        total = total * 1_000_003 + (frozen * odd_numbers).sum()
+    start = 3
+    bits, kept = _bits(weight).reshape(-1), keep.reshape(-1)  # row-major, so that the value depends on no layout
+    for piece, piece_kept in zip(bits.split(_CHECKSUM_CHUNK), kept.split(_CHECKSUM_CHUNK), strict=True):
+        frozen = piece.bitwise_and(~piece_kept)
+        end = start + 2 * frozen.numel()
+        total += (frozen * torch.arange(start, end, 2, device=frozen.device)).sum()
+        start = end
     return total
 
 
@@ -107,8 +111,15 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(_INT_DTYPES[tensor.element_size()])
 
 
-def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Cut equally shaped tensors into the same flat pieces where their memory allows it, else pass them whole."""
+def pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Cut equally shaped tensors into the same flat pieces where their memory allows it, else pass them whole.
+
+    Args:
+        *tensors: Tensors of one shape on one device.
+
+    Returns:
+        Tuples of pieces, views of the tensors.
+    """
     if tensors[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
         return iter([tensors])
     return zip(*(tensor.view(-1).split(_CPU_CHUNK) for tensor in tensors), strict=True)

@@ -13,7 +13,7 @@ from peft_dps.config import DPSConfig
 from peft_dps.effective import EffectiveWeight, materialize
 
 
-class Trainer(Protocol):
+class Training(Protocol):
     """What a layer needs to know of the training of one of its adapters."""
 
     @property
@@ -52,14 +52,14 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.dps_weight = nn.ParameterDict({})
         self.dps_bias = nn.ParameterDict({})
-        self.dps_subnetworks: dict[str, Trainer] = {}
+        self.dps_subnetworks: dict[str, Training] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged_weight: torch.Tensor | None = None
         self._unmerged_bias: torch.Tensor | None = None
 
     def update_layer(
-        self, adapter_name: str, config: DPSConfig, subnetwork: Trainer, low_cpu_mem_usage: bool = False
+        self, adapter_name: str, config: DPSConfig, subnetwork: Training, low_cpu_mem_usage: bool = False
     ) -> None:
         """Add an adapter: copy the base layer's weight and bias as its starting point.
 
@@ -193,6 +193,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         """Announce a training forward to the adapters; return the effective weights of those that train by Mix."""
         effective = {}
         for name in names if self.training else ():
+            if not self.dps_weight[name].requires_grad:
+                continue
             subnetwork = self.dps_subnetworks[name]
             # Dense leaves a compiled graph whole; Mix breaks it here.
             if subnetwork.is_mix or not torch.compiler.is_compiling():
@@ -258,7 +260,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _announce(subnetwork: Trainer, layer: DPSLayer) -> EffectiveWeight | None:
+def _announce(subnetwork: Training, layer: DPSLayer) -> EffectiveWeight | None:
     return subnetwork.on_forward(layer)
 
 

@@ -239,8 +239,9 @@ def _make_layer(target: nn.Module, key: str) -> DPSLayer:
 
 
 def _is_quantized(weight: torch.Tensor) -> bool:
-    exact_parameter = type(weight) in (nn.Parameter, torch.Tensor)
-    return not exact_parameter and any(hasattr(weight, name) for name in ("quant_state", "SCB", "dequantize_affine"))
+    # torchao's weights are tensor subclasses of a floating dtype; bitsandbytes' are parameters with a state.
+    subclass = type(weight.data) is not torch.Tensor and type(weight.data).__name__ != "DTensor"
+    return subclass or any(hasattr(weight, name) for name in ("quant_state", "SCB"))
 
 
 def _take_out(model: nn.Module, subnetwork: Subnetwork) -> None:

@@ -60,8 +60,9 @@ class StageSchedule:
             The schedule, in steps.
 
         Raises:
-            ConfigError: If the stage length is out of range, if a fraction meets an unknown total, or if the first
-                stage would fill the whole training, so that no subnetwork would ever be selected.
+            ConfigError: If the stage length is out of range, or if the first stage would fill the whole training, so
+                that no subnetwork would ever be selected.
+            ScheduleError: If a fraction meets an unknown total.
         """
         if isinstance(stage_steps, float):
             if not 0.0 < stage_steps < 1.0:

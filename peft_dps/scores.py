@@ -114,19 +114,21 @@ def score_dtype(weight: torch.Tensor) -> torch.dtype:
 
 
 @torch.no_grad()
-def accumulate_squares_(totals: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
-    """Add the squared gradients to the totals in place: S += G * G.
+def accumulate_squares_(totals: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], scale: float = 1.0) -> None:
+    """Add the squared gradients to the totals in place: S += (G / scale)^2.
 
     Args:
         totals: Scores so far, one per weight, in the dtype of `score_dtype`.
         gradients: Gradients the optimizer is about to apply, same shapes, any floating dtype.
+        scale: Factor that a gradient scaler has left in the gradients.
     """
+    factor = scale**-2
     if all(gradient.dtype == total.dtype for total, gradient in zip(totals, gradients, strict=True)):
-        torch._foreach_addcmul_(list(totals), list(gradients), list(gradients))
+        torch._foreach_addcmul_(list(totals), list(gradients), list(gradients), value=factor)
         return
     for total, gradient in zip(totals, gradients, strict=True):  # one wider copy at a time
         wide = gradient.to(total.dtype)
-        total.addcmul_(wide, wide)
+        total.addcmul_(wide, wide, value=factor)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ _KEY_DTYPES = {
 }
 # Elementwise work in pieces that stay in a CPU's cache is several times faster than one pass with a large temporary.
 _CPU_CHUNK = 1 << 18
-_DEVICE_CHUNK = 1 << 26
+_DEVICE_CHUNK = 1 << 24
 
 
 def selected_count(entries: int, density: float) -> int:

@@ -18,7 +18,7 @@ from peft_dps.layer import DPSLayer
 from peft_dps.noise import ColumnNoise
 from peft_dps.schedule import Position, Stage, StageSchedule
 from peft_dps.scores import Evidence, accumulate_squares_, find_score, relax_by_participation_
-from peft_dps.selection import select, select_across
+from peft_dps.selection import select, select_across, selected_count
 from peft_dps.tracked import UNKNOWN, TrackedWeight
 
 logger = logging.getLogger(__name__)
@@ -37,17 +37,12 @@ class Subnetwork:
 
     alive: ClassVar[weakref.WeakSet[Subnetwork]] = weakref.WeakSet()
 
-    def __new__(cls, *_args: object, **_kwargs: object) -> Subnetwork:  # noqa: D102
-        # Copies and unpickled models come through here as well, so they are known to the bridge like any other.
-        self = super().__new__(cls)
-        cls.alive.add(self)
-        return self
-
     def __init__(self, adapter: str, config: DPSConfig) -> None:
         self.adapter = adapter
         self.config = config
         self.weights: list[TrackedWeight] = []
         self.restart(config.total_steps)
+        self.alive.add(self)
 
     def restart(self, total_steps: int | None) -> None:
         """Forget scores, masks and steps, and begin a new training.
@@ -57,6 +52,7 @@ class Subnetwork:
         """
         self.total_steps = total_steps
         self.step = 0
+        self.calls = 0
         self.scored_steps = 0
         self.unscored_steps = 0
         self.position: Position | None = None
@@ -73,6 +69,10 @@ class Subnetwork:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_canary": Canary(), "_by_layer": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.alive.add(self)  # copies and unpickled models train like any other
 
     def track(self, name: str, layer: DPSLayer) -> None:
         """Add the adapter's weight of a layer.
@@ -142,6 +142,11 @@ class Subnetwork:
                 self._score(weights, grad_scale)
             return
         for weight in weights:
+            weight.mask_gradient()
+
+    def accept_changes(self, weights: Iterable[TrackedWeight]) -> None:
+        """Take values that were written from outside since the latest step, such as a loaded state, as they are."""
+        for weight in weights:
             if weight.accept_changes():
                 logger.warning(
                     "Adapter %r: frozen entries of %r were changed outside of the optimizer; they are held at their "
@@ -149,12 +154,13 @@ class Subnetwork:
                     self.adapter,
                     weight.name,
                 )
-            weight.mask_gradient()
 
     def hold(self, weights: Iterable[TrackedWeight]) -> None:
         """Give frozen entries back the bits they had when the stage began, if the policy is `"exact"`."""
+        self.calls += 1
         for weight in weights:
-            weight.hold(exact=self.config.frozen == "exact")
+            if weight.exists():
+                weight.hold(exact=self.config.frozen == "exact")
 
     def on_forward(self, layer: DPSLayer) -> EffectiveWeight | None:
         """Prepare a training forward of a layer.
@@ -169,7 +175,7 @@ class Subnetwork:
             EngineError: If the weights change from forward to forward while the bridge is shown no step.
         """
         if torch.is_grad_enabled():
-            self._canary.check(self.adapter, layer, self.step)
+            self._canary.check(self.adapter, layer, self.calls)
         if not self.is_mix:
             return None
         # A recomputation in the backward pass (gradient checkpointing) has to see what the forward saw.
@@ -177,7 +183,13 @@ class Subnetwork:
             self._prepare_mix()
         if not self._by_layer:
             self._by_layer = {id(weight.layer): weight for weight in self.weights}
-        return self._by_layer[id(layer)].effective(self.config.density)
+        tracked = self._by_layer.get(id(layer))
+        if tracked is None:
+            raise EngineError(
+                f"A copy of a layer of adapter {self.adapter!r} computes a training forward, as torch.nn.DataParallel "
+                "makes them; DPS Mix cannot follow it. Use DistributedDataParallel, with one process per device."
+            )
+        return tracked.effective(self.config.density)
 
     def _prepare_mix(self) -> None:
         """Get ready for the forwards of the next step: enter its stage, and draw its column noise."""
@@ -199,6 +211,7 @@ class Subnetwork:
         self._schedule = self._schedule or StageSchedule.resolve(self.config.stage_steps, self.total_steps)
         position = self._schedule.at(self.step + 1)
         if position.stage is not self._entered:
+            self._forget_dead()
             if position.stage is Stage.SUBNETWORK:
                 self._check_observed()
                 self._select(self._schedule.stage_steps)
@@ -209,13 +222,16 @@ class Subnetwork:
             self._entered = position.stage
         return position
 
+    def _forget_dead(self) -> None:
+        if not all(weight.exists() for weight in self.weights):
+            self.weights = [weight for weight in self.weights if weight.exists()]
+            self._noise, self._by_layer = None, {}
+
     def _score(self, weights: Sequence[TrackedWeight], grad_scale: torch.Tensor | None) -> None:
         gradients = [weight.gradient for weight in weights]
-        if grad_scale is not None:
-            inverse = 1.0 / grad_scale.to(torch.float32)
-            gradients = [gradient.to(torch.float32) * inverse.to(gradient.device) for gradient in gradients]
-        norms = torch.stack([norm.to(gradients[0].device) for norm in torch._foreach_norm(gradients)])
-        if not bool(norms.isfinite().all()):
+        wide = torch.float64 if any(gradient.dtype is torch.float64 for gradient in gradients) else torch.float32
+        norms = torch._foreach_norm(gradients, 2, dtype=wide)
+        if not bool(torch.stack([norm.to(gradients[0].device) for norm in norms]).isfinite().all()):
             self.unscored_steps += 1
             logger.warning(
                 "Adapter %r: the gradients of step %d are not finite; the step is counted but not scored.",
@@ -224,7 +240,8 @@ class Subnetwork:
             )
             return
         self.scored_steps += 1
-        accumulate_squares_([weight.running_total() for weight in weights], gradients)
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        accumulate_squares_([weight.running_total() for weight in weights], gradients, scale)
         if self.is_mix:
             for weight in weights:
                 weight.count_participation()
@@ -232,9 +249,9 @@ class Subnetwork:
     def _check_observed(self) -> None:
         if find_score(self.config.score).uses_gradients and self.scored_steps == 0:
             raise ScoreError(
-                f"Adapter {self.adapter!r}: none of the {self.step} steps so far had finite gradients to score, so no "
-                "subnetwork can be selected. Look for the cause of the NaN or inf; the weights are as before this "
-                "step."
+                f"Adapter {self.adapter!r}: no step of the ACCUMULATE stage that ended with step {self.step} was "
+                "scored, so no subnetwork can be selected. Look for the cause of NaN or inf in the gradients; the "
+                "weights are as before this step."
             )
         for weight in self.weights:
             if weight.observed == 0 and weight.version not in (UNKNOWN, weight.weight._version):
@@ -252,24 +269,39 @@ class Subnetwork:
                 weight.total, weight.selected = None, weight.weight.numel()
         elif self.config.scope == "tensor":
             for index, weight in enumerate(self.weights):
-                self._freeze(weight, select(self._scores(weight, index, stage_steps), density))
+                if weight.keep is None:  # else an exception ended an earlier attempt, and this one goes on there
+                    mask = select(self._scores(weight, index, stage_steps), density)
+                    self._freeze(weight, mask, selected_count(mask.numel(), density))
         else:
-            scores = [self._scores(weight, index, stage_steps) for index, weight in enumerate(self.weights)]
-            for weight, mask in zip(self.weights, select_across(scores, density), strict=True):
-                self._freeze(weight, mask)
+            self._select_across(density, stage_steps)
 
-    def _freeze(self, weight: TrackedWeight, mask: torch.Tensor) -> None:
-        weight.freeze(mask, exact=self.config.frozen == "exact", snapshot=self.is_mix)
+    def _select_across(self, density: float, stage_steps: int) -> None:
+        masks = select_across(
+            [self._scores(weight, index, stage_steps) for index, weight in enumerate(self.weights)], density
+        )
+        for weight in self.weights:
+            weight.total = None
+        try:
+            for weight, mask in zip(self.weights, masks, strict=True):
+                self._freeze(weight, mask, int(mask.count_nonzero()))
+        except Exception:
+            for weight in self.weights:  # a half-frozen model must not train on
+                weight.release()
+            self.scored_steps = 0
+            raise
+
+    def _freeze(self, weight: TrackedWeight, mask: torch.Tensor, selected: int) -> None:
+        weight.freeze(mask, selected, exact=self.config.frozen == "exact", snapshot=self.is_mix)
 
     def _scores(self, weight: TrackedWeight, index: int, stage_steps: int) -> torch.Tensor:
-        """Evaluate the score of one weight; its accumulated total is given away."""
+        """Evaluate the score of one weight."""
         score = find_score(self.config.score)
         total = weight.running_total() if score.uses_gradients else None
-        weight.total = None
         if total is not None and weight.participation is not None:
             row, decay = weight.over_columns(weight.participation), self.config.participation_decay
             decay = stage_steps >= DECAY_FROM_STEPS if decay is None else decay
             relax_by_participation_(total, row, stage_steps, decay=decay)
+            weight.participation = None  # relaxed once, also if the selection has to be repeated
         evidence = Evidence(
             squared_gradients=total,
             weight=weight.weight.detach(),

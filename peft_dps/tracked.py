@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ class TrackedWeight:
         held: Bits of the frozen entries when the stage began, kept with `frozen="exact"` in Dense.
         snapshot: The weight when the stage began, kept in Mix.
         checksum: Checksum of the frozen entries when the stage began, kept where nothing else tells whether they move.
+        dtype: Dtype of the weight when this SUBNETWORK stage began.
         observed: Steps of this ACCUMULATE stage that brought it a gradient.
         selected: Entries selected at the latest selection.
         version: Version counter of the weight when nothing but DPS and its optimizer was to change it any more.
@@ -49,7 +51,8 @@ class TrackedWeight:
     def __init__(self, name: str, layer: DPSLayer, adapter: str) -> None:
         self.name = name
         self.adapter = adapter
-        self._layer = weakref.ref(layer)  # the layer owns the subnetwork; a cycle would keep dead models in memory
+        # The layer owns the subnetwork; a cycle would keep dead models in memory.
+        self._layer: Callable[[], DPSLayer | None] = weakref.ref(layer)
         self.selected: int | None = None
         self.columns: torch.Tensor | None = None
         self.release()
@@ -62,15 +65,17 @@ class TrackedWeight:
         self.held: torch.Tensor | None = None
         self.snapshot: torch.Tensor | None = None
         self.checksum: torch.Tensor | None = None
+        self.dtype: torch.dtype | None = None
         self.observed = 0
         self.changed_outside = False
         self.version = self.weight._version if self.exists() else UNKNOWN
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layer": self.layer, "version": UNKNOWN}
+        return {**self.__dict__, "_layer": self._layer(), "version": UNKNOWN}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _layer=weakref.ref(state["_layer"]))
+        layer = state["_layer"]
+        self.__dict__.update(state, _layer=_no_layer if layer is None else weakref.ref(layer))
 
     def exists(self) -> bool:
         """Tell whether the layer still exists and has the adapter, which may have been deleted or unloaded."""
@@ -82,7 +87,10 @@ class TrackedWeight:
         """The layer that holds the weight."""
         layer = self._layer()
         if layer is None:
-            raise EngineError(f"The layer {self.name!r} of adapter {self.adapter!r} does not exist any more.")
+            raise EngineError(
+                f"The layer {self.name!r} of adapter {self.adapter!r} does not exist any more. Train with an "
+                "optimizer over the parameters that the model has now."
+            )
         return layer
 
     @property
@@ -105,7 +113,10 @@ class TrackedWeight:
         """
         gradient = self.weight.grad
         if gradient is None:
-            raise EngineError(f"The weight of {self.name!r} lost its gradient during the optimizer step.")
+            raise EngineError(
+                f"The weight of {self.name!r} lost its gradient during the optimizer step. Leave gradients alone in "
+                "other step hooks, or register those before importing peft_dps."
+            )
         if gradient.layout is not torch.strided:
             raise EngineError(
                 f"The gradient of {self.name!r} has layout {gradient.layout}; DPS needs dense gradients. Create the "
@@ -118,7 +129,7 @@ class TrackedWeight:
         weight = self.weight
         if self.total is None:
             self.total = torch.zeros_like(weight, dtype=score_dtype(weight), requires_grad=False)
-        self.total = self.total.to(weight.device)
+        self._follow_weight()
         return self.total
 
     def count_participation(self) -> None:
@@ -126,23 +137,26 @@ class TrackedWeight:
         if self.participation is None:
             inputs = self.weight.shape[self.layer.input_axis]
             self.participation = torch.zeros(inputs, dtype=torch.float32, device=self.weight.device)
+        self._follow_weight()
         self.participation += 1.0 if self.columns is None else self.columns.to(self.participation)
 
     def over_columns(self, row: torch.Tensor) -> torch.Tensor:
         """Shape a row `[in]` so that it broadcasts over the weight."""
         return row if self.layer.input_axis == 1 else row.unsqueeze(1)
 
-    def freeze(self, mask: torch.Tensor, *, exact: bool, snapshot: bool) -> None:
+    def freeze(self, mask: torch.Tensor, selected: int, *, exact: bool, snapshot: bool) -> None:
         """Begin a SUBNETWORK stage.
 
         Args:
             mask: Bool tensor of the weight's shape, True = updated. Its memory is reused.
+            selected: Number of entries that are True in it.
             exact: Keep what it takes to give frozen entries their bits back.
             snapshot: Keep the whole weight, for Mix.
         """
         self.total = self.participation = self.columns = None
-        self.selected = int(torch.count_nonzero(mask))
+        self.selected = selected
         self.keep = keep_from_mask(mask)
+        self.dtype = self.weight.dtype
         if snapshot:
             self.snapshot = self.weight.detach().clone()
         elif exact:
@@ -154,7 +168,7 @@ class TrackedWeight:
     def mask_gradient(self) -> None:
         """Zero the gradient of frozen entries."""
         if self.keep is not None:
-            self._follow_device()
+            self._follow_weight()
             zero_frozen_(self.gradient, self.keep)
 
     def accept_changes(self) -> bool:
@@ -165,13 +179,12 @@ class TrackedWeight:
         """
         touched = self.keep is not None and self.version not in (UNKNOWN, self.weight._version)
         self.version = self.weight._version
-        if not touched or self.keep is None or not self.frozen_moved():
-            return False
-        self._follow_device()
+        if not touched or self.keep is None or self.checksum is not None or not self.frozen_moved():
+            return False  # with the policy "gradient" the optimizer moves frozen entries too
         if self.held is not None:
             self.held = hold_frozen(self.weight, self.keep)
         if self.snapshot is not None:
-            self.snapshot.copy_(self.weight.detach())
+            restore_from_snapshot_(self.snapshot, self.keep, self.weight)
         self.changed_outside = True
         return True
 
@@ -179,6 +192,7 @@ class TrackedWeight:
         """Give frozen entries back the bits they had when the stage began, if the policy is exact."""
         if self.keep is None:
             return
+        self._follow_weight()
         if self.held is not None:
             restore_frozen_(self.weight, self.keep, self.held)
         elif exact and self.snapshot is not None:
@@ -188,7 +202,7 @@ class TrackedWeight:
     def effective(self, density: float) -> EffectiveWeight | None:
         """Return what a training forward of Mix makes of the weight, or None for the weight itself."""
         if self.keep is not None and self.snapshot is not None:
-            self._follow_device()
+            self._follow_weight()
             return AmplifiedWeight(self.snapshot, self.keep, density)
         if self.columns is not None:
             return NoisyWeight(self.base_weight, self.over_columns(self.columns.to(self.weight)), density)
@@ -200,14 +214,25 @@ class TrackedWeight:
             return False
         if self.changed_outside:
             return True
+        self._follow_weight()
         if self.checksum is not None:
             return bool(frozen_checksum(self.weight, self.keep) != self.checksum)
         before = self.held if self.snapshot is None else hold_frozen(self.snapshot, self.keep)
         return before is not None and not torch.equal(hold_frozen(self.weight, self.keep), before)
 
-    def _follow_device(self) -> None:
-        device = self.weight.device
-        for name in ("keep", "held", "snapshot"):
+    def _follow_weight(self) -> None:
+        """Follow the weight to another device; refuse another dtype, whose bits would not fit."""
+        weight = self.weight
+        if self.dtype not in (None, weight.dtype):
+            raise EngineError(
+                f"The weight of {self.name!r} went from {self.dtype} to {weight.dtype} in the middle of a SUBNETWORK "
+                "stage. Convert the model before training, or begin anew with `set_dps_total_steps`."
+            )
+        for name in ("total", "participation", "columns", "keep", "held", "snapshot", "checksum"):
             tensor = getattr(self, name)
-            if tensor is not None and tensor.device != device:
-                setattr(self, name, tensor.to(device))
+            if tensor is not None and tensor.device != weight.device:
+                setattr(self, name, tensor.to(weight.device))
+
+
+def _no_layer() -> None:
+    """Stand in for the reference to a layer that is gone."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import transformers.trainer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_dps.errors import EngineError
+from peft_dps.errors import ConfigError, EngineError
 from peft_dps.model import find_subnetworks
+from peft_dps.schedule import StageSchedule
 from peft_dps.subnetwork import Subnetwork
+
+logger = logging.getLogger(__name__)
 
 
 class DPSTrainerCallback(TrainerCallback):
@@ -18,6 +22,7 @@ class DPSTrainerCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._subnetworks: list[Subnetwork] = []
+        self._first_step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -29,23 +34,29 @@ class DPSTrainerCallback(TrainerCallback):
             for subnetwork in find_subnetworks(model).values()
             if any(weight.weight.requires_grad for weight in subnetwork.weights)
         ]
+        self._first_step = state.global_step
         for subnetwork in self._subnetworks:
             subnetwork.restart(subnetwork.config.total_steps or state.max_steps)
+            _check_that_it_fits(subnetwork, state)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check that the Trainer's optimizer steps reach DPS."""
         # A gradient scaler may skip the first steps while it looks for its scale.
-        if state.global_step >= 10:
+        if state.global_step - self._first_step >= 10:
             self._check_engaged(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check once more that DPS took part in the training."""
-        if state.global_step > 0:
+        if state.global_step > self._first_step:
             self._check_engaged(state)
+        for subnetwork in self._subnetworks:
+            if subnetwork.selected_fraction is None and subnetwork.step > 0:
+                logger.warning("Adapter %r: training ended before a subnetwork was selected.", subnetwork.adapter)
+        self._subnetworks = []
 
     def on_log(
         self,
@@ -75,15 +86,33 @@ class DPSTrainerCallback(TrainerCallback):
     def _check_engaged(self, state: TrainerState) -> None:
         for subnetwork in self._subnetworks:
             if subnetwork.step == 0:
+                steps = state.global_step - self._first_step
                 raise EngineError(
-                    f"The Trainer has made {state.global_step} steps, but DPS has seen none on adapter "
-                    f"{subnetwork.adapter!r}. Its engine updates copies of the weights (DeepSpeed ZeRO, FSDP1, CPU "
-                    "offloading); train with DDP or on one process."
+                    f"The Trainer has made {steps} steps, but DPS has seen none on adapter {subnetwork.adapter!r}. "
+                    "Its engine updates copies of the weights (DeepSpeed ZeRO, FSDP1, CPU offloading); train with DDP or "
+                    "on one process."
                 )
+
+
+def _check_that_it_fits(subnetwork: Subnetwork, state: TrainerState) -> None:
+    stage_steps = StageSchedule.resolve(subnetwork.config.stage_steps, subnetwork.total_steps).stage_steps
+    if stage_steps < state.max_steps - state.global_step:
+        return
+    text = (
+        f"Adapter {subnetwork.adapter!r}: a stage takes {stage_steps} steps (`stage_steps="
+        f"{subnetwork.config.stage_steps}`, `total_steps={subnetwork.config.total_steps}`), and the Trainer has only "
+        f"{state.max_steps - state.global_step} to make, so no subnetwork will be selected. Use a smaller "
+        "`stage_steps`, or leave `total_steps` to the Trainer."
+    )
+    if state.global_step == 0:
+        raise ConfigError(text)
+    logger.warning(text)  # a resumed training is allowed to run out
 
 
 def install() -> None:
     """Put the callback among those that every `Trainer` starts with."""
     defaults: list[type[TrainerCallback]] = transformers.trainer.DEFAULT_CALLBACKS  # type: ignore[assignment]
-    defaults[:] = [callback for callback in defaults if callback.__name__ != DPSTrainerCallback.__name__]
+    defaults[:] = [
+        callback for callback in defaults if getattr(callback, "__name__", None) != DPSTrainerCallback.__name__
+    ]
     defaults.append(DPSTrainerCallback)

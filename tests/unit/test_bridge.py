@@ -383,3 +383,31 @@ def test_stages_alternate_over_cycles(make_model, batches):
         (2, Stage.ACCUMULATE, 1),
     ]
     assert seen[8] == (3, Stage.ACCUMULATE, 1)
+
+
+def test_a_step_that_failed_on_a_deleted_adapter_disturbs_nobody(make_model, batches):
+    class Failing(SGD):
+        def step(self, closure=None):
+            raise MemoryError
+
+    model, other = make_model(), make_model()
+    backward(model, batches(1)[0])
+    with pytest.raises(MemoryError):
+        Failing(trainable(model), lr=0.1).step()
+    model.delete_adapter("default")
+    train(other, SGD(trainable(other), lr=0.1), batches(3))
+    assert other.dps_status().steps == 3
+
+
+def test_skipped_steps_of_a_fused_optimizer_are_no_alarm(make_model, batches):
+    model = make_model(stage_steps=2)
+    optimizer = AdamW(trainable(model), fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step, (x, y) in enumerate(batches(8)):
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+        if 2 < step < 7:  # in SUBNETWORK, where every step writes to the weights
+            weights_of(model)[0].grad[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+    assert model.dps_status().steps == 4

@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from peft_dps import DPSConfig, Stage
+from peft_dps import DPSConfig, EngineError, Stage
 from peft_dps.effective import AmplifiedWeight, NoisyWeight, effective_linear
 from peft_dps.freezing import keep_from_mask
 from peft_dps.noise import ColumnNoise
@@ -384,3 +384,20 @@ def test_the_papers_settings_put_everything_under_training(make_net):
         assert {"bert.pooler.dense", "classifier"} <= set(layers)
         assert sum(parameter.numel() for parameter in trainable(model)) == total
     assert DPSConfig.from_paper(density=0.3).density == 0.3
+
+
+def test_adapters_that_are_not_trained_get_no_noise(make_model, batches):
+    model = mix(make_model, stage_steps=0.1)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        weights_of(model)[0].add_(1.0)
+    x = batches(1)[0][0]
+    assert torch.equal(model.train()(x), model.eval()(x))
+
+
+def test_copies_of_layers_that_nobody_tracks_are_refused_by_name(make_model, batches):
+    model = mix(make_model)
+    train(model, SGD(trainable(model), lr=0.1), batches(1))
+    replica = copy.copy(layers_of(model)[0])  # shares its subnetwork, as DataParallel's replicas do
+    with pytest.raises(EngineError, match="DistributedDataParallel"):
+        replica(batches(1)[0][0])

@@ -178,3 +178,22 @@ def test_every_new_trainer_has_the_callback_once(make_trainer):
     assert sum(callback is DPSTrainerCallback for callback in DEFAULT_CALLBACKS) == 1
     handler = make_trainer().callback_handler
     assert sum(isinstance(callback, DPSTrainerCallback) for callback in handler.callbacks) == 1
+
+
+def test_a_total_that_does_not_fit_the_trainer_is_refused(make_trainer):
+    with pytest.raises(ConfigError, match=r"a stage takes 50 steps .* the Trainer has only 12"):
+        make_trainer({"stage_steps": 0.05, "total_steps": 1000}).train()
+
+
+def test_resuming_a_finished_training_is_no_alarm(make_trainer, tmp_path):
+    make_trainer({"stage_steps": 2}, save_strategy="epoch").train()
+    trainer = make_trainer({"stage_steps": 2}, save_strategy="epoch")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 12
+
+
+def test_a_trainer_keeps_nothing_of_a_model_after_training(make_trainer):
+    trainer = make_trainer({"stage_steps": 2})
+    trainer.train()
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, DPSTrainerCallback))
+    assert callback._subnetworks == []

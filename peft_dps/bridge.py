@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
@@ -133,18 +135,42 @@ def after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, 
             step.hold()
 
 
+@dataclass(frozen=True)
+class _Match:
+    """Which tracked weights an optimizer's parameters are. It keeps no model alive."""
+
+    parameters: tuple[int, ...]
+    generation: int
+    found: list[tuple[weakref.ref[Subnetwork], list[int]]]
+
+
+_matches: weakref.WeakKeyDictionary[Optimizer, _Match] = weakref.WeakKeyDictionary()
+
+
 def _find_work(optimizer: Optimizer) -> Work:
     """Match the optimizer's parameters with the tracked weights of living models."""
-    subnetworks = list(Subnetwork.alive)
-    if not subnetworks:
-        return []
-    parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = tuple(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    match = _matches.get(optimizer)
+    if match is None or match.parameters != parameters or match.generation != Subnetwork.generation:
+        match = _matches[optimizer] = _match(parameters)
     work = []
-    for subnetwork in subnetworks:
-        weights = [weight for weight in subnetwork.weights if weight.exists() and id(weight.weight) in parameters]
-        if weights:
+    for reference, indices in match.found:
+        subnetwork = reference()
+        weights = [] if subnetwork is None else [subnetwork.weights[index] for index in indices]
+        weights = [weight for weight in weights if weight.exists()]
+        if subnetwork is not None and weights:
             work.append((subnetwork, weights))
     return work
+
+
+def _match(parameters: tuple[int, ...]) -> _Match:
+    ids, generation, found = set(parameters), Subnetwork.generation, []
+    for subnetwork in list(Subnetwork.alive):
+        weights = enumerate(subnetwork.weights)
+        indices = [index for index, weight in weights if weight.exists() and id(weight.weight) in ids]
+        if indices:
+            found.append((weakref.ref(subnetwork), indices))
+    return _Match(parameters, generation, found)
 
 
 def _close_abandoned(stack: list[FrameType]) -> None:

@@ -217,14 +217,14 @@ class DPSLayer(nn.Module, BaseTunerLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the weight and bias of one adapter, or W0 plus the deltas of several."""
         effective = effective or {}
-        pretrained_weight, pretrained_bias = self._pretrained()
         weights = [
             materialize(self.dps_weight[name], effective[name]) if name in effective else self.dps_weight[name]
             for name in names
         ]
         biases = [self.dps_bias[name] for name in names if name in self.dps_bias]
         if len(names) == 1:
-            return weights[0], biases[0] if biases else pretrained_bias
+            return weights[0], biases[0] if biases else self._pretrained()[1]
+        pretrained_weight, pretrained_bias = self._pretrained()
         weight = sum((own - pretrained_weight.to(own.dtype) for own in weights), start=pretrained_weight)
         bias = pretrained_bias
         if pretrained_bias is not None:

@@ -36,13 +36,14 @@ class Subnetwork:
     """
 
     alive: ClassVar[weakref.WeakSet[Subnetwork]] = weakref.WeakSet()
+    generation: ClassVar[int] = 0  # goes on whenever a weight is tracked anew or forgotten, anywhere
 
     def __init__(self, adapter: str, config: DPSConfig) -> None:
         self.adapter = adapter
         self.config = config
         self.weights: list[TrackedWeight] = []
         self.restart(config.total_steps)
-        self.alive.add(self)
+        self._announce()
 
     def restart(self, total_steps: int | None) -> None:
         """Forget scores, masks and steps, and begin a new training.
@@ -72,7 +73,11 @@ class Subnetwork:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.alive.add(self)  # copies and unpickled models train like any other
+        self._announce()  # copies and unpickled models train like any other
+
+    def _announce(self) -> None:
+        self.alive.add(self)
+        Subnetwork.generation += 1
 
     def track(self, name: str, layer: DPSLayer) -> None:
         """Add the adapter's weight of a layer.
@@ -82,6 +87,7 @@ class Subnetwork:
             layer: The layer, whose copy of this adapter exists already.
         """
         self.weights.append(TrackedWeight(name, layer, self.adapter))
+        self._announce()
 
     @property
     def stage(self) -> Stage | None:
@@ -226,6 +232,7 @@ class Subnetwork:
         if not all(weight.exists() for weight in self.weights):
             self.weights = [weight for weight in self.weights if weight.exists()]
             self._noise, self._by_layer = None, {}
+            self._announce()
 
     def _score(self, weights: Sequence[TrackedWeight], grad_scale: torch.Tensor | None) -> None:
         gradients = [weight.gradient for weight in weights]

@@ -89,8 +89,8 @@ class DPSTrainerCallback(TrainerCallback):
                 steps = state.global_step - self._first_step
                 raise EngineError(
                     f"The Trainer has made {steps} steps, but DPS has seen none on adapter {subnetwork.adapter!r}. "
-                    "Its engine updates copies of the weights (DeepSpeed ZeRO, FSDP1, CPU offloading); train with DDP or "
-                    "on one process."
+                    "Its engine updates copies of the weights (DeepSpeed ZeRO, FSDP1, CPU offloading); train with DDP "
+                    "or on one process."
                 )
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 
 import pytest
 import torch
@@ -411,3 +412,23 @@ def test_skipped_steps_of_a_fused_optimizer_are_no_alarm(make_model, batches):
         scaler.step(optimizer)
         scaler.update()
     assert model.dps_status().steps == 4
+
+
+def test_parameters_that_join_an_optimizer_later_are_found(make_model, batches):
+    model = make_model()
+    optimizer = SGD(weights_of(model)[:1], lr=0.1)
+    train(model, optimizer, batches(1))
+    optimizer.add_param_group({"params": weights_of(model)[1:]})
+    train(model, optimizer, batches(1))
+    assert [weight.observed for weight in subnetwork_of(model).weights] == [2, 1]
+
+
+def test_an_optimizer_keeps_no_model_alive(make_model, batches):
+    model, other = make_model(), make_model()
+    optimizer = SGD([*trainable(model), *trainable(other)], lr=0.1)
+    train(model, optimizer, batches(1))
+    gone = weakref.ref(subnetwork_of(other))
+    del other
+    assert gone() is None
+    train(model, optimizer, batches(1))
+    assert subnetwork_of(model).step == 2

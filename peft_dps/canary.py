@@ -7,9 +7,8 @@ import weakref
 import torch
 
 from peft_dps.errors import EngineError
+from peft_dps.freezing import bits_of
 from peft_dps.layer import DPSLayer
-
-_INT_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Canary:
@@ -42,7 +41,7 @@ class Canary:
         weight = layer.dps_weight[adapter]
         # Updates through `.data` leave the version counter alone. The bits tell, but reading them waits for the
         # device, so they are read only until the first step has been seen.
-        seen = (weight._version, int(_bit_sum(weight)) if step == 0 else 0)
+        seen = (weight._version, int(bits_of(weight).sum(dtype=torch.int64)) if step == 0 else 0)
         if step != self._step or self._seen is None:
             self._unseen_changes = 0
         elif seen != self._seen:
@@ -55,7 +54,3 @@ class Canary:
                 "CPU offloading) or its optimizer is no torch.optim.Optimizer. Train with a torch optimizer on the "
                 "model's own parameters."
             )
-
-
-def _bit_sum(weight: torch.Tensor) -> torch.Tensor:
-    return weight.detach().view(_INT_DTYPES[weight.element_size()]).sum(dtype=torch.int64)

@@ -33,7 +33,7 @@ def zero_frozen_(gradient: torch.Tensor, keep: torch.Tensor) -> None:
         gradient: Any floating dtype.
         keep: int8, same shape.
     """
-    for piece, kept in pieces(_bits(gradient), keep):
+    for piece, kept in pieces(bits_of(gradient), keep):
         piece.bitwise_and_(kept)
 
 
@@ -48,7 +48,7 @@ def hold_frozen(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     Returns:
         An integer tensor of the weight's shape and size: the bits of frozen entries, 0 elsewhere.
     """
-    bits = _bits(weight)
+    bits = bits_of(weight)
     held = torch.empty_like(bits)
     for piece, kept, frozen in pieces(bits, keep, held):
         torch.bitwise_and(piece, ~kept, out=frozen)
@@ -64,7 +64,7 @@ def restore_frozen_(weight: torch.Tensor, keep: torch.Tensor, held: torch.Tensor
         keep: int8, same shape.
         held: What `hold_frozen` returned.
     """
-    for piece, kept, bits in pieces(_bits(weight), keep, held):
+    for piece, kept, bits in pieces(bits_of(weight), keep, held):
         piece.bitwise_and_(kept).bitwise_or_(bits)
 
 
@@ -77,7 +77,7 @@ def restore_from_snapshot_(weight: torch.Tensor, keep: torch.Tensor, snapshot: t
         keep: int8, same shape.
         snapshot: A copy of the weight, same shape and dtype.
     """
-    for piece, kept, bits in pieces(_bits(weight), keep, _bits(snapshot)):
+    for piece, kept, bits in pieces(bits_of(weight), keep, bits_of(snapshot)):
         piece.bitwise_xor_((piece ^ bits).bitwise_and_(~kept))
 
 
@@ -97,7 +97,7 @@ def frozen_checksum(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
     start = 3
-    bits, kept = _bits(weight).reshape(-1), keep.reshape(-1)  # row-major, so that the value depends on no layout
+    bits, kept = bits_of(weight).reshape(-1), keep.reshape(-1)  # row-major, so that the value depends on no layout
     for piece, piece_kept in zip(bits.split(_CHECKSUM_CHUNK), kept.split(_CHECKSUM_CHUNK), strict=True):
         frozen = piece.bitwise_and(~piece_kept)
         end = start + 2 * frozen.numel()
@@ -106,7 +106,15 @@ def frozen_checksum(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    """View a floating tensor as the integers of its bits.
+
+    Args:
+        tensor: Any floating dtype.
+
+    Returns:
+        An integer view of the same memory, without gradient.
+    """
     tensor = tensor.detach()
     return tensor.view(_INT_DTYPES[tensor.element_size()])
 

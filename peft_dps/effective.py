@@ -5,6 +5,7 @@ They are computed anew in the backward pass, so that no second copy of a weight 
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,8 +19,8 @@ from peft_dps.freezing import pieces, zero_frozen_
 class EffectiveWeight(Protocol):
     """A weight as a training forward sees it."""
 
-    def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the effective weight, as a new tensor in the weight's shape and dtype."""
+    def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the effective weight in the weight's shape and dtype, in `out` if given, else as a new tensor."""
 
     def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
         """Turn the gradient of the effective weight into that of the weight, in place."""
@@ -39,9 +40,10 @@ class NoisyWeight:
     columns: torch.Tensor
     density: float
 
-    def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return W_eff, as a new tensor in the weight's shape and dtype."""
-        return torch.lerp(self.base_weight.to(weight.dtype), weight, self.columns / self.density)
+    def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return W_eff in the weight's shape and dtype, in `out` if given, else as a new tensor."""
+        base, share = self.base_weight.to(weight.dtype), self.columns / self.density
+        return torch.lerp(base, weight.detach(), share) if out is None else torch.lerp(base, weight, share, out=out)
 
     def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
         """Multiply the gradient of W_eff by b, in place."""
@@ -62,9 +64,9 @@ class AmplifiedWeight:
     keep: torch.Tensor
     density: float
 
-    def of(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return W_eff, as a new tensor in the weight's shape and dtype."""
-        effective = torch.empty_like(weight)
+    def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return W_eff in the weight's shape and dtype, in `out` if given, else as a new tensor."""
+        effective = torch.empty_like(weight) if out is None else out
         for now, before, kept, piece in pieces(weight.detach(), self.snapshot, self.keep, effective):
             torch.lerp(before, now, kept.to(piece.dtype).mul_(-1.0 / self.density), out=piece)
         return effective
@@ -140,7 +142,7 @@ class _EffectiveLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.effective, ctx.input_axis = effective, input_axis
-        return F.linear(x, _out_in(effective.of(weight).to(x.dtype), input_axis), bias)
+        return F.linear(x, _out_in(_passing(effective, weight).to(x.dtype), input_axis), bias)
 
     @staticmethod
     @once_differentiable
@@ -149,7 +151,7 @@ class _EffectiveLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.needs_input_grad[0]:
-            effective = _out_in(ctx.effective.of(weight).to(x.dtype), ctx.input_axis)
+            effective = _out_in(_passing(ctx.effective, weight).to(x.dtype), ctx.input_axis)
             grad_x = (rows @ effective).view(x.shape)
             del effective
         if ctx.needs_input_grad[1]:
@@ -159,6 +161,29 @@ class _EffectiveLinear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias, None, None
+
+
+class _Scratch(threading.local):
+    """Memory for effective weights that are used at once, on the CPU: reused, it stays in the cache."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[torch.dtype, torch.Tensor] = {}
+
+    def like(self, weight: torch.Tensor) -> torch.Tensor | None:
+        if weight.device.type != "cpu" or not weight.is_contiguous() or torch.compiler.is_compiling():
+            return None
+        buffer = self.buffers.get(weight.dtype)
+        if buffer is None or buffer.numel() < weight.numel():
+            buffer = self.buffers[weight.dtype] = torch.empty(weight.numel(), dtype=weight.dtype)
+        return buffer[: weight.numel()].view(weight.shape)
+
+
+_scratch = _Scratch()
+
+
+def _passing(effective: EffectiveWeight, weight: torch.Tensor) -> torch.Tensor:
+    """Return W_eff in memory that the next call may overwrite."""
+    return effective.of(weight, _scratch.like(weight))
 
 
 def _out_in(weight: torch.Tensor, input_axis: int) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
@@ -23,7 +25,9 @@ def main() -> None:
             raise
     else:
         raise AssertionError("a sharded weight was trained without DPS taking part")
-    dist.destroy_process_group()
+    dist.barrier()
+    # Taking the group down may deadlock in torch: its destructor waits for gloo's thread, which waits for the GIL.
+    os._exit(0)
 
 
 if __name__ == "__main__":

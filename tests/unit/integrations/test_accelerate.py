@@ -1,12 +1,21 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from tests.unit.conftest import trainable, weights_of
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps what earlier trainings of the process have set, such as a data loader at its end."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
 
 
 def test_an_accelerate_loop_equals_a_plain_one(make_model, batches):

@@ -1,7 +1,7 @@
 """Column noise of DPS Mix: which input columns take part in a step, from a generator of the adapter's own.
 
-A bit depends on the seed, the weight, the step and the column, and on nothing else: it is the same on every process,
-on every kind of device and after a resume, and no other use of random numbers changes it.
+A bit depends on the seed, the weight, the step and the column, and on nothing else: it is made by integer
+arithmetic alone, the same on every process, and no other use of random numbers changes it.
 """
 
 from __future__ import annotations

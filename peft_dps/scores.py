@@ -23,7 +23,7 @@ class Evidence:
             weight), relaxed by participation in Mix; None if the score was registered with `uses_gradients=False`.
         weight: The weight as trained so far, in the adapter's dtype.
         base_weight: The pretrained weight, same shape, in the base model's dtype.
-        generator: Random numbers of this weight and cycle, on the CPU: the same on every process and after a resume.
+        generator: Random numbers of this weight and cycle, on the CPU: the same on every process.
     """
 
     squared_gradients: torch.Tensor | None

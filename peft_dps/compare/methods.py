@@ -68,6 +68,6 @@ def dps_dense(model: PreTrainedModel) -> nn.Module:
 
 @register_method("dps-mix", "DPS Mix")
 def dps_mix(model: PreTrainedModel) -> nn.Module:
-    """Train like DPS Dense, but by DPS Mix and without dropout, whose place its noise takes."""
+    """Train like DPS Dense, but by DPS Mix and without dropout, as the paper does."""
     disable_dropout(model)
     return get_peft_model(model, DPSConfig(variant="mix", task_type="SEQ_CLS", scope="model", train_remaining=True))

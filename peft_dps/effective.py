@@ -25,6 +25,9 @@ class EffectiveWeight(Protocol):
     def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
         """Turn the gradient of the effective weight into that of the weight, in place."""
 
+    def active_columns(self) -> torch.Tensor | None:
+        """Return the input columns whose gradient is not zero, by index; None for all, or where it does not pay."""
+
 
 @dataclass(frozen=True)
 class NoisyWeight:
@@ -49,6 +52,12 @@ class NoisyWeight:
         """Multiply the gradient of W_eff by b, in place."""
         return gradient.mul_(self.columns.to(gradient.dtype))
 
+    def active_columns(self) -> torch.Tensor | None:
+        """Return the columns where b = 1. An accelerator would have to wait for their number: None there."""
+        if self.columns.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        return self.columns.view(-1).nonzero().view(-1)
+
 
 @dataclass(frozen=True)
 class AmplifiedWeight:
@@ -56,25 +65,34 @@ class AmplifiedWeight:
 
     Attributes:
         snapshot: T, the weight when the stage began.
-        keep: M as int8, -1 where the entry is updated.
         density: Density of the subnetwork.
+        keep: M as int8, -1 where the entry is updated. None where frozen entries of W equal T: then the formula holds
+            without M, and the gradient is masked once, at the optimizer step.
     """
 
     snapshot: torch.Tensor
-    keep: torch.Tensor
     density: float
+    keep: torch.Tensor | None = None
 
     def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return W_eff in the weight's shape and dtype, in `out` if given, else as a new tensor."""
+        weight, scale = weight.detach(), 1.0 / self.density
         effective = torch.empty_like(weight) if out is None else out
-        for now, before, kept, piece in pieces(weight.detach(), self.snapshot, self.keep, effective):
-            torch.lerp(before, now, kept.to(piece.dtype).mul_(-1.0 / self.density), out=piece)
+        if self.keep is None:
+            return torch.lerp(self.snapshot, weight, scale, out=effective)
+        for now, before, kept, piece in pieces(weight, self.snapshot, self.keep, effective):
+            torch.lerp(before, now, kept.to(piece.dtype).mul_(-scale), out=piece)
         return effective
 
     def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
         """Zero the gradient of frozen entries, in place."""
-        zero_frozen_(gradient, self.keep)
+        if self.keep is not None:
+            zero_frozen_(gradient, self.keep)
         return gradient
+
+    def active_columns(self) -> torch.Tensor | None:
+        """Return None: entries are frozen, not columns."""
+        return None
 
 
 def effective_linear(
@@ -156,11 +174,32 @@ class _EffectiveLinear(torch.autograd.Function):
             del effective
         if ctx.needs_input_grad[1]:
             columns = x.reshape(-1, x.shape[-1])
-            product = rows.t() @ columns if ctx.input_axis == 1 else columns.t() @ rows
-            grad_weight = ctx.effective.gradient_(product.to(weight.dtype))
+            grad_weight = _weight_gradient(rows, columns, ctx.effective, ctx.input_axis).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias, None, None
+
+
+def _weight_gradient(
+    rows: torch.Tensor, columns: torch.Tensor, effective: EffectiveWeight, input_axis: int
+) -> torch.Tensor:
+    """Return the gradient of the weight from those of the outputs, `[tokens, out]`, and the inputs, `[tokens, in]`."""
+    active = effective.active_columns()
+    if active is None:
+        return effective.gradient_(rows.t() @ columns if input_axis == 1 else columns.t() @ rows)
+    # Columns without a gradient are left out of the product and read from a column of zeros behind it.
+    inputs, count = columns.shape[-1], active.numel()
+    columns = columns.index_select(1, active)
+    place = torch.full((inputs,), count, device=active.device)
+    place[active] = torch.arange(count, device=active.device)
+    outputs = rows.shape[-1]
+    if input_axis == 1:
+        product = rows.new_zeros(outputs, count + 1)
+        torch.mm(rows.t(), columns, out=product[:, :-1])
+    else:
+        product = rows.new_zeros(count + 1, outputs)
+        torch.mm(columns.t(), rows, out=product[:-1])
+    return product.index_select(input_axis, place)
 
 
 class _Scratch(threading.local):

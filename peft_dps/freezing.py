@@ -78,7 +78,8 @@ def restore_from_snapshot_(weight: torch.Tensor, keep: torch.Tensor, snapshot: t
         snapshot: A copy of the weight, same shape and dtype.
     """
     for piece, kept, bits in pieces(bits_of(weight), keep, bits_of(snapshot)):
-        piece.bitwise_xor_((piece ^ bits).bitwise_and_(~kept))
+        changes = (piece ^ bits).bitwise_and_(kept)
+        torch.bitwise_xor(bits, changes, out=piece)
 
 
 @torch.no_grad()

@@ -203,7 +203,9 @@ class TrackedWeight:
         """Return what a training forward of Mix makes of the weight, or None for the weight itself."""
         if self.keep is not None and self.snapshot is not None:
             self._follow_weight()
-            return AmplifiedWeight(self.snapshot, self.keep, density)
+            # Nothing but the optimizer touched the weight since frozen entries got the bits of T.
+            equal = self.checksum is None and self.version == self.weight._version
+            return AmplifiedWeight(self.snapshot, density, None if equal else self.keep)
         if self.columns is not None:
             return NoisyWeight(self.base_weight, self.over_columns(self.columns.to(self.weight)), density)
         return None

@@ -133,10 +133,11 @@ def effective_weights(weight):
     base = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
     mask = torch.rand(weight.shape, generator=generator) < 0.6
     yield NoisyWeight(base, columns, 0.6), lambda w: base + columns * (w - base) / 0.6, columns
-    yield AmplifiedWeight(base, keep_from_mask(mask.clone()), 0.6), lambda w: base + mask * (w - base) / 0.6, mask
+    yield AmplifiedWeight(base, 0.6, keep_from_mask(mask.clone())), lambda w: base + mask * (w - base) / 0.6, mask
+    yield AmplifiedWeight(base, 0.6), lambda w: base + (w - base) / 0.6, 1.0
 
 
-@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize("kind", [0, 1, 2])
 @pytest.mark.parametrize("input_axis", [0, 1])
 def test_gradients_are_the_formulas_in_float64(kind, input_axis):
     stored = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
@@ -331,6 +332,19 @@ def test_modules_that_read_the_weight_see_the_noise():
     assert (layer.dps_weight["default"].grad[:, ~columns_off] == 1).all()
     model.eval()
     assert torch.equal(layer.weight, layer.dps_weight["default"])
+
+
+def test_a_frozen_entry_changed_from_outside_is_not_amplified(make_model, batches):
+    model = mix(make_model)
+    train(model, SGD(trainable(model), lr=0.1), batches(5))
+    tracked = subnetwork_of(model).weights[0]
+    layer, frozen = layers_of(model)[0], tracked.keep == 0
+    with torch.no_grad():
+        tracked.weight[frozen] += 1.0
+    before = tracked.snapshot[frozen]
+    assert frozen.any()
+    assert torch.equal(layer.train().weight[frozen], before)
+    assert torch.equal(layer(torch.eye(layer.in_features)).t()[frozen], before + layer.bias[frozen.nonzero()[:, 0]])
 
 
 def noise_row(layer):

@@ -12,8 +12,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config
-from transformers import T5ForConditionalGeneration as T5
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
 
 from peft_dps import DPSConfig, ScheduleError, dps_status
 
@@ -181,13 +180,15 @@ def test_seq2seq_trainer(variant, tmp_path):
     config = T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0)
     config.decoder_start_token_id = 0
     torch.manual_seed(0)
-    base = T5(config)
+    base = T5ForConditionalGeneration(config)
     fields = {"task_type": "SEQ_2_SEQ_LM", "variant": variant, "density": 0.5}
     ids = torch.randint(1, 30, (4 * STEPS, 6), generator=torch.Generator().manual_seed(1)).tolist()
     model = get_peft_model(copy.deepcopy(base), DPSConfig(stage_steps=0.2, **fields))
     seen = []
     model.base_model.model.register_forward_pre_hook(
-        lambda _, __, inputs: seen.append({name: value.clone() for name, value in inputs.items() if value is not None}),
+        lambda _, __, inputs: seen.append(
+            {name: value.clone() for name, value in inputs.items() if value is not None}
+        ),
         with_kwargs=True,
     )
     arguments = Seq2SeqTrainingArguments(

@@ -11,6 +11,7 @@ from torch import nn
 
 from peft_dps.config import DPSConfig
 from peft_dps.effective import EffectiveWeight, materialize
+from peft_dps.noise import Columns
 
 
 class Training(Protocol):
@@ -37,7 +38,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         dps_subnetworks: Per adapter, the subnetwork this layer belongs to.
         in_features: Size of the input, as PEFT wants it of every layer.
         out_features: Size of the output.
-        input_axis: Axis of the weight that holds the input columns.
+        entries: Number of entries of the weight.
+        supports_lora: Whether the weight is a matrix, whose delta a LoRA of the same kind of layer can approximate.
     """
 
     adapter_layer_names: tuple[str, ...] = ("dps_weight", "dps_bias")
@@ -45,7 +47,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
     base_layer: nn.Module
     in_features: int
     out_features: int
-    input_axis: ClassVar[int]
+    supports_lora: ClassVar[bool] = False
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -57,6 +59,12 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged_weight: torch.Tensor | None = None
         self._unmerged_bias: torch.Tensor | None = None
+        self.entries = self._pretrained()[0].numel()
+
+    @property
+    def columns(self) -> Columns:
+        """What the column noise of Mix takes for a column of the weight."""
+        raise NotImplementedError
 
     def update_layer(
         self, adapter_name: str, config: DPSConfig, subnetwork: Training, low_cpu_mem_usage: bool = False
@@ -169,8 +177,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         return None if bias is None else bias.to(base_bias.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Tell PEFT that the adapter is additive: its delta can be approximated by a LoRA."""
-        return True
+        """Tell PEFT whether it may approximate the adapter's delta by a LoRA."""
+        return self.supports_lora
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the base layer's operation with the weight of the active adapters."""
@@ -276,3 +284,21 @@ def _trainable_copy(tensor: torch.Tensor, config: DPSConfig, on_meta: bool) -> n
 def _detached_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     # Merged weights must not share memory with the adapter, and `.to` of the same dtype would.
     return tensor.detach().to(device=like.device, dtype=like.dtype, copy=True)
+
+
+def cast_to_activation(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Cast fp32 master weights to the activation's dtype; autocast does that by itself.
+
+    Args:
+        x: The activation.
+        weight: The weight.
+        bias: The bias, if there is one.
+
+    Returns:
+        Weight and bias.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        return weight, bias
+    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)

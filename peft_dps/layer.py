@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -57,8 +58,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         self.dps_subnetworks: dict[str, Training] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged_weight: torch.Tensor | None = None
-        self._unmerged_bias: torch.Tensor | None = None
+        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
         self.entries = self._pretrained()[0].numel()
 
     @property
@@ -108,7 +108,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         """Put the adapters' weights into the base layer.
 
         The merged weight is computed from the pretrained one with all merged adapters at once, and the pretrained one
-        is kept until `unmerge`, which is therefore exact to the bit.
+        is kept until `unmerge`, which is therefore exact to the bit. The merged weight is a parameter of its own: a
+        layer that shared the pretrained one (tied embeddings) keeps that.
 
         Args:
             safe_merge: Check the merged values for NaN and infinity before anything is changed.
@@ -133,25 +134,23 @@ class DPSLayer(nn.Module, BaseTunerLayer):
                         f"NaNs detected in the merged weights. The adapter {', '.join(new_names)} seems to be broken"
                     )
         base: Any = self.get_base_layer()
-        if not self.merged:
-            self._unmerged_weight = base_weight
-            self._unmerged_bias = base_bias if bias is not None else None
-        base.weight.data = weight
+        if self._unmerged is None:
+            self._unmerged = base.weight, getattr(base, "bias", None)
+        base.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
-            base.bias.data = bias
+            base.bias = nn.Parameter(bias, requires_grad=False)
         self.merged_adapters = names
 
     def unmerge(self) -> None:
         """Give the base layer its pretrained weight and bias back, bit for bit."""
-        if not self.merged:
+        if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base: Any = self.get_base_layer()
-        weight, bias = self._pretrained()
-        base.weight.data = weight
-        if self._unmerged_bias is not None:
-            base.bias.data = bias
-        self._unmerged_weight = self._unmerged_bias = None
+        base.weight, bias = self._unmerged
+        if bias is not None:
+            base.bias = bias
+        self._unmerged = None
         self.merged_adapters = []
 
     @property
@@ -175,6 +174,13 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             return base_bias
         bias = self._effective()[1]
         return None if bias is None else bias.to(base_bias.dtype)
+
+    @property
+    def pretrained_parameter(self) -> nn.Parameter:
+        """The parameter that holds the pretrained weight W0, also while adapters are merged into the base layer."""
+        base: Any = self.get_base_layer()
+        parameter: nn.Parameter = base.weight if self._unmerged is None else self._unmerged[0]
+        return parameter
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Tell PEFT whether it may approximate the adapter's delta by a LoRA."""
@@ -242,11 +248,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
     def _pretrained(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return W0 and the pretrained bias, also while adapters are merged into the base layer."""
         base: Any = self.get_base_layer()
-        weight: torch.Tensor = base.weight.data if self._unmerged_weight is None else self._unmerged_weight
-        if self._unmerged_bias is not None:
-            return weight, self._unmerged_bias
-        bias = getattr(base, "bias", None)
-        return weight, None if bias is None else bias.data
+        weight, bias = self._unmerged or (base.weight, getattr(base, "bias", None))
+        return weight.data, None if bias is None else bias.data
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version makes new parameters, which forgets requires_grad and rounds fp32 copies to the base's dtype.
@@ -257,10 +260,9 @@ class DPSLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # What merging keeps is no buffer, since a state dict must not hold it; it still moves with the module.
-        if self._unmerged_weight is not None:
-            self._unmerged_weight = fn(self._unmerged_weight)
-        if self._unmerged_bias is not None:
-            self._unmerged_bias = fn(self._unmerged_bias)
+        if self._unmerged is not None:
+            weight, bias = self._unmerged
+            self._unmerged = _applied(weight, fn), None if bias is None else _applied(bias, fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
@@ -279,6 +281,15 @@ def _trainable_copy(tensor: torch.Tensor, config: DPSConfig, on_meta: bool) -> n
     if not config.init_weights:
         copy += 0.02 * torch.randn_like(copy)
     return nn.Parameter(copy)
+
+
+def _applied(parameter: nn.Parameter, fn: Callable[[torch.Tensor], torch.Tensor]) -> nn.Parameter:
+    # As torch's own `_apply` does: the parameter stays the same object where it can, so that ties last.
+    data = fn(parameter.data)
+    if torch._has_compatible_shallow_copy_type(parameter.data, data):
+        parameter.data = data
+        return parameter
+    return nn.Parameter(data, parameter.requires_grad)
 
 
 def _detached_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

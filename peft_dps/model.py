@@ -18,6 +18,7 @@ from peft_dps.layer import DPSLayer
 from peft_dps.status import DPSStatus, status_of
 from peft_dps.subnetwork import Subnetwork
 from peft_dps.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules
+from peft_dps.ties import check_ties
 
 
 class DPSModel(BaseTuner):
@@ -66,6 +67,7 @@ class DPSModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
+            check_ties(model, adapter_name)
             if config.train_remaining:
                 tie_saved_modules(model, adapter_name)
         except Exception:
@@ -118,6 +120,10 @@ class DPSModel(BaseTuner):
         # PEFT warns that tied copies come apart; `train_remaining` ties them.
         if not _as_dps(peft_config).train_remaining:
             super()._check_tied_modules(model, peft_config)
+
+    def _check_merge_allowed(self) -> None:
+        # PEFT warns of tied weights, which its layers would write into; here merging unties the layer first.
+        pass
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:

@@ -189,8 +189,7 @@ def _refuse_unsupported(optimizer: Optimizer, work: Work) -> None:
     for _, weights in work:
         for weight in weights:
             parameter = weight.weight
-            whole = weight.layer.in_features * weight.layer.out_features
-            if type(parameter.data).__name__ == "DTensor" or parameter.numel() != whole:
+            if type(parameter.data).__name__ == "DTensor" or parameter.numel() != weight.layer.entries:
                 raise EngineError(
                     f"The weight of {weight.name!r} is sharded (FSDP or ZeRO-3), which DPS does not support yet. "
                     "Train with data parallelism (DDP) or on one process."

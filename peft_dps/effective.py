@@ -6,6 +6,7 @@ They are computed anew in the backward pass, so that no second copy of a weight 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from peft_dps.freezing import pieces, zero_frozen_
+from peft_dps.noise import unfold_groups
 
 
 class EffectiveWeight(Protocol):
@@ -21,6 +23,9 @@ class EffectiveWeight(Protocol):
 
     def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return the effective weight in the weight's shape and dtype, in `out` if given, else as a new tensor."""
+
+    def at(self, rows: torch.Tensor) -> EffectiveWeight:
+        """Return the same for the rows of the weight that these indices name, an embedding's."""
 
     def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
         """Turn the gradient of the effective weight into that of the weight, in place."""
@@ -37,20 +42,32 @@ class NoisyWeight:
         base_weight: W0.
         columns: b, 0 or 1 per input column, shaped to broadcast over the weight, in the weight's dtype.
         density: Probability of b = 1.
+        groups: Number of groups into which `columns` has the weight's first axis unfolded.
     """
 
     base_weight: torch.Tensor
     columns: torch.Tensor
     density: float
+    groups: int = 1
 
     def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return W_eff in the weight's shape and dtype, in `out` if given, else as a new tensor."""
         base, share = self.base_weight.to(weight.dtype), self.columns / self.density
+        if self.groups > 1:
+            out = torch.empty_like(weight) if out is None else out
+            wide = [unfold_groups(tensor, self.groups) for tensor in (base, weight.detach(), out)]
+            torch.lerp(wide[0], wide[1], share, out=wide[2])
+            return out
         return torch.lerp(base, weight.detach(), share) if out is None else torch.lerp(base, weight, share, out=out)
+
+    def at(self, rows: torch.Tensor) -> NoisyWeight:
+        """Return the same for some rows of the weight; the weight has no groups."""
+        return NoisyWeight(self.base_weight[rows], self.columns, self.density)
 
     def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
         """Multiply the gradient of W_eff by b, in place."""
-        return gradient.mul_(self.columns.to(gradient.dtype))
+        unfold_groups(gradient, self.groups).mul_(self.columns.to(gradient.dtype))
+        return gradient
 
     def active_columns(self) -> torch.Tensor | None:
         """Return the columns where b = 1. An accelerator would have to wait for their number: None there."""
@@ -84,6 +101,11 @@ class AmplifiedWeight:
             torch.lerp(before, now, kept.to(piece.dtype).mul_(-scale), out=piece)
         return effective
 
+    def at(self, rows: torch.Tensor) -> AmplifiedWeight:
+        """Return the same for some rows of the weight."""
+        keep = None if self.keep is None else self.keep[rows]
+        return AmplifiedWeight(self.snapshot[rows], self.density, keep)
+
     def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
         """Zero the gradient of frozen entries, in place."""
         if self.keep is not None:
@@ -115,13 +137,75 @@ def effective_linear(
     Returns:
         Activations `[..., out]`.
     """
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype is not torch.float64
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = _compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
         output: torch.Tensor = _EffectiveLinear.apply(  # type: ignore[no-untyped-call]
             x.to(dtype), weight, None if bias is None else bias.to(dtype), effective, input_axis
         )
+    return output
+
+
+def effective_conv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    effective: EffectiveWeight,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """Convolve `x` with W_eff, in the dtype that autocast or else `x` asks for.
+
+    Args:
+        x: Activations `[batch, in, *space]`, of 1 to 3 dimensions of space.
+        weight: W, `[out, in / groups, *kernel]`.
+        bias: `[out]` or None.
+        effective: What makes W_eff of W.
+        stride: Per dimension of space, as in `torch.nn.functional.conv2d`.
+        padding: Zeros on both sides.
+        dilation: Distance of the kernel's entries.
+        groups: Number of groups.
+
+    Returns:
+        Activations `[batch, out, *space]`.
+    """
+    dtype = _compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        output: torch.Tensor = _EffectiveConv.apply(  # type: ignore[no-untyped-call]
+            x.to(dtype),
+            weight,
+            None if bias is None else bias.to(dtype),
+            effective,
+            (list(stride), list(padding), list(dilation), False, [0] * len(stride), groups),
+        )
+    return output
+
+
+def effective_embedding(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    effective: EffectiveWeight,
+    *,
+    padding_index: int,
+    scale_grad_by_freq: bool,
+) -> torch.Tensor:
+    """Look up rows of W_eff. Only those rows are computed.
+
+    Args:
+        indices: Integers of any shape.
+        weight: W, `[rows, dimensions]`.
+        effective: What makes W_eff of W.
+        padding_index: Row without gradient; -1 for none.
+        scale_grad_by_freq: Divide a row's gradient by how often its index occurs.
+
+    Returns:
+        `[*indices.shape, dimensions]` in the weight's dtype.
+    """
+    output: torch.Tensor = _EffectiveEmbedding.apply(  # type: ignore[no-untyped-call]
+        indices, weight, effective, padding_index, scale_grad_by_freq
+    )
     return output
 
 
@@ -200,6 +284,65 @@ def _weight_gradient(
         product = rows.new_zeros(count + 1, outputs)
         torch.mm(columns.t(), rows, out=product[:-1])
     return product.index_select(input_axis, place)
+
+
+class _EffectiveConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        effective: EffectiveWeight,
+        geometry: tuple[Any, ...],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.effective, ctx.geometry = effective, geometry
+        return torch.convolution(x, _passing(effective, weight).to(x.dtype), bias, *geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        effective = _passing(ctx.effective, weight).to(x.dtype)
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad_output, x, effective, [weight.shape[0]], *ctx.geometry, ctx.needs_input_grad[:3]
+        )
+        if grad_weight is not None:
+            grad_weight = ctx.effective.gradient_(grad_weight.to(weight.dtype))
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+class _EffectiveEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        indices: torch.Tensor,
+        weight: torch.Tensor,
+        effective: EffectiveWeight,
+        padding_index: int,
+        scale_grad_by_freq: bool,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(indices)
+        ctx.effective, ctx.rows = effective, weight.shape[0]
+        ctx.padding_index, ctx.scale_grad_by_freq = padding_index, scale_grad_by_freq
+        return effective.at(indices).of(weight[indices])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (indices,) = ctx.saved_tensors
+        gradient = torch.ops.aten.embedding_dense_backward(
+            grad_output, indices, ctx.rows, ctx.padding_index, ctx.scale_grad_by_freq
+        )
+        return None, ctx.effective.gradient_(gradient), None, None, None
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which autocast, or else the activation, wants the result."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype is not torch.float64
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 class _Scratch(threading.local):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from peft_dps.config import DPSConfig
 from peft_dps.effective import EffectiveWeight, materialize
+from peft_dps.noise import Columns
 
 
 class Training(Protocol):
@@ -37,7 +39,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         dps_subnetworks: Per adapter, the subnetwork this layer belongs to.
         in_features: Size of the input, as PEFT wants it of every layer.
         out_features: Size of the output.
-        input_axis: Axis of the weight that holds the input columns.
+        entries: Number of entries of the weight.
+        supports_lora: Whether the weight is a matrix, whose delta a LoRA of the same kind of layer can approximate.
     """
 
     adapter_layer_names: tuple[str, ...] = ("dps_weight", "dps_bias")
@@ -45,7 +48,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
     base_layer: nn.Module
     in_features: int
     out_features: int
-    input_axis: ClassVar[int]
+    supports_lora: ClassVar[bool] = False
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -55,8 +58,13 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         self.dps_subnetworks: dict[str, Training] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged_weight: torch.Tensor | None = None
-        self._unmerged_bias: torch.Tensor | None = None
+        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        self.entries = self._pretrained()[0].numel()
+
+    @property
+    def columns(self) -> Columns:
+        """What the column noise of Mix takes for a column of the weight."""
+        raise NotImplementedError
 
     def update_layer(
         self, adapter_name: str, config: DPSConfig, subnetwork: Training, low_cpu_mem_usage: bool = False
@@ -100,7 +108,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         """Put the adapters' weights into the base layer.
 
         The merged weight is computed from the pretrained one with all merged adapters at once, and the pretrained one
-        is kept until `unmerge`, which is therefore exact to the bit.
+        is kept until `unmerge`, which is therefore exact to the bit. The merged weight is a parameter of its own: a
+        layer that shared the pretrained one (tied embeddings) keeps that.
 
         Args:
             safe_merge: Check the merged values for NaN and infinity before anything is changed.
@@ -125,25 +134,23 @@ class DPSLayer(nn.Module, BaseTunerLayer):
                         f"NaNs detected in the merged weights. The adapter {', '.join(new_names)} seems to be broken"
                     )
         base: Any = self.get_base_layer()
-        if not self.merged:
-            self._unmerged_weight = base_weight
-            self._unmerged_bias = base_bias if bias is not None else None
-        base.weight.data = weight
+        if self._unmerged is None:
+            self._unmerged = base.weight, getattr(base, "bias", None)
+        base.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
-            base.bias.data = bias
+            base.bias = nn.Parameter(bias, requires_grad=False)
         self.merged_adapters = names
 
     def unmerge(self) -> None:
         """Give the base layer its pretrained weight and bias back, bit for bit."""
-        if not self.merged:
+        if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base: Any = self.get_base_layer()
-        weight, bias = self._pretrained()
-        base.weight.data = weight
-        if self._unmerged_bias is not None:
-            base.bias.data = bias
-        self._unmerged_weight = self._unmerged_bias = None
+        base.weight, bias = self._unmerged
+        if bias is not None:
+            base.bias = bias
+        self._unmerged = None
         self.merged_adapters = []
 
     @property
@@ -168,9 +175,16 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         bias = self._effective()[1]
         return None if bias is None else bias.to(base_bias.dtype)
 
+    @property
+    def pretrained_parameter(self) -> nn.Parameter:
+        """The parameter that holds the pretrained weight W0, also while adapters are merged into the base layer."""
+        base: Any = self.get_base_layer()
+        parameter: nn.Parameter = base.weight if self._unmerged is None else self._unmerged[0]
+        return parameter
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Tell PEFT that the adapter is additive: its delta can be approximated by a LoRA."""
-        return True
+        """Tell PEFT whether it may approximate the adapter's delta by a LoRA."""
+        return self.supports_lora
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the base layer's operation with the weight of the active adapters."""
@@ -234,11 +248,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
     def _pretrained(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return W0 and the pretrained bias, also while adapters are merged into the base layer."""
         base: Any = self.get_base_layer()
-        weight: torch.Tensor = base.weight.data if self._unmerged_weight is None else self._unmerged_weight
-        if self._unmerged_bias is not None:
-            return weight, self._unmerged_bias
-        bias = getattr(base, "bias", None)
-        return weight, None if bias is None else bias.data
+        weight, bias = self._unmerged or (base.weight, getattr(base, "bias", None))
+        return weight.data, None if bias is None else bias.data
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version makes new parameters, which forgets requires_grad and rounds fp32 copies to the base's dtype.
@@ -249,10 +260,9 @@ class DPSLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # What merging keeps is no buffer, since a state dict must not hold it; it still moves with the module.
-        if self._unmerged_weight is not None:
-            self._unmerged_weight = fn(self._unmerged_weight)
-        if self._unmerged_bias is not None:
-            self._unmerged_bias = fn(self._unmerged_bias)
+        if self._unmerged is not None:
+            weight, bias = self._unmerged
+            self._unmerged = _applied(weight, fn), None if bias is None else _applied(bias, fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
@@ -273,6 +283,33 @@ def _trainable_copy(tensor: torch.Tensor, config: DPSConfig, on_meta: bool) -> n
     return nn.Parameter(copy)
 
 
+def _applied(parameter: nn.Parameter, fn: Callable[[torch.Tensor], torch.Tensor]) -> nn.Parameter:
+    # As torch's own `_apply` does: the parameter stays the same object where it can, so that ties last.
+    data = fn(parameter.data)
+    if torch._has_compatible_shallow_copy_type(parameter.data, data):
+        parameter.data = data
+        return parameter
+    return nn.Parameter(data, parameter.requires_grad)
+
+
 def _detached_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     # Merged weights must not share memory with the adapter, and `.to` of the same dtype would.
     return tensor.detach().to(device=like.device, dtype=like.dtype, copy=True)
+
+
+def cast_to_activation(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Cast fp32 master weights to the activation's dtype; autocast does that by itself.
+
+    Args:
+        x: The activation.
+        weight: The weight.
+        bias: The bias, if there is one.
+
+    Returns:
+        Weight and bias.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        return weight, bias
+    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)

@@ -8,20 +8,17 @@ from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from peft_dps.config import DPSConfig
-from peft_dps.errors import ConfigError, TargetError
+from peft_dps.dispatch import make_layer
+from peft_dps.errors import ConfigError
 from peft_dps.layer import DPSLayer
-from peft_dps.linear import Conv1DLinear, Linear
 from peft_dps.status import DPSStatus, status_of
 from peft_dps.subnetwork import Subnetwork
 from peft_dps.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules
-
-LAYER_TYPES: dict[type[nn.Module], type[DPSLayer]] = {nn.Linear: Linear, Conv1D: Conv1DLinear}
-TRAINABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from peft_dps.ties import check_ties
 
 
 class DPSModel(BaseTuner):
@@ -70,6 +67,7 @@ class DPSModel(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 state_dict=state_dict,
             )
+            check_ties(model, adapter_name)
             if config.train_remaining:
                 tie_saved_modules(model, adapter_name)
         except Exception:
@@ -123,6 +121,10 @@ class DPSModel(BaseTuner):
         if not _as_dps(peft_config).train_remaining:
             super()._check_tied_modules(model, peft_config)
 
+    def _check_merge_allowed(self) -> None:
+        # PEFT warns of tied weights, which its layers would write into; here merging unties the layer first.
+        pass
+
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
         return is_target(_as_dps(peft_config), key)
@@ -138,7 +140,7 @@ class DPSModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         subnetwork, low_cpu_mem_usage = self._injecting
-        layer = target if isinstance(target, DPSLayer) else _make_layer(target, current_key)
+        layer = target if isinstance(target, DPSLayer) else make_layer(target, current_key)
         layer.update_layer(adapter_name, _as_dps(peft_config), subnetwork, low_cpu_mem_usage)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -195,53 +197,6 @@ def find_subnetworks(model: nn.Module) -> dict[str, Subnetwork]:
                 if isinstance(subnetwork, Subnetwork):
                     found.setdefault(name, subnetwork)
     return found
-
-
-def _make_layer(target: nn.Module, key: str) -> DPSLayer:
-    if isinstance(target, BaseTunerLayer):
-        raise TargetError(
-            f"The target {key!r} is already wrapped by another tuner ({type(target).__module__}). Unload that adapter "
-            "first, or leave the module out with `exclude_modules`."
-        )
-    weight = getattr(target, "weight", None)
-    if isinstance(weight, torch.Tensor) and (weight.dtype not in TRAINABLE_DTYPES or _is_quantized(weight)):
-        raise TargetError(
-            f"The weight of the target {key!r} is quantized ({type(target).__name__}, {weight.dtype}). DPS trains "
-            "full-precision weights: load the model without quantization, or use LoRA on a quantized model."
-        )
-    layer_cls = next(
-        # A subclass that computes something else would be replaced by a plain linear layer.
-        (
-            cls
-            for base, cls in LAYER_TYPES.items()
-            if isinstance(target, base) and type(target).forward is base.forward
-        ),
-        None,
-    )
-    if layer_cls is None:
-        supported = ", ".join(base_cls.__name__ for base_cls in LAYER_TYPES)
-        raise TargetError(
-            f"The target {key!r} is a {type(target).__name__}, which DPS cannot train; it supports {supported}. Leave "
-            "it out with `exclude_modules`, or train it in full with `modules_to_save`."
-        )
-    parameter = target._parameters.get("weight")
-    if parameter is None:
-        raise TargetError(
-            f"The weight of the target {key!r} is computed from other parameters (torch.nn.utils.parametrize), so it "
-            "cannot be trained itself. Remove the parametrization, or leave the module out with `exclude_modules`."
-        )
-    if parameter.device.type == "meta" or parameter.numel() == 0 or type(parameter.data).__name__ == "DTensor":
-        raise TargetError(
-            f"The weight of the target {key!r} is empty, on the meta device or sharded, so there is nothing to copy. "
-            "Add the adapter to the fully loaded model, before it is sharded (FSDP, ZeRO-3) or dispatched."
-        )
-    return layer_cls(target)
-
-
-def _is_quantized(weight: torch.Tensor) -> bool:
-    # torchao's weights are tensor subclasses of a floating dtype; bitsandbytes' are parameters with a state.
-    subclass = type(weight.data) is not torch.Tensor and type(weight.data).__name__ != "DTensor"
-    return subclass or any(hasattr(weight, name) for name in ("quant_state", "SCB"))
 
 
 def _take_out(model: nn.Module, subnetwork: Subnetwork) -> None:

@@ -6,13 +6,47 @@ arithmetic alone, the same on every process, and no other use of random numbers 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 _RESOLUTION_BITS = 53
 _WORD = 1 << 64
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How columns lie in a weight: a column spans the axes over which a row with a number per column broadcasts.
+
+    Attributes:
+        row_shape: Shape that a row takes to broadcast over the weight, 1 in the axes that a column spans; with groups,
+            over the weight with its first axis unfolded to `[groups, out / groups]`.
+        groups: Number of groups of a convolution, each of which has columns of its own.
+    """
+
+    row_shape: tuple[int, ...]
+    groups: int = 1
+
+    @property
+    def count(self) -> int:
+        """Number of columns."""
+        return math.prod(self.row_shape)
+
+    def spread(self, row: torch.Tensor) -> torch.Tensor:
+        """Shape a row `[count]` so that it broadcasts over `unfold(weight)`."""
+        return row.view(self.row_shape)
+
+    def unfold(self, tensor: torch.Tensor) -> torch.Tensor:
+        """View a tensor of the weight's shape so that a spread row broadcasts over it."""
+        return unfold_groups(tensor, self.groups)
+
+
+def unfold_groups(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """View the first axis of a convolution's weight as `[groups, out / groups]`, if there is more than one group."""
+    return tensor if groups == 1 else tensor.unflatten(0, (groups, -1))
 
 
 class ColumnNoise:

@@ -202,8 +202,8 @@ class Subnetwork:
         self._enter_next_stage()
         if self._entered is Stage.ACCUMULATE:
             if self._noise is None:
-                inputs = [weight.weight.shape[weight.layer.input_axis] for weight in self.weights]
-                self._noise = ColumnNoise(self.config.seed, inputs, self.config.density)
+                counts = [weight.layer.columns.count for weight in self.weights]
+                self._noise = ColumnNoise(self.config.seed, counts, self.config.density)
             rows: dict[torch.device, tuple[torch.Tensor, ...]] = {}
             for index, weight in enumerate(self.weights):
                 device = weight.weight.device
@@ -305,9 +305,10 @@ class Subnetwork:
         score = find_score(self.config.score)
         total = weight.running_total() if score.uses_gradients else None
         if total is not None and weight.participation is not None:
-            row, decay = weight.over_columns(weight.participation), self.config.participation_decay
+            columns, decay = weight.layer.columns, self.config.participation_decay
             decay = stage_steps >= DECAY_FROM_STEPS if decay is None else decay
-            relax_by_participation_(total, row, stage_steps, decay=decay)
+            row = columns.spread(weight.participation)
+            relax_by_participation_(columns.unfold(total), row, stage_steps, decay=decay)
             weight.participation = None  # relaxed once, also if the selection has to be repeated
         evidence = Evidence(
             squared_gradients=total,

@@ -35,8 +35,8 @@ class TrackedWeight:
 
     Attributes:
         total: Squared gradients added up in this ACCUMULATE stage.
-        participation: Steps of this ACCUMULATE stage in which each input column took part, `[in]`, in Mix.
-        columns: Input columns that take part in the coming step, `[in]`, in Mix.
+        participation: Steps of this ACCUMULATE stage in which each column took part, `[columns]`, in Mix.
+        columns: Which columns take part in the coming step, `[columns]`, in Mix.
         keep: Mask of this SUBNETWORK stage, int8, -1 where updated.
         held: Bits of the frozen entries when the stage began, kept with `frozen="exact"` in Dense.
         snapshot: The weight when the stage began, kept in Mix.
@@ -135,14 +135,10 @@ class TrackedWeight:
     def count_participation(self) -> None:
         """Count the columns that took part in this step; all of them if the weight was read without noise."""
         if self.participation is None:
-            inputs = self.weight.shape[self.layer.input_axis]
-            self.participation = torch.zeros(inputs, dtype=torch.float32, device=self.weight.device)
+            count = self.layer.columns.count
+            self.participation = torch.zeros(count, dtype=torch.float32, device=self.weight.device)
         self._follow_weight()
         self.participation += 1.0 if self.columns is None else self.columns.to(self.participation)
-
-    def over_columns(self, row: torch.Tensor) -> torch.Tensor:
-        """Shape a row `[in]` so that it broadcasts over the weight."""
-        return row if self.layer.input_axis == 1 else row.unsqueeze(1)
 
     def freeze(self, mask: torch.Tensor, selected: int, *, exact: bool, snapshot: bool) -> None:
         """Begin a SUBNETWORK stage.
@@ -207,7 +203,8 @@ class TrackedWeight:
             equal = self.checksum is None and self.version == self.weight._version
             return AmplifiedWeight(self.snapshot, density, None if equal else self.keep)
         if self.columns is not None:
-            return NoisyWeight(self.base_weight, self.over_columns(self.columns.to(self.weight)), density)
+            layout = self.layer.columns
+            return NoisyWeight(self.base_weight, layout.spread(self.columns.to(self.weight)), density, layout.groups)
         return None
 
     def frozen_moved(self) -> bool:

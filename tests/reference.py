@@ -82,14 +82,14 @@ def best(scores: list[float], density: float) -> list[int]:
 
 
 class ReferenceMix(ReferenceDense):
-    """`draw(step)` gives one 0/1 row `[in]` per weight `[out, in]`."""
+    """`draw(step)` gives for each weight 0 or 1 per column, in a shape that broadcasts over the weight."""
 
     def __init__(self, weights, *, draw, decay: bool, **fields) -> None:
         super().__init__(weights, **fields)
         self.pretrained = [weight.detach().clone() for weight in weights]
         self.draw = draw
         self.decay = decay
-        self.participation = [torch.zeros(weight.shape[1]) for weight in weights]
+        self.participation = [torch.zeros(weight.shape) for weight in weights]
         self.rows: list[torch.Tensor] = []
         self.snapshots: list[torch.Tensor] = []
 
@@ -124,11 +124,9 @@ class ReferenceMix(ReferenceDense):
     def select(self) -> list[torch.Tensor]:
         raw = self.scores
         self.scores = []
-        for scores, counts, weight in zip(raw, self.participation, self.weights, strict=True):
-            columns = weight.shape[1]
+        for scores, counts in zip(raw, self.participation, strict=True):
             relaxed = []
-            for index, score in enumerate(scores):
-                count = counts[index % columns]
+            for score, count in zip(scores, counts.flatten(), strict=True):
                 value = score / max(count, torch.tensor(1.0))
                 relaxed.append(value * torch.exp(-count / self.stage_steps) if self.decay else value)
             self.scores.append(relaxed)

@@ -33,6 +33,52 @@ class MLP(nn.Module):
         return self.head(self.norm(x))
 
 
+class ConvNet(nn.Module):
+    """Convolutions over 1, 2 and 3 dimensions, with options of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Module()
+        self.body.first = nn.Conv2d(4, 8, 3, padding="same", padding_mode="circular")
+        self.body.depthwise = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8, bias=False)
+        self.body.volume = nn.Conv3d(1, 2, (3, 3, 1), padding="same", dilation=(2, 1, 1))
+        self.body.line = nn.Conv1d(8, 6, 2, padding=1, dilation=2, groups=2, padding_mode="reflect")
+        self.norm = nn.GroupNorm(2, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body.depthwise(torch.tanh(self.body.first(x)))
+        x = self.body.volume(x.unsqueeze(1)).sum(1).flatten(2)
+        return self.head(self.norm(self.body.line(torch.tanh(x))).mean(-1))
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As several language models have it."""
+
+    def __init__(self, rows: int, dimensions: int, embed_scale: float) -> None:
+        super().__init__(rows, dimensions)
+        self.register_buffer("embed_scale", torch.tensor(embed_scale), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.embed_scale.to(self.weight.dtype)
+
+
+class TextNet(nn.Module):
+    """Embeddings of words and of places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Module()
+        self.body.words = nn.Embedding(16, 8, padding_idx=2, scale_grad_by_freq=True)
+        self.body.places = ScaledEmbedding(6, 8, embed_scale=1.7)
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(x.shape[1]).expand_as(x)
+        return self.head(self.norm(torch.tanh(self.body.words(x) + self.body.places(places))))
+
+
 def make_bert() -> BertForSequenceClassification:
     config = BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
@@ -95,7 +141,28 @@ CASES = [
     Case("mlp", MLP, FLOATS, {"target_modules": ["fc", "proj"], "modules_to_save": ["head"]}),
     Case("bert", make_bert, TOKENS, {"task_type": "SEQ_CLS"}),
     Case("gpt2", make_gpt2, TOKENS, {"task_type": "CAUSAL_LM"}),
+    Case(
+        "conv",
+        ConvNet,
+        torch.linspace(-2, 2, 288).view(2, 4, 6, 6).sin(),
+        {"target_modules": ["first", "depthwise", "volume", "line"], "modules_to_save": ["head"]},
+    ),
+    Case("text", TextNet, TOKENS, {"target_modules": ["words", "places"], "modules_to_save": ["head"]}),
 ]
+
+
+def input_of(layer: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Something that a DPS layer can take."""
+    base = layer.get_base_layer()
+    if isinstance(base, nn.Embedding):
+        return torch.arange(5).view(1, 5)
+    space = [6] * len(base.kernel_size) if hasattr(base, "kernel_size") else []
+    return torch.randn(2, layer.in_features, *space, dtype=dtype)
+
+
+@pytest.fixture(name="input_of")
+def _input_of() -> Callable[..., torch.Tensor]:
+    return input_of
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.name)
@@ -103,7 +170,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
 
-@pytest.fixture(params=CASES[1:], ids=lambda case: case.name)
+@pytest.fixture(params=CASES[1:3], ids=lambda case: case.name)
 def transformer(request: pytest.FixtureRequest) -> Case:
     return request.param
 

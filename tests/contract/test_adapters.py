@@ -52,7 +52,7 @@ def test_several_active_adapters_are_the_base_plus_their_deltas(case, plain):
         base = layer.get_base_layer()
         deltas = sum(layer.dps_weight[name] - base.weight for name in ("default", "other"))
         torch.testing.assert_close(layer.weight, base.weight + deltas)
-        if base.bias is not None:
+        if getattr(base, "bias", None) is not None:
             torch.testing.assert_close(layer.bias, layer.dps_bias["default"])
     both = case.output(model)
     merged = model.merge_and_unload()
@@ -192,10 +192,11 @@ def test_a_repr_names_the_tuner(case):
     assert repr(dps_layers(case.model())[0]).startswith("dps.")
 
 
-def test_every_layer_tells_its_sizes(case):
+def test_every_layer_tells_its_sizes(case, input_of):
     for layer in dps_layers(case.model()):
-        x = torch.randn(2, layer.in_features)
-        assert layer(x).shape == (2, layer.out_features)
+        convolves = hasattr(layer.get_base_layer(), "kernel_size")
+        assert layer(input_of(layer)).shape[1 if convolves else -1] == layer.out_features
     shapes = {(layer.in_features, layer.out_features) for layer in dps_layers(case.model())}
     assert shapes == {"mlp": {(8, 8)}, "bert": {(16, 16), (16, 24), (24, 16)},
-                      "gpt2": {(16, 48), (16, 16), (16, 64), (64, 16)}}[case.name]  # fmt: skip
+                      "gpt2": {(16, 48), (16, 16), (16, 64), (64, 16)},
+                      "conv": {(4, 8), (8, 8), (1, 2), (8, 6)}, "text": {(16, 8), (6, 8)}}[case.name]  # fmt: skip

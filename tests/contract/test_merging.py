@@ -93,6 +93,8 @@ def test_unmerging_the_unmerged_warns(mlp):
 def test_safe_merge_refuses_broken_adapters_and_changes_nothing(case, container, value):
     model = case.model()
     layer = dps_layers(model)[0]
+    if not getattr(layer, container):
+        pytest.skip("an embedding has no bias")
     with torch.no_grad():
         getattr(layer, container)["default"].view(-1)[0] = value
     before = base_tensors(model)
@@ -159,7 +161,7 @@ def test_unload_gives_the_base_back_bit_for_bit(case):
     expected = case.base().state_dict()
     actual = unloaded.state_dict()
     assert set(actual) == set(expected)
-    saved = {"mlp": "head", "bert": "classifier"}.get(case.name, "nothing")
+    saved = {"bert": "classifier", "gpt2": "nothing"}.get(case.name, "head")
     assert all(torch.equal(actual[name], expected[name]) for name in expected if not name.startswith(saved))
 
 

@@ -110,8 +110,9 @@ def test_no_match_is_peft_s_error(mlp):
 
 
 def test_a_second_all_linear_adapter_finds_the_same_layers(case):
-    model = case.model(target_modules="all-linear")
+    model = case.model(target_modules="all-linear", modules_to_save=None)
     expected = targets(model)
+    assert expected
     model.add_adapter("other", case.config(target_modules="all-linear", modules_to_save=None))
     assert targets(model) == expected
     for module in model.modules():
@@ -128,6 +129,11 @@ class Odd(nn.Module):
         self.fc = nn.Linear(4, 4)
         self.block = nn.Module()
         self.block.odd = odd
+
+
+class Standardized(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
 
 
 class Scaled(nn.Linear):
@@ -152,8 +158,9 @@ def four_bit():
 
 
 REFUSED = {
-    "embedding": (lambda: nn.Embedding(4, 4), "is a Embedding, which DPS cannot train"),
-    "conv": (lambda: nn.Conv2d(4, 4, 1), "is a Conv2d, which DPS cannot train"),
+    "bag": (lambda: nn.EmbeddingBag(4, 4), "is a EmbeddingBag, which DPS cannot train"),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 4, 1), "is a ConvTranspose2d, which DPS cannot train"),
+    "norm": (lambda: nn.LayerNorm(4), "is a LayerNorm, which DPS cannot train"),
     "attention": (lambda: nn.MultiheadAttention(4, 1), "is a MultiheadAttention, which DPS cannot train"),
     "own forward": (lambda: Scaled(4, 4), "is a Scaled, which DPS cannot train"),
     "int8": (lambda: quantized(torch.int8), r"quantized \(Linear, torch.int8\)"),
@@ -162,6 +169,19 @@ REFUSED = {
     "meta": (lambda: nn.Linear(4, 4, device="meta"), "on the meta device"),
     "empty": (lambda: quantized(torch.float32).to_empty(device="meta"), "empty"),
     "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "computed from other parameters"),
+    "weight norm of a conv": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 2)),
+        "computed from other parameters",
+    ),
+    "spectral norm": (
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Embedding(4, 4)),
+        "computed from other parameters",
+    ),
+    "old spectral norm": (lambda: nn.utils.spectral_norm(nn.Conv2d(4, 4, 1)), "computed from other parameters"),
+    "own convolution": (lambda: Standardized(4, 4, 1), "is a Standardized, which DPS cannot train"),
+    "lazy": (lambda: nn.LazyConv1d(4, 2), "empty"),
+    "conv in meta": (lambda: nn.Conv2d(4, 4, 1, device="meta"), "on the meta device"),
+    "embedding in meta": (lambda: nn.Embedding(4, 4, device="meta"), "on the meta device"),
     "conv1d in meta": (lambda: Conv1D(4, 4).to("meta"), "on the meta device"),
 }
 
@@ -185,9 +205,9 @@ def test_targets_of_other_tuners_are_refused(mlp):
 
 
 def test_a_refused_target_leaves_the_model_as_it_was():
-    model = Odd(nn.Embedding(4, 4))
+    model = Odd(nn.LayerNorm(4))
     before = copy.deepcopy(model)
-    with pytest.raises(TargetError, match="Embedding"):
+    with pytest.raises(TargetError, match="LayerNorm"):
         wrap(model, target_modules=["fc", "odd"])
     assert type(model.fc) is nn.Linear
     assert [name for name, _ in model.named_modules()] == [name for name, _ in before.named_modules()]
@@ -195,8 +215,8 @@ def test_a_refused_target_leaves_the_model_as_it_was():
 
 
 def test_a_refused_second_adapter_leaves_the_first_as_it_was():
-    model = wrap(Odd(nn.Embedding(4, 4)), target_modules=["fc"])
-    with pytest.raises(TargetError, match="Embedding"):
+    model = wrap(Odd(nn.LayerNorm(4)), target_modules=["fc"])
+    with pytest.raises(TargetError, match="LayerNorm"):
         model.add_adapter("other", DPSConfig(stage_steps=2, target_modules=["fc", "odd"]))
     assert set(model.peft_config) == {"default"}
     assert set(model.base_model.model.fc.dps_weight) == {"default"}

@@ -1,0 +1,117 @@
+"""Which layer takes the place of a module, or why none can."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_dps.conv import Conv1d, Conv2d, Conv3d
+from peft_dps.embedding import Embedding, computes_alike
+from peft_dps.errors import TargetError
+from peft_dps.layer import DPSLayer
+from peft_dps.linear import Conv1DLinear, Linear
+
+LAYER_TYPES: dict[type[nn.Module], type[DPSLayer]] = {
+    nn.Linear: Linear,
+    Conv1D: Conv1DLinear,
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+    nn.Embedding: Embedding,
+}
+TRAINABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def make_layer(target: nn.Module, key: str) -> DPSLayer:
+    """Wrap a module in the layer of its kind.
+
+    Args:
+        target: The module, with its weight loaded.
+        key: Its path in the model, for the messages.
+
+    Raises:
+        TargetError: If DPS cannot train it.
+    """
+    if isinstance(target, BaseTunerLayer):
+        raise TargetError(
+            f"The target {key!r} is already wrapped by another tuner ({type(target).__module__}). Unload that adapter "
+            "first, or leave the module out with `exclude_modules`."
+        )
+    weight = getattr(target, "weight", None)
+    if isinstance(weight, torch.Tensor) and (weight.dtype not in TRAINABLE_DTYPES or _is_quantized(weight)):
+        raise TargetError(
+            f"The weight of the target {key!r} is quantized ({type(target).__name__}, {weight.dtype}). DPS trains "
+            "full-precision weights: load the model without quantization, or use LoRA on a quantized model."
+        )
+    base_cls = next((base for base in LAYER_TYPES if isinstance(target, base)), None)
+    if base_cls is None:
+        supported = ", ".join(base_cls.__name__ for base_cls in LAYER_TYPES)
+        raise TargetError(
+            f"The target {key!r} is a {type(target).__name__}, which DPS cannot train; it supports {supported}. Leave "
+            "it out with `exclude_modules`, or train it in full with `modules_to_save`."
+        )
+    _check_weight(target, key)
+    if isinstance(target, nn.Embedding):
+        _check_embedding(target, key)
+    elif not _computes_as(target, base_cls):
+        raise TargetError(
+            f"The target {key!r} is a {type(target).__name__}, which DPS cannot train: its forward is not that of "
+            f"{base_cls.__name__}. Leave it out with `exclude_modules`, or train it in full with `modules_to_save`."
+        )
+    return LAYER_TYPES[base_cls](target)
+
+
+def _check_weight(target: nn.Module, key: str) -> None:
+    parameter = target._parameters.get("weight")
+    if parameter is None:
+        raise TargetError(
+            f"The weight of the target {key!r} is computed from other parameters (torch.nn.utils.parametrize or "
+            "weight_norm), so it cannot be trained itself. Remove the parametrization, or leave the module out with "
+            "`exclude_modules`."
+        )
+    lazy = isinstance(parameter, nn.UninitializedParameter)
+    if lazy or parameter.device.type == "meta" or parameter.numel() == 0 or _is_dtensor(parameter):
+        raise TargetError(
+            f"The weight of the target {key!r} is empty, on the meta device or sharded, so there is nothing to copy. "
+            "Add the adapter to the fully loaded model, before it is sharded (FSDP, ZeRO-3) or dispatched."
+        )
+
+
+def _check_embedding(target: nn.Embedding, key: str) -> None:
+    if target.max_norm is not None:
+        raise TargetError(
+            f"The target {key!r} has max_norm={target.max_norm}, with which a forward writes into the weight, so that "
+            "frozen entries would move. Set its `max_norm` to None, or leave it out with `exclude_modules`."
+        )
+    if target.sparse:
+        raise TargetError(
+            f"The target {key!r} has sparse=True, and DPS needs dense gradients. Set its `sparse` to False, or leave "
+            "it out with `exclude_modules`."
+        )
+    if not computes_alike(target):
+        raise TargetError(
+            f"The target {key!r} is a {type(target).__name__}, which DPS cannot train: its forward is neither that of "
+            "Embedding nor that times a constant `embed_scale`. Leave it out with `exclude_modules`, or train it in "
+            "full with `modules_to_save`."
+        )
+
+
+def _computes_as(target: nn.Module, base_cls: type[nn.Module]) -> bool:
+    """Tell whether a subclass leaves the computation alone; if not, replacing it would change the model."""
+    return all(
+        getattr(type(target), name, None) is getattr(base_cls, name, None) for name in ("forward", "_conv_forward")
+    )
+
+
+def _is_quantized(weight: torch.Tensor) -> bool:
+    # torchao's weights are tensor subclasses of a floating dtype; bitsandbytes' are parameters with a state.
+    if isinstance(weight, nn.UninitializedParameter):
+        return False
+    subclass = type(weight.data) is not torch.Tensor and not _is_dtensor(weight)
+    return subclass or any(hasattr(weight, name) for name in ("quant_state", "SCB"))
+
+
+def _is_dtensor(weight: torch.Tensor) -> bool:
+    return type(weight.data).__name__ == "DTensor"

@@ -140,6 +140,10 @@ class DPSModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         subnetwork.track(current_key, layer)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version reads the weight of what it replaces, which a head of several layers does not have.
+        setattr(parent, child_name, new_module)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's version makes new parameters, which makes inactive adapters trainable.
         if not autocast_adapter_dtype:

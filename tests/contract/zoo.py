@@ -137,7 +137,12 @@ WHISPER = hf.WhisperConfig(
 )  # fmt: skip
 VIT = hf.ViTConfig(**{**ENCODER, "image_size": 8, "patch_size": 4, "num_labels": 3})
 RESNET = hf.ResNetConfig(
-    embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic", num_labels=3, downsample_in_first_stage=True
+    embedding_size=8,
+    hidden_sizes=[8, 16],
+    depths=[1, 2],
+    layer_type="basic",
+    num_labels=3,
+    downsample_in_first_stage=True,
 )
 SOUND = torch.linspace(-1, 1, 4 * 4 * 16).view(4, 4, 16).sin()
 

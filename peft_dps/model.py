@@ -18,7 +18,7 @@ from peft_dps.errors import ConfigError
 from peft_dps.layer import DPSLayer
 from peft_dps.status import DPSStatus, status_of
 from peft_dps.subnetwork import Subnetwork
-from peft_dps.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules
+from peft_dps.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules, warn_of_statistics
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -78,6 +78,8 @@ class DPSModel(BaseTuner):
                 tie_saved_modules(model, adapter_name)
             # PEFT leaves this to PeftModel, which transformers' `add_adapter` does without.
             self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            if not config.inference_mode:
+                warn_of_statistics(model)
         except Exception:
             _take_out(model, subnetwork)
             raise

@@ -37,14 +37,14 @@ def test_the_deltas_are_added_with_their_factors(two):
     for layer in dps_layers(two):
         base = layer.get_base_layer()
         torch.testing.assert_close(layer.dps_weight["sum"], expected(base.weight, layer.dps_weight))
-        if base.bias is not None:
+        if getattr(base, "bias", None) is not None:
             torch.testing.assert_close(layer.dps_bias["sum"], expected(base.bias, layer.dps_bias))
 
 
 def test_copies_of_modules_to_save_are_combined_alike(two, case):
     two.add_weighted_adapter(list(RECIPE), list(RECIPE.values()), "sum")
     wrappers = [module for module in two.modules() if isinstance(module, ModulesToSaveWrapper)]
-    assert len(wrappers) == {"mlp": 1, "bert": 1, "gpt2": 0}[case.name]
+    assert len(wrappers) == (case.name != "gpt2")
     for wrapper in wrappers:
         weights = {name: copy.weight for name, copy in wrapper.modules_to_save.items()}
         torch.testing.assert_close(weights["sum"], expected(wrapper.original_module.weight, weights))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -15,6 +16,11 @@ from tests.contract.zoo import ZOO, Whole
 
 @pytest.fixture(params=ZOO, ids=str)
 def whole(request: pytest.FixtureRequest) -> Whole:
+    return request.param
+
+
+@pytest.fixture(params=[whole for whole in ZOO if whole.name != "ResNet"], ids=str)  # transformers' has none
+def checkpointing(request: pytest.FixtureRequest) -> Whole:
     return request.param
 
 
@@ -110,15 +116,31 @@ def test_the_paper_s_settings_train_every_parameter(whole):
     torch.testing.assert_close(whole.output(model.merge_and_unload()), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.supports("Models", "gradient checkpointing", row="whole")
-def test_gradient_checkpointing_trains_the_same(whole):
-    plain, checkpointed = whole.model(variant="mix"), whole.model(variant="mix")
-    checkpointed.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
-    expected = whole.train(plain, 3)
-    assert whole.train(checkpointed, 3) == pytest.approx(expected, rel=1e-5)
-    assert any(getattr(module, "gradient_checkpointing", False) for module in checkpointed.modules())
-    for name, weight in weights(checkpointed).items():
+@pytest.mark.supports("Models", "gradient checkpointing", row="checkpointing")
+def test_gradient_checkpointing_trains_the_same(checkpointing):
+    plain, recomputed = checkpointing.model(variant="mix"), checkpointing.model(variant="mix")
+    recomputed.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+    assert any(getattr(module, "gradient_checkpointing", False) for module in recomputed.modules())
+    expected = checkpointing.train(plain, 3)
+    assert checkpointing.train(recomputed, 3) == pytest.approx(expected, rel=1e-5)
+    for name, weight in weights(recomputed).items():
         torch.testing.assert_close(weight, weights(plain)[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.refuses(
+    "Models",
+    "running statistics of batch norms in the base model",
+    "training changes them, an adapter does not hold them: a warning asks for `modules_to_save` or `train_remaining`",
+)
+def test_running_statistics_that_no_adapter_holds_are_warned_of(caplog):
+    resnet = next(whole for whole in ZOO if whole.name == "ResNet")
+    with caplog.at_level(logging.WARNING, logger="peft_dps"):
+        for covered in ({"modules_to_save": ["normalization"]}, {"train_remaining": True}, {"inference_mode": True}):
+            resnet.model(**{"modules_to_save": None, **covered})
+        assert not caplog.records
+        resnet.model(modules_to_save=["classifier"])
+    assert "running statistics of 9 norms (resnet.embedder.embedder.normalization, ...)" in caplog.text
+    assert "Add these modules to `modules_to_save`" in caplog.text
 
 
 def test_reading_the_weight_of_a_dense_adapter_computes_nothing():

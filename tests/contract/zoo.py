@@ -181,5 +181,5 @@ ZOO = [
           {"modules_to_save": ["classifier"]}),
     Whole("CLIP", make_clip, {"input_ids": IDS, "pixel_values": IMAGES, "return_loss": True}),
     Whole("ResNet", lambda: hf.ResNetForImageClassification(RESNET), {"pixel_values": IMAGES, "labels": CLASSES},
-          {"target_modules": CONVOLUTIONS, "modules_to_save": ["classifier"]}),
+          {"target_modules": CONVOLUTIONS, "modules_to_save": ["classifier", "normalization"]}),
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from peft_dps.embedding import Embedding, computes_alike
 from peft_dps.errors import TargetError
 from peft_dps.layer import DPSLayer
 from peft_dps.linear import Conv1DLinear, Linear
+from peft_dps.targets import is_packed
 
 LAYER_TYPES: dict[type[nn.Module], type[DPSLayer]] = {
     nn.Linear: Linear,
@@ -40,9 +41,10 @@ def make_layer(target: nn.Module, key: str) -> DPSLayer:
             "first, or leave the module out with `exclude_modules`."
         )
     weight = getattr(target, "weight", None)
-    if isinstance(weight, torch.Tensor) and (weight.dtype not in TRAINABLE_DTYPES or _is_quantized(weight)):
+    dtype = weight.dtype if isinstance(weight, torch.Tensor) else "packed"
+    if is_packed(target) or (isinstance(weight, torch.Tensor) and _is_quantized(weight)):
         raise TargetError(
-            f"The weight of the target {key!r} is quantized ({type(target).__name__}, {weight.dtype}). DPS trains "
+            f"The weight of the target {key!r} is quantized ({type(target).__name__}, {dtype}). DPS trains "
             "full-precision weights: load the model without quantization, or use LoRA on a quantized model."
         )
     base_cls = next((base for base in LAYER_TYPES if isinstance(target, base)), None)
@@ -70,6 +72,12 @@ def _check_weight(target: nn.Module, key: str) -> None:
             f"The weight of the target {key!r} is computed from other parameters (torch.nn.utils.parametrize or "
             "weight_norm), so it cannot be trained itself. Remove the parametrization, or leave the module out with "
             "`exclude_modules`."
+        )
+    if getattr(getattr(target, "_hf_hook", None), "offload", False):
+        raise TargetError(
+            f"The target {key!r} is offloaded (its place in `device_map` is 'disk', or 'cpu' beside a GPU), so its "
+            "weight is there only during a forward, and no optimizer could update a copy of it. Load the model "
+            "without offloading."
         )
     lazy = isinstance(parameter, nn.UninitializedParameter)
     if lazy or parameter.device.type == "meta" or parameter.numel() == 0 or _is_dtensor(parameter):
@@ -110,7 +118,8 @@ def _is_quantized(weight: torch.Tensor) -> bool:
     if isinstance(weight, nn.UninitializedParameter):
         return False
     subclass = type(weight.data) is not torch.Tensor and not _is_dtensor(weight)
-    return subclass or any(hasattr(weight, name) for name in ("quant_state", "SCB"))
+    stored = weight.dtype not in TRAINABLE_DTYPES
+    return stored or subclass or any(hasattr(weight, name) for name in ("quant_state", "SCB"))
 
 
 def _is_dtensor(weight: torch.Tensor) -> bool:

@@ -11,14 +11,17 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from peft_dps.combination import combined_config, fill, make_recipe
 from peft_dps.config import DPSConfig
 from peft_dps.dispatch import make_layer
 from peft_dps.errors import ConfigError
 from peft_dps.layer import DPSLayer
 from peft_dps.status import DPSStatus, status_of
 from peft_dps.subnetwork import Subnetwork
-from peft_dps.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules
+from peft_dps.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules, warn_of_statistics
 from peft_dps.ties import check_ties
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 class DPSModel(BaseTuner):
@@ -57,6 +60,11 @@ class DPSModel(BaseTuner):
         If it fails, the model is left as it was.
         """
         config = _as_dps(self.peft_config[adapter_name])
+        if any(hasattr(container, adapter_name) for container in (nn.ParameterDict(), nn.ModuleDict())):
+            raise ConfigError(
+                f"`adapter_name` must not be {adapter_name!r}: torch's containers have an attribute of that name. Use "
+                "another one."
+            )
         subnetwork = Subnetwork(adapter_name, config)
         self._injecting = subnetwork, low_cpu_mem_usage
         try:
@@ -70,6 +78,10 @@ class DPSModel(BaseTuner):
             check_ties(model, adapter_name)
             if config.train_remaining:
                 tie_saved_modules(model, adapter_name)
+            # PEFT leaves this to PeftModel, which transformers' `add_adapter` does without.
+            self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            if not config.inference_mode:
+                warn_of_statistics(model)
         except Exception:
             _take_out(model, subnetwork)
             raise
@@ -95,6 +107,33 @@ class DPSModel(BaseTuner):
         if type(total_steps) is not int or total_steps < 2:
             raise ConfigError(f"`total_steps` must be an integer of at least 2, got {total_steps!r}.")
         _pick(find_subnetworks(self.model), self._one_adapter(adapter_name)).restart(total_steps)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter that combines others: W_new = W0 + sum_i w_i (W_i - W0), as in task arithmetic.
+
+        The same goes for biases and for the copies of `modules_to_save`; an adapter that does not train a tensor adds
+        nothing to it. The new adapter has the first one's settings and is not active.
+
+        Args:
+            adapters: Names of the adapters to combine.
+            weights: A factor w_i for each, negative ones too.
+            adapter_name: Name of the new adapter.
+            combination_type: Only `"linear"`; LoRA's others need low-rank factors.
+
+        Raises:
+            ConfigError: If one of the arguments cannot work.
+        """
+        recipe = make_recipe(list(self.peft_config), adapters, weights, adapter_name, combination_type)
+        config = combined_config(self.model, [_as_dps(self.peft_config[name]) for name in adapters], recipe)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        fill(self.model, adapter_name, recipe)
 
     def _one_adapter(self, adapter_name: str | None) -> str:
         if adapter_name is not None:
@@ -146,15 +185,18 @@ class DPSModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         subnetwork.track(current_key, layer)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version reads the weight of what it replaces, which a head of several layers does not have.
+        setattr(parent, child_name, new_module)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT's version makes new parameters, which makes inactive adapters trainable.
-        if not autocast_adapter_dtype:
-            return
         for module in self.model.modules():
             if isinstance(module, DPSLayer):
-                for container in (module.dps_weight, module.dps_bias):
-                    if adapter_name in container and container[adapter_name].dtype in (torch.float16, torch.bfloat16):
-                        container[adapter_name].data = container[adapter_name].data.float()
+                for container, base in zip((module.dps_weight, module.dps_bias), module._pretrained(), strict=True):
+                    if adapter_name in container and base is not None and base.dtype in HALF_PRECISION:
+                        dtype = torch.float32 if autocast_adapter_dtype else base.dtype
+                        container[adapter_name].data = container[adapter_name].data.to(dtype)
 
 
 def dps_status(model: nn.Module, adapter_name: str | None = None) -> DPSStatus:

@@ -10,6 +10,7 @@ from typing import Any
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from peft_dps.config import DPSConfig
 from peft_dps.errors import TargetError
@@ -24,11 +25,23 @@ def expand_all_linear(config: DPSConfig, model: nn.Module) -> None:
     """Put the names of all linear modules, without heads, in place of "all-linear" in `target_modules`."""
     if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
         return
+    packed = next((key for key, module in model.named_modules() if is_packed(module)), None)
+    if packed is not None:
+        raise TargetError(
+            f"The model is quantized ({packed!r} is a {type(model.get_submodule(packed)).__name__}), so 'all-linear' "
+            "would leave most of it out. DPS trains full-precision weights: load the model without quantization, or "
+            "use LoRA on a quantized model."
+        )
     _maybe_include_all_linear_layers(config, model)
     # What another adapter saves in full is no part of the base model: a checkpoint must not name its insides.
     wrapped = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
     closed = wrapped + _HEADS.get(str(config.task_type), ())
     config.target_modules = [name for name in sorted(config.target_modules) if not name.startswith(closed)]
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Tell whether a layer holds quantized weights under a name of their own, as GPTQ, AWQ, HQQ and others do."""
+    return any(getattr(module, name, None) is not None for name in ("qweight", "W_q", "weight_packed", "codes"))
 
 
 def is_target(config: DPSConfig, key: str) -> Any:
@@ -82,6 +95,25 @@ def tie_saved_modules(model: nn.Module, adapter_name: str) -> None:
                 parent, _, name = path.rpartition(".")
                 shared = first.setdefault(id(original), copy.get_parameter(path))
                 setattr(copy.get_submodule(parent), name, shared)
+
+
+def warn_of_statistics(model: nn.Module) -> None:
+    """Warn of norms whose running statistics training changes in the base model, unless they are saved in full."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    saved = {id(module) for wrapper in wrappers for module in wrapper.modules()}
+    norms = [
+        key
+        for key, module in model.named_modules()
+        if isinstance(module, _NormBase) and module.track_running_stats and id(module) not in saved
+    ]
+    if norms:
+        logger.warning(
+            "Training will change the running statistics of %d norms (%s, ...), which are no part of the adapter: it "
+            "is neither saved with them nor disabled without them. Add these modules to `modules_to_save`, or set "
+            "`train_remaining=True`.",
+            len(norms),
+            norms[0],
+        )
 
 
 def _layer_index(key: str, layers_pattern: list[str] | str | None) -> int | None:

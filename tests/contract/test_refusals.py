@@ -1,0 +1,120 @@
+"""What PEFT offers and DPS does not take part in: refused with the reason, and never ignored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from peft.utils.hotswap import hotswap_adapter
+
+from peft_dps import ConfigError, DPSLayer
+
+
+@pytest.mark.refuses(
+    "Adapters",
+    "tuners of several kinds in one model (`PeftMixedModel`)",
+    "PEFT keeps a fixed list of the tuners that it mixes",
+)
+def test_mixed_models(mlp):
+    with pytest.raises(ValueError, match="'DPS' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(mlp.base(), mlp.config(), mixed=True)
+    model = PeftMixedModel(mlp.base(), LoraConfig(target_modules=["fc"]))
+    with pytest.raises(ValueError, match="'DPS' is not compatible with the `PeftMixedModel`"):
+        model.add_adapter("other", mlp.config(modules_to_save=None))
+
+
+@pytest.mark.refuses(
+    "Saving and loading",
+    "hot-swapping (`peft.utils.hotswap`)",
+    "PEFT hot-swaps LoRA only; `load_adapter` under the existing name keeps the parameters and does the same",
+)
+def test_hotswap(mlp, tmp_path):
+    source, model = mlp.model(init_weights=False), mlp.model()
+    source.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="only supports LORA but DPS was passed"):
+        hotswap_adapter(model, str(tmp_path), "default")
+    parameters = list(map(id, model.parameters()))
+    model.load_adapter(tmp_path, "default")
+    assert list(map(id, model.parameters())) == parameters
+    assert torch.equal(mlp.output(model), mlp.output(source))
+
+
+@pytest.mark.refuses(
+    "Saving and loading",
+    "hot-swapping in transformers (`load_adapter(hotswap=True)`)",
+    "transformers does so for LoRA only",
+)
+def test_hotswap_of_transformers(gpt2, tmp_path):
+    model = gpt2.base()
+    model.add_adapter(gpt2.config(), "default")
+    with pytest.raises(ValueError, match="only supported for LoRA"):
+        model.load_adapter(str(tmp_path), "default", hotswap=True)
+
+
+@pytest.mark.refuses(
+    "Adapters",
+    "several adapters active that have `modules_to_save`",
+    "PEFT cannot tell which copy to run; `add_weighted_adapter` makes one of them",
+)
+def test_several_active_copies_of_a_module(mlp):
+    model = mlp.model()
+    model.add_adapter("other", mlp.config())
+    with pytest.raises(ValueError, match="Only one adapter can be set at a time for ModulesToSaveWrapper"):
+        model.base_model.set_adapter(["default", "other"])
+
+
+@pytest.mark.refuses("Adapters", "deleting an adapter while it is merged", "PEFT wants it unmerged first")
+def test_deleting_a_merged_adapter(mlp):
+    model = mlp.model(init_weights=False)
+    model.add_adapter("other", mlp.config(init_weights=False))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"Cannot delete adapter\(s\) \['default'\] while they are merged"):
+        model.delete_adapter("default")
+    model.delete_adapter("other")
+    model.unmerge_adapter()
+    model.base_model.delete_adapter("default")
+    assert torch.equal(model.base_model.model.head.original_module.weight, mlp.base().head.weight)
+
+
+@pytest.mark.refuses(
+    "Adapters", "`rescale_adapter_scale`", "DPS has no scale; `add_weighted_adapter` with one factor has"
+)
+def test_rescaling(gpt2):
+    with (
+        pytest.raises(ValueError, match="only supported for models with `LoraLayer`s"),
+        rescale_adapter_scale(gpt2.model(), 0.5),
+    ):
+        pass
+
+
+@pytest.mark.refuses(
+    "Saving and loading",
+    "`path_initial_model_for_weight_conversion`",
+    "it turns LoRAs into LoRAs; `convert_to_lora` makes one of a DPS adapter",
+)
+def test_conversion_from_an_initial_adapter(mlp, tmp_path):
+    with pytest.raises(ValueError, match="not supported for DPSModel"):
+        mlp.model().save_pretrained(tmp_path, path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+
+
+@pytest.mark.parametrize("field", ["trainable_token_indices", "bias", "rank_pattern"])
+def test_fields_of_other_tuners(field):
+    from peft_dps import DPSConfig
+
+    with pytest.raises(TypeError, match=field):
+        DPSConfig(**{field: None})
+
+
+@pytest.mark.parametrize("name", ["half", "train", "keys"])
+def test_adapter_names_that_torch_has_taken(mlp, name):
+    with pytest.raises(ConfigError, match=f"`adapter_name` must not be '{name}'"):
+        get_peft_model(mlp.base(), mlp.config(), adapter_name=name)
+    model = mlp.model()
+    with pytest.raises(ConfigError, match=f"`adapter_name` must not be '{name}'"):
+        model.add_adapter(name, mlp.config())
+    assert list(model.peft_config) == ["default"]
+    assert {key for layer in model.modules() if isinstance(layer, DPSLayer) for key in layer.dps_weight} == {"default"}
+    mlp.train(model, steps=3)
+    assert model.dps_status().engaged
+    assert isinstance(model, PeftModel)

@@ -20,6 +20,7 @@ def plain(case):
     return lambda **more: case.config(**{**options, **more})
 
 
+@pytest.mark.supports("Layers", "disables to the bit", row="case")
 def test_disabled_adapters_leave_the_base_bit_for_bit(case):
     expected = case.output(case.base())
     model = case.model(init_weights=False)
@@ -31,6 +32,7 @@ def test_disabled_adapters_leave_the_base_bit_for_bit(case):
     assert torch.equal(case.output(model), trained)
 
 
+@pytest.mark.supports("Adapters", "several adapters, switched by `set_adapter`")
 def test_switching_adapters(case):
     model = case.model(init_weights=False)
     first = case.output(model)
@@ -44,6 +46,7 @@ def test_switching_adapters(case):
     assert torch.equal(case.output(model), first)
 
 
+@pytest.mark.supports("Layers", "several active", row="case")
 def test_several_active_adapters_are_the_base_plus_their_deltas(case, plain):
     model = get_peft_model(case.base(), plain()).eval()
     model.add_adapter("other", plain(train_bias=False))
@@ -59,6 +62,7 @@ def test_several_active_adapters_are_the_base_plus_their_deltas(case, plain):
     torch.testing.assert_close(case.output(merged), both, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.supports("Adapters", "adapters on different layers")
 def test_adapters_on_different_layers_do_not_meet(mlp):
     model = get_peft_model(mlp.base(), mlp.config(target_modules=["fc"], modules_to_save=None, init_weights=False))
     model.add_adapter("other", mlp.config(target_modules=["proj"], modules_to_save=None, init_weights=False))
@@ -72,6 +76,7 @@ def test_adapters_on_different_layers_do_not_meet(mlp):
     assert torch.equal(block["fc"](x), block["fc"].base_layer(x))
 
 
+@pytest.mark.supports("Adapters", "deleting adapters, inactive, active and the last one")
 def test_delete_the_inactive_adapter(case):
     model = case.model(init_weights=False)
     expected = case.output(model)
@@ -86,6 +91,7 @@ def test_delete_the_inactive_adapter(case):
         model.dps_status("other")
 
 
+@pytest.mark.supports("Adapters", "deleting adapters, inactive, active and the last one")
 def test_delete_the_active_adapter(mlp):
     model = get_peft_model(mlp.base(), mlp.config(modules_to_save=None)).eval()
     model.add_adapter("other", mlp.config(modules_to_save=None, init_weights=False))
@@ -100,6 +106,7 @@ def test_delete_the_active_adapter(mlp):
     assert model.dps_status().steps == 3
 
 
+@pytest.mark.supports("Adapters", "deleting adapters, inactive, active and the last one")
 def test_delete_the_last_adapter(mlp):
     model = mlp.model(init_weights=False)
     model.delete_adapter("default")
@@ -121,6 +128,7 @@ def test_a_deleted_name_can_be_used_again_and_starts_anew(mlp):
     assert model.dps_status("other").steps == 0
 
 
+@pytest.mark.supports("Adapters", "names that are parts of other names")
 def test_names_that_are_parts_of_other_names(case):
     model = get_peft_model(case.base(), case.config(init_weights=False), adapter_name="a").eval()
     names = ["a", "aa", "a_b", "dps_weight_a"]
@@ -140,6 +148,7 @@ def test_names_that_are_parts_of_other_names(case):
         assert torch.equal(case.output(model), outputs[name])
 
 
+@pytest.mark.supports("Adapters", "`get_layer_status`, `get_model_status`")
 def test_layer_and_model_status(case):
     model = case.model()
     model.add_adapter("other", case.config())
@@ -161,6 +170,7 @@ def test_layer_and_model_status(case):
     assert {tuple(status.merged_adapters) for status in layers} == {("default",)}
 
 
+@pytest.mark.supports("Adapters", "`print_trainable_parameters`")
 def test_print_trainable_parameters(case, capsys):
     model = case.model()
     trainable, total = model.get_nb_trainable_parameters()
@@ -171,6 +181,11 @@ def test_print_trainable_parameters(case, capsys):
     assert f"trainable params: {trainable:,}" in capsys.readouterr().out
 
 
+@pytest.mark.refuses(
+    "Adapters",
+    "an adapter per sample (`adapter_names`)",
+    "PEFT has it for LoRA only",
+)
 def test_an_adapter_per_sample_is_refused_instead_of_ignored(gpt2):
     model = gpt2.model()
     model.add_adapter("other", gpt2.config())
@@ -178,6 +193,7 @@ def test_an_adapter_per_sample_is_refused_instead_of_ignored(gpt2):
         model(gpt2.inputs, adapter_names=["default", "other"])
 
 
+@pytest.mark.supports("Adapters", "`set_requires_grad`")
 def test_requires_grad_can_be_set_per_adapter(mlp):
     model = mlp.model()
     model.add_adapter("other", mlp.config())

@@ -33,6 +33,7 @@ def trained_on(case, model, optimizer, steps=5):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}, str(model.dps_status())
 
 
+@pytest.mark.supports("Adapters", "copies: `copy.deepcopy`, `pickle`, `torch.save`")
 @STEPS
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved], ids=lambda function: function.__name__)
 def test_a_copy_trains_on_as_the_original_would(mlp, duplicate, steps):
@@ -53,6 +54,7 @@ def test_a_copy_trains_on_as_the_original_would(mlp, duplicate, steps):
     assert all(torch.equal(tensor, theirs[0][name]) for name, tensor in mine[0].items())
 
 
+@pytest.mark.supports("Adapters", "copies: `copy.deepcopy`, `pickle`, `torch.save`")
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled], ids=lambda function: function.__name__)
 def test_copies_of_transformers_models(case, duplicate):
     model = case.model()

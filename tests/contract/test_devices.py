@@ -25,7 +25,7 @@ def dps_layers(model):
     return [module for module in model.modules() if isinstance(module, DPSLayer)]
 
 
-@pytest.mark.supports("Dtypes and devices", "base in {dtype}, {variant}")
+@pytest.mark.supports("Dtypes", "base, {variant}", row="dtype")
 @pytest.mark.parametrize("variant", ["dense", "mix"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_both_stages_train_in_every_dtype(gpt2, dtype, variant):
@@ -45,7 +45,7 @@ def test_both_stages_train_in_every_dtype(gpt2, dtype, variant):
     torch.testing.assert_close(gpt2.output(model.merge_and_unload()), trained, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.supports("Dtypes and devices", "autocast to {dtype}, {variant}")
+@pytest.mark.supports("Dtypes", "autocast, {variant}", row="dtype")
 @pytest.mark.parametrize("variant", ["dense", "mix"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_both_stages_train_under_autocast(transformer, dtype, variant):
@@ -67,7 +67,7 @@ def test_both_stages_train_under_autocast(transformer, dtype, variant):
     torch.testing.assert_close(half.float(), transformer.output(model), rtol=0.1, atol=0.05)
 
 
-@pytest.mark.supports("Dtypes and devices", "`device_map` without offloading")
+@pytest.mark.supports("Devices", "`device_map` without offloading")
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, EVERYWHERE], ids=["cpu", "auto", "root", "dict"])
 def test_placed_models(gpt2, tmp_path, device_map):
     gpt2.base().save_pretrained(tmp_path)
@@ -80,7 +80,7 @@ def test_placed_models(gpt2, tmp_path, device_map):
     torch.testing.assert_close(gpt2.output(model.merge_and_unload()), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.supports("Dtypes and devices", "Accelerate's dispatch hooks on the base model")
+@pytest.mark.supports("Devices", "Accelerate's dispatch hooks on the base model")
 def test_dispatched_models_keep_their_hooks(gpt2):
     base = dispatch_model(gpt2.base(), EVERYWHERE, force_hooks=True)
     assert hasattr(base.transformer.h[0].mlp.c_fc, "_hf_hook")
@@ -94,7 +94,7 @@ def test_dispatched_models_keep_their_hooks(gpt2):
 
 
 @pytest.mark.refuses(
-    "Dtypes and devices",
+    "Devices",
     "offloaded target layers (`device_map` with 'disk', or 'cpu' beside a GPU)",
     "their weights exist only during a forward, so there is nothing for an optimizer to update",
 )
@@ -113,7 +113,7 @@ def test_offloaded_targets(gpt2, tmp_path):
 
 
 @pytest.mark.refuses(
-    "Dtypes and devices",
+    "Devices",
     "base weights on the meta device",
     "there is nothing to copy: load the weights first",
 )

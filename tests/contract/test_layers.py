@@ -43,6 +43,9 @@ def make(kind, **options):
     return Encoder(), {"target_modules": ["linear1", "linear2", "out_proj"], **options}
 
 
+@pytest.mark.supports(
+    "Training", "modules that read weights (`nn.MultiheadAttention.out_proj`, `nn.TransformerEncoder`)"
+)
 @pytest.mark.parametrize("kind", ["attention", "encoder"])
 def test_the_active_weight_is_used(kind):
     base, options = make(kind, init_weights=False)

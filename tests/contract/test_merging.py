@@ -38,6 +38,7 @@ def test_merged_output_is_the_adapters(case):
         assert torch.equal(layer.get_base_layer().weight, layer.dps_weight["default"])
 
 
+@pytest.mark.supports("Merging", "`merge_adapter`, and `unmerge_adapter` to the bit, in fp32, bf16 and fp16")
 @pytest.mark.parametrize("safe_merge", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_unmerge_is_exact_to_the_bit(case, two, dtype, safe_merge):
@@ -53,6 +54,7 @@ def test_unmerge_is_exact_to_the_bit(case, two, dtype, safe_merge):
     assert not any(layer.merged for layer in dps_layers(two))
 
 
+@pytest.mark.supports("Merging", "several adapters, at once or one by one")
 def test_merging_one_by_one_is_merging_at_once(two):
     two.merge_adapter(["default", "other"])
     at_once = base_tensors(two)
@@ -73,6 +75,7 @@ def test_several_merged_adapters_add_their_deltas(two):
         torch.testing.assert_close(layer.get_base_layer().weight.data, expected.data)
 
 
+@pytest.mark.supports("Merging", "merging twice: a warning, and nothing changes")
 def test_merging_twice_warns_and_changes_nothing(case):
     model = case.model(init_weights=False)
     model.merge_adapter()
@@ -88,6 +91,7 @@ def test_unmerging_the_unmerged_warns(mlp):
         model.unmerge_adapter()
 
 
+@pytest.mark.supports("Merging", "`safe_merge` finds NaN and infinity")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("container", ["dps_weight", "dps_bias"])
 def test_safe_merge_refuses_broken_adapters_and_changes_nothing(case, container, value):
@@ -106,6 +110,22 @@ def test_safe_merge_refuses_broken_adapters_and_changes_nothing(case, container,
         model.merge_and_unload(safe_merge=True)
 
 
+@pytest.mark.supports("Merging", "`safe_merge` finds NaN and infinity")
+def test_safe_merge_of_several_adapters_finds_the_broken_one(case, two):
+    before = base_tensors(two)
+    with torch.no_grad():
+        dps_layers(two)[-1].dps_weight["other"].view(-1)[-1] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected"):
+        two.merge_adapter(["default", "other"], safe_merge=True)
+    assert not dps_layers(two)[-1].merged
+    for layer in dps_layers(two)[:-1]:  # PEFT merges layer by layer; those before the broken one can be unmerged
+        layer.unmerge()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base_tensors(two).items())
+    two.merge_adapter(["default"], safe_merge=True)
+    assert all(layer.merged_adapters == ["default"] for layer in dps_layers(two))
+
+
+@pytest.mark.supports("Merging", "`safe_merge` finds NaN and infinity")
 def test_what_overflows_in_the_dtype_of_the_base_is_refused(mlp):
     model = get_peft_model(mlp.base().half(), mlp.config())
     layer = dps_layers(model)[0]
@@ -134,6 +154,7 @@ def test_disabling_unmerges(case):
         assert torch.equal(case.output(model), expected)
 
 
+@pytest.mark.supports("Layers", "merges", row="case")
 @pytest.mark.parametrize("progressbar", [False, True])
 def test_merge_and_unload_gives_a_plain_model(case, progressbar):
     model = case.model(init_weights=False)
@@ -145,6 +166,7 @@ def test_merge_and_unload_gives_a_plain_model(case, progressbar):
     torch.testing.assert_close(case.output(merged), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.supports("Merging", "`merge_and_unload`, of named adapters too")
 def test_merge_and_unload_of_named_adapters(case, two):
     two.base_model.set_adapter(["default", "other"])
     expected = case.output(two)
@@ -153,6 +175,7 @@ def test_merge_and_unload_of_named_adapters(case, two):
     torch.testing.assert_close(case.output(merged), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.supports("Merging", "`unload` gives the base back to the bit")
 def test_unload_gives_the_base_back_bit_for_bit(case):
     model = case.model(init_weights=False)
     case.train(model, steps=3)
@@ -201,6 +224,7 @@ def test_merging_leaves_no_graph(mlp):
         assert layer.get_base_layer().weight.grad_fn is None
 
 
+@pytest.mark.supports("Merging", "`convert_to_lora`, of linear layers")
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 def test_conversion_to_lora_recovers_low_rank_deltas(gpt2, mlp):
     for case in (gpt2, mlp):

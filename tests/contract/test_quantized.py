@@ -58,9 +58,10 @@ LOOKS = {
     "torchao": lambda: linear(torch.zeros(16, 16).as_subclass(Subclass)),
 }
 quantized = pytest.mark.refuses(
-    "Dtypes and devices",
-    "quantized base weights ({kind})",
+    "Quantized base models",
+    "targets",
     "DPS trains whole weights in full precision; use LoRA on a quantized model",
+    row="kind",
 )
 
 

@@ -26,6 +26,7 @@ def trained_modules(model, adapter="default"):
     return {name.split(mark)[0].removeprefix("base_model.model.") for name in names}
 
 
+@pytest.mark.supports("Targets", "`train_remaining`: everything else in full")
 def test_everything_is_trained(case, snapshot):
     model = case.model(train_remaining=True, modules_to_save=None)
     assert frozen_in_effect(model) == []

@@ -14,6 +14,7 @@ from peft import (
     AutoPeftModelForSequenceClassification,
     PeftConfig,
     PeftModel,
+    get_base_model_state_dict,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -55,6 +56,8 @@ def test_the_saved_config_comes_back(case, tmp_path):
         assert getattr(loaded, name) == getattr(model.peft_config["default"], name)
 
 
+@pytest.mark.supports("Layers", "saves and loads", row="case")
+@pytest.mark.supports("Saving and loading", "`low_cpu_mem_usage=True`")
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_save_and_load(case, tmp_path, is_trainable, low_cpu_mem_usage):
@@ -87,6 +90,7 @@ def test_fp32_copies_on_half_precision_bases_survive(mlp, tmp_path, low_cpu_mem_
         assert torch.equal(mine.dps_weight["default"], theirs.dps_weight["default"])
 
 
+@pytest.mark.supports("Saving and loading", "`load_adapter` beside another adapter")
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_load_adapter_beside_another(case, tmp_path, low_cpu_mem_usage, snapshot):
     source = case.model(init_weights=False)
@@ -103,6 +107,7 @@ def test_load_adapter_beside_another(case, tmp_path, low_cpu_mem_usage, snapshot
     assert torch.equal(case.output(model), case.output(source))
 
 
+@pytest.mark.supports("Saving and loading", "`selected_adapters`")
 def test_selected_adapters_are_saved(case, tmp_path):
     model = case.model(init_weights=False)
     model.add_adapter("one", case.config(init_weights=False))
@@ -115,6 +120,7 @@ def test_selected_adapters_are_saved(case, tmp_path):
     assert not [key for key in load_file(tmp_path / "adapter_model.safetensors") if "two" in key or "one" in key]
 
 
+@pytest.mark.supports("Saving and loading", "`get_peft_model_state_dict`, `set_peft_model_state_dict`")
 def test_state_dict_round_trip(case):
     source, model = case.model(init_weights=False), case.model()
     state_dict = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(source).items()}
@@ -124,6 +130,7 @@ def test_state_dict_round_trip(case):
     assert torch.equal(case.output(model), case.output(source))
 
 
+@pytest.mark.supports("Saving and loading", "`inject_adapter_in_model`, with a state dict too")
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_inject_adapter_in_model(case, low_cpu_mem_usage):
     options = {"modules_to_save": None, "task_type": None}
@@ -144,6 +151,7 @@ def test_inject_adapter_in_model(case, low_cpu_mem_usage):
     assert layer.dps_subnetworks["default"].stage is Stage.SUBNETWORK
 
 
+@pytest.mark.supports("Saving and loading", "`inject_adapter_in_model`, with a state dict too")
 def test_inject_adapter_by_state_dict(mlp):
     source = get_peft_model(mlp.base(), mlp.config(modules_to_save=None, target_modules=["layers.0.fc"]))
     state_dict = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(source).items()}
@@ -151,6 +159,15 @@ def test_inject_adapter_by_state_dict(mlp):
     model = inject_adapter_in_model(config, mlp.base(), state_dict=state_dict)
     names = [name for name, module in model.named_modules() if isinstance(module, DPSLayer)]
     assert names == ["body.layers.0.fc"]
+
+
+@pytest.mark.supports("Saving and loading", "`get_base_model_state_dict`")
+def test_the_state_dict_of_the_base_model(case):
+    model = case.model()
+    case.train(model, steps=3)
+    state_dict, expected = get_base_model_state_dict(model), case.base().state_dict()
+    assert set(state_dict) == set(expected)
+    assert all(torch.equal(state_dict[name], expected[name]) for name in expected)
 
 
 @pytest.fixture
@@ -162,6 +179,7 @@ def on_disk(tmp_path):
     return save
 
 
+@pytest.mark.supports("Saving and loading", "`AutoPeftModelFor...`")
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_auto_classes(kind, request, on_disk):
     case = request.getfixturevalue(kind)
@@ -197,6 +215,7 @@ def test_a_fresh_process_computes_the_same(gpt2, on_disk, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), gpt2.output(model), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.supports("Saving and loading", "`safe_serialization=False`")
 def test_pickled_files_instead_of_safetensors(mlp, tmp_path):
     model = mlp.model(init_weights=False)
     model.save_pretrained(tmp_path, safe_serialization=False)

@@ -28,6 +28,7 @@ def wrap(module, **options):
     return get_peft_model(module, DPSConfig(**{"stage_steps": 2, **options}))
 
 
+@pytest.mark.supports("Targets", "`all-linear`")
 def test_all_linear_leaves_out_the_heads(bert, gpt2):
     for case, head in ((bert, "classifier"), (gpt2, "lm_head")):
         model = case.model()
@@ -41,6 +42,7 @@ def test_all_linear_is_written_in_any_case(mlp):
     assert targets(wrap(mlp.base(), target_modules="ALL-LINEAR")) == expected
 
 
+@pytest.mark.supports("Targets", "`modules_to_save`, heads by `task_type`")
 @pytest.mark.parametrize(
     ("model_class", "task_type", "head"),
     [
@@ -57,6 +59,7 @@ def test_the_default_config_trains_the_head_in_full(model_class, task_type, head
     assert set(getattr(model.base_model.model, head).modules_to_save) == {"default", "other"}
 
 
+@pytest.mark.supports("Targets", "`layers_to_transform`, `layers_pattern`")
 @pytest.mark.parametrize("indices", [1, [1]])
 @pytest.mark.parametrize("target_modules", [["fc", "proj"], "all-linear"])
 def test_layers_to_transform(mlp, target_modules, indices):
@@ -73,6 +76,7 @@ def test_layers_to_transform_of_all_linear_survives_saving(gpt2, tmp_path):
     assert targets(get_peft_model(gpt2.base(), loaded)) == expected
 
 
+@pytest.mark.supports("Targets", "`layers_to_transform`, `layers_pattern`")
 def test_layers_pattern_tells_the_lists_apart():
     class Two(nn.Module):
         def __init__(self):
@@ -86,6 +90,7 @@ def test_layers_pattern_tells_the_lists_apart():
         assert targets(model) == {"body.down.1.fc"}
 
 
+@pytest.mark.supports("Targets", "a regular expression")
 def test_a_regular_expression(gpt2):
     assert targets(gpt2.model(target_modules=r".*\.h\.1\.mlp\.c_(fc|proj)")) == {
         "transformer.h.1.mlp.c_fc",
@@ -93,6 +98,7 @@ def test_a_regular_expression(gpt2):
     }
 
 
+@pytest.mark.supports("Targets", "`exclude_modules`")
 @pytest.mark.parametrize("exclude", [["c_attn", "transformer.h.0.mlp.c_fc"], r".*c_attn|.*0\.mlp\.c_fc"])
 def test_exclude_modules(gpt2, exclude):
     assert targets(gpt2.model(exclude_modules=exclude)) == {
@@ -109,6 +115,7 @@ def test_no_match_is_peft_s_error(mlp):
         wrap(mlp.base(), target_modules=["nothing"])
 
 
+@pytest.mark.supports("Targets", "`all-linear`")
 def test_a_second_all_linear_adapter_finds_the_same_layers(case):
     model = case.model(target_modules="all-linear", modules_to_save=None)
     expected = targets(model)
@@ -186,6 +193,11 @@ REFUSED = {
 }
 
 
+@pytest.mark.refuses(
+    "Targets",
+    "modules of other types, subclasses that compute something else, computed weights",
+    "a trained copy could not take their place; `exclude_modules` and `modules_to_save` are named as the ways out",
+)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused_by_name_and_path(kind):
     make, message = REFUSED[kind]
@@ -194,6 +206,11 @@ def test_refused_by_name_and_path(kind):
     assert "'block.odd'" in str(caught.value)
 
 
+@pytest.mark.refuses(
+    "Targets",
+    "targets of another tuner",
+    "unload that adapter first",
+)
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
 def test_targets_of_other_tuners_are_refused(mlp):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -38,10 +39,27 @@ def test_trainable_parameters_are_the_adapter_and_modules_to_save(case):
         assert parameter.requires_grad == (".dps_" in name or ".modules_to_save." in name), name
 
 
+@pytest.mark.supports("Layers", "trains, {variant}", row="case")
+@pytest.mark.parametrize("variant", ["dense", "mix"])
+def test_both_stages_train(case, variant):
+    model = case.model(variant=variant)
+    optimizer = case.optimizer(model)
+    case.train(model, 2, optimizer)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if ".dps_weight." in name}
+    case.train(model, 2, optimizer)
+    status = model.dps_status()
+    assert (status.steps, status.stage, status.engaged, status.frozen_moved) == (4, Stage.SUBNETWORK, True, False)
+    assert {layer.observed for layer in status.layers.values()} == {2}
+    for name, weight in before.items():
+        moved = int((model.get_parameter(name) != weight).sum())
+        assert 0 < moved <= math.ceil(0.5 * weight.numel()), name
+
+
 def test_a_fresh_adapter_changes_no_output(case):
     torch.testing.assert_close(case.output(case.model()), case.output(case.base()), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.supports("Training", "`train_bias=False`")
 def test_train_bias_false_keeps_the_pretrained_bias(case, snapshot):
     model = case.model(train_bias=False)
     before = snapshot(model)
@@ -60,6 +78,7 @@ def test_init_weights_false_perturbs_the_copies(case):
         assert 0.01 < layer.get_delta_weight("default").std() < 0.03
 
 
+@pytest.mark.supports("Training", "gradient checkpointing, reentrant or not")
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_trains_the_same(transformer, use_reentrant, snapshot):
@@ -75,6 +94,7 @@ def test_gradient_checkpointing_trains_the_same(transformer, use_reentrant, snap
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.supports("Training", "`torch.compile` of the base or of the PEFT model")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_compiled_models_train_and_engage(mlp, when, snapshot):
     expected = mlp.model()
@@ -145,6 +165,7 @@ def test_autocast_computes_in_half_and_trains_in_fp32(case, input_of):
     torch.testing.assert_close(half.float(), case.output(model), rtol=0.1, atol=0.05)
 
 
+@pytest.mark.supports("Training", "adapters trained in turns, or together")
 def test_two_adapters_trained_in_turns_keep_their_own_clocks(mlp, snapshot):
     """Each ends as if the other had never been there."""
     together = mlp.model()
@@ -176,6 +197,7 @@ def test_inactive_adapters_stay_frozen(case, snapshot):
     assert model.dps_status("other").steps == 0
 
 
+@pytest.mark.supports("Training", "adapters trained in turns, or together")
 def test_several_active_adapters_train_together(mlp, snapshot):
     config = mlp.config(modules_to_save=None)
     model = get_peft_model(mlp.base(), config)

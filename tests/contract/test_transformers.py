@@ -82,7 +82,7 @@ def test_save_and_load(transformer, injected, tmp_path, is_trainable):
     assert {layer.dps_weight["one"].requires_grad for layer in dps_layers(loaded)} == {is_trainable}
 
 
-@pytest.mark.supports("Dtypes and devices", "fp32 copies on a bf16 or fp16 base, also through transformers")
+@pytest.mark.supports("Dtypes", "fp32 copies on a bf16 or fp16 base, also through transformers")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_bases_keep_fp32_copies(gpt2, tmp_path, dtype):
     model = gpt2.base().to(dtype)

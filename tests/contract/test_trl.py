@@ -11,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_dps import DPSConfig
 
-trl = pytest.importorskip("trl")
 WORDS = ["<pad>", "<unk>", "<end>", *(f"w{number}" for number in range(37))]
 
 
@@ -33,10 +32,11 @@ def base():
     return LlamaForCausalLM(config)
 
 
-@pytest.mark.supports("Training", "TRL's `SFTTrainer(peft_config=DPSConfig(...))`, {variant}")
+@pytest.mark.supports("Training", "TRL's `SFTTrainer(peft_config=DPSConfig(...))`")
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("variant", ["dense", "mix"])
 def test_sft_trainer(tmp_path, tokenizer, variant):
+    trl = pytest.importorskip("trl")
     rows = [" ".join(f"w{(start + place) % 37}" for place in range(8)) for start in range(16)]
     trainer = trl.SFTTrainer(
         base(),

@@ -9,9 +9,10 @@ import transformers.trainer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from peft_dps.adapters import find_subnetworks
 from peft_dps.errors import ConfigError, EngineError
-from peft_dps.model import find_subnetworks
-from peft_dps.schedule import StageSchedule
+from peft_dps.schedule import Stage, StageSchedule
+from peft_dps.status import selected_fraction_of
 from peft_dps.subnetwork import Subnetwork
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class DPSTrainerCallback(TrainerCallback):
         if state.global_step > self._first_step:
             self._check_engaged(state)
         for subnetwork in self._subnetworks:
-            if subnetwork.selected_fraction is None and subnetwork.step > 0:
+            if selected_fraction_of(subnetwork) is None and subnetwork.step > 0:
                 logger.warning("Adapter %r: training ended before a subnetwork was selected.", subnetwork.adapter)
         self._subnetworks = []
 
@@ -66,7 +67,7 @@ class DPSTrainerCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the stage and the selected fraction to the training logs."""
+        """Add the stage and the selected fraction to the Trainer's history, and as numbers to what it reports."""
         if logs is None or "loss" not in logs:
             return
         several = len(self._subnetworks) > 1
@@ -74,14 +75,17 @@ class DPSTrainerCallback(TrainerCallback):
             if subnetwork.position is None:
                 continue
             suffix = f"/{subnetwork.adapter}" if several else ""
-            entry: dict[str, Any] = {
-                f"dps_cycle{suffix}": subnetwork.position.cycle,
-                f"dps_stage{suffix}": subnetwork.position.stage.value,
-                f"dps_selected{suffix}": subnetwork.selected_fraction,
-            }
-            logs.update(entry)
+            stage, selected = subnetwork.position.stage, selected_fraction_of(subnetwork)
+            # What goes on to TensorBoard and its like has to be numbers.
+            logs[f"dps_cycle{suffix}"] = subnetwork.position.cycle
+            logs[f"dps_subnetwork{suffix}"] = int(stage is Stage.SUBNETWORK)
+            if selected is not None:
+                logs[f"dps_selected{suffix}"] = selected
             if state.log_history and "loss" in state.log_history[-1]:
-                state.log_history[-1].update(entry)
+                entry: dict[str, Any] = state.log_history[-1]
+                entry[f"dps_cycle{suffix}"] = subnetwork.position.cycle
+                entry[f"dps_stage{suffix}"] = stage.value
+                entry[f"dps_selected{suffix}"] = selected
 
     def _check_engaged(self, state: TrainerState) -> None:
         for subnetwork in self._subnetworks:

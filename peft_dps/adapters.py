@@ -150,5 +150,5 @@ def find_trained(model: nn.Module) -> dict[str, Subnetwork]:
     return {
         name: subnetwork
         for name, subnetwork in find_subnetworks(model).items()
-        if any(weight.weight.requires_grad for weight in subnetwork.weights)
+        if any(weight.exists() and weight.weight.requires_grad for weight in subnetwork.weights)
     }

@@ -1,4 +1,4 @@
-"""A small training that can be stopped, saved and resumed, also by another process (`python -m tests.resuming FOLDER`).
+"""A small training that can be stopped, saved and resumed, also by a new process: `python -m tests.resuming DIR`.
 
 The folder holds trainings that were stopped, each in a folder of its own; each is resumed and its end written there.
 """

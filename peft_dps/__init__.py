@@ -14,7 +14,7 @@ from peft_dps.errors import (
     StateError,
     TargetError,
 )
-from peft_dps.integrations import DPSTrainerCallback, trainer
+from peft_dps.integrations import DPSTrainerCallback, register_for_checkpointing, trainer
 from peft_dps.layer import DPSLayer
 from peft_dps.model import DPSModel
 from peft_dps.schedule import Stage, StageSchedule
@@ -49,6 +49,7 @@ __all__ = [
     "dps_status",
     "load_dps_state",
     "load_dps_state_dict",
+    "register_for_checkpointing",
     "register_score",
     "save_dps_state",
 ]

@@ -51,6 +51,8 @@ class Training:
         config = DPSConfig(target_modules=["0", "3"], **{name: getattr(plan, name) for name in names})
         self.model = get_peft_model(net, config).train()
         self.optimizer = OPTIMIZERS[plan.optimizer]([p for p in self.model.parameters() if p.requires_grad])
+        self.forward: nn.Module = self.model  # or what wraps it
+        self.share = slice(None)  # of each batch
         self.step = 0
 
     def run(self, until: int) -> None:
@@ -59,7 +61,7 @@ class Training:
             for micro in range(self.plan.micro_batches):
                 generator = torch.Generator().manual_seed(1000 * self.step + micro)
                 x, y = torch.randn(8, 12, generator=generator), torch.randint(3, (8,), generator=generator)
-                nn.functional.cross_entropy(self.model(x), y).backward()
+                nn.functional.cross_entropy(self.forward(x[self.share]), y[self.share]).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1

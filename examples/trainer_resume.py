@@ -35,6 +35,7 @@ class Interruption(TrainerCallback):
     """Stands in for a machine that fails in step 8, two steps after a checkpoint."""
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Fail."""
         if state.global_step == 8:
             raise KeyboardInterrupt
 

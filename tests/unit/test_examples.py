@@ -28,7 +28,7 @@ EXPECTED = {
     ],
     "trainer_resume.py": [
         "interrupted at DPS adapter 'default': step 8, cycle 1, subnetwork 4/4, selected 30.1%",
-        "resumed, ended at DPS adapter 'default': step 16, cycle 2, subnetwork 4/4, selected 30.1% of 17408 entries, "
+        "resumed, ended at DPS adapter 'default': step 16, cycle 2, subnetwork 4/4, selected 30.1%",
         "frozen entries unmoved",
         "as if never interrupted, bit for bit: True",
     ],

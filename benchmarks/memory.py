@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from peft_dps.model import find_subnetworks
+from peft_dps.adapters import find_subnetworks
 
 KINDS = ("trained weights", "W0", "other weights", "gradients", "optimizer", "scores", "masks", "snapshots")
 

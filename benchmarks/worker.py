@@ -14,8 +14,8 @@ from torch import nn
 from benchmarks.memory import rss, tensor_bytes
 from benchmarks.settings import OPTIMIZERS, Settings
 from benchmarks.variant import VARIANTS, bert_config
+from peft_dps.adapters import find_subnetworks
 from peft_dps.compare.memory import peak_resident
-from peft_dps.model import find_subnetworks
 from peft_dps.status import status_of
 
 STEP, FINISH = "step", "finish"

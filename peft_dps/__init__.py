@@ -1,6 +1,7 @@
 """Dynamic Parameter Selection for PEFT: `get_peft_model(model, DPSConfig(...))`. Importing it registers the tuner."""
 
 from peft_dps import bridge, registration
+from peft_dps.adapters import dps_state_dict, dps_status, load_dps_state, load_dps_state_dict, save_dps_state
 from peft_dps.config import DPSConfig
 from peft_dps.dropout import disable_dropout
 from peft_dps.errors import (
@@ -10,11 +11,12 @@ from peft_dps.errors import (
     RegistrationError,
     ScheduleError,
     ScoreError,
+    StateError,
     TargetError,
 )
-from peft_dps.integrations import DPSTrainerCallback, trainer
+from peft_dps.integrations import DPSTrainerCallback, register_for_checkpointing, trainer
 from peft_dps.layer import DPSLayer
-from peft_dps.model import DPSModel, dps_status
+from peft_dps.model import DPSModel
 from peft_dps.schedule import Stage, StageSchedule
 from peft_dps.scores import Evidence, register_score
 from peft_dps.status import DPSStatus
@@ -40,8 +42,14 @@ __all__ = [
     "ScoreError",
     "Stage",
     "StageSchedule",
+    "StateError",
     "TargetError",
     "disable_dropout",
+    "dps_state_dict",
     "dps_status",
+    "load_dps_state",
+    "load_dps_state_dict",
+    "register_for_checkpointing",
     "register_score",
+    "save_dps_state",
 ]

@@ -27,3 +27,7 @@ class EngineError(DPSError, RuntimeError):
 
 class ScheduleError(DPSError, RuntimeError):
     """The stage length in steps cannot be told, because the total number of steps is unknown."""
+
+
+class StateError(DPSError, ValueError):
+    """A saved training state is missing, damaged, or that of another training."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,12 +12,20 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from peft_dps.adapters import (
+    dps_state_dict,
+    dps_status,
+    find_subnetwork,
+    load_dps_state,
+    load_dps_state_dict,
+    save_dps_state,
+)
 from peft_dps.combination import combined_config, fill, make_recipe
 from peft_dps.config import DPSConfig
 from peft_dps.dispatch import make_layer
 from peft_dps.errors import ConfigError
 from peft_dps.layer import DPSLayer
-from peft_dps.status import DPSStatus, status_of
+from peft_dps.status import DPSStatus
 from peft_dps.subnetwork import Subnetwork
 from peft_dps.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules, warn_of_statistics
 from peft_dps.ties import check_ties
@@ -92,6 +101,22 @@ class DPSModel(BaseTuner):
         """Tell what DPS is doing; see `peft_dps.dps_status`."""
         return dps_status(self.model, self._one_adapter(adapter_name))
 
+    def dps_state_dict(self, adapter_name: str | None = None) -> dict[str, Any]:
+        """Take down the training state of an adapter; see `peft_dps.dps_state_dict`."""
+        return dps_state_dict(self.model, self._one_adapter(adapter_name))
+
+    def load_dps_state_dict(self, state: Mapping[str, Any], adapter_name: str | None = None) -> None:
+        """Go on where the training was whose state was taken down; see `peft_dps.load_dps_state_dict`."""
+        load_dps_state_dict(self.model, state, self._one_adapter(adapter_name))
+
+    def save_dps_state(self, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+        """Save the training state of an adapter to a file; see `peft_dps.save_dps_state`."""
+        save_dps_state(self.model, path, self._one_adapter(adapter_name))
+
+    def load_dps_state(self, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+        """Go on where the training was whose state is in a file; see `peft_dps.load_dps_state`."""
+        load_dps_state(self.model, path, self._one_adapter(adapter_name))
+
     def set_dps_total_steps(self, total_steps: int, adapter_name: str | None = None) -> None:
         """Begin a training of so many optimizer steps: a fractional `stage_steps` refers to them.
 
@@ -106,7 +131,7 @@ class DPSModel(BaseTuner):
         """
         if type(total_steps) is not int or total_steps < 2:
             raise ConfigError(f"`total_steps` must be an integer of at least 2, got {total_steps!r}.")
-        _pick(find_subnetworks(self.model), self._one_adapter(adapter_name)).restart(total_steps)
+        find_subnetwork(self.model, self._one_adapter(adapter_name)).restart(total_steps)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
@@ -197,48 +222,6 @@ class DPSModel(BaseTuner):
                     if adapter_name in container and base is not None and base.dtype in HALF_PRECISION:
                         dtype = torch.float32 if autocast_adapter_dtype else base.dtype
                         container[adapter_name].data = container[adapter_name].data.to(dtype)
-
-
-def dps_status(model: nn.Module, adapter_name: str | None = None) -> DPSStatus:
-    """Tell what DPS is doing: cycle, stage, entries selected per layer, and whether a frozen entry moved.
-
-    Args:
-        model: A PEFT model, or any module into which DPS adapters were injected.
-        adapter_name: Name of the adapter; None if there is only one.
-
-    Returns:
-        A snapshot, printable.
-
-    Raises:
-        ConfigError: If there is no such adapter, or several and none is named.
-    """
-    return status_of(_pick(find_subnetworks(model), adapter_name))
-
-
-def _pick(subnetworks: dict[str, Subnetwork], adapter_name: str | None) -> Subnetwork:
-    if adapter_name is None and len(subnetworks) == 1:
-        return next(iter(subnetworks.values()))
-    if adapter_name not in subnetworks:
-        raise ConfigError(f"`adapter_name` must be one of {sorted(subnetworks)}, got {adapter_name!r}.")
-    return subnetworks[adapter_name]
-
-
-def find_subnetworks(model: nn.Module) -> dict[str, Subnetwork]:
-    """Collect the subnetworks of all DPS adapters in a model, however the adapters were injected.
-
-    Args:
-        model: A PEFT model, or any module that holds DPS layers.
-
-    Returns:
-        Per adapter name, its subnetwork.
-    """
-    found: dict[str, Subnetwork] = {}
-    for module in model.modules():
-        if isinstance(module, DPSLayer):
-            for name, subnetwork in module.dps_subnetworks.items():
-                if isinstance(subnetwork, Subnetwork):
-                    found.setdefault(name, subnetwork)
-    return found
 
 
 def _take_out(model: nn.Module, subnetwork: Subnetwork) -> None:

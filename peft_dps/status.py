@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from peft_dps.schedule import Stage
@@ -65,7 +66,7 @@ class DPSStatus:
     @property
     def selected_fraction(self) -> float | None:
         """Fraction of all entries selected at the latest selection; None before the first."""
-        return None if self.selected is None else self.selected / self.entries
+        return _fraction((layer.selected, layer.entries) for layer in self.layers.values())
 
     @property
     def frozen_moved(self) -> bool:
@@ -90,6 +91,24 @@ class DPSStatus:
             f"DPS adapter {self.adapter!r}: step {self.steps}, cycle {self.cycle}, {self.stage.value} "
             f"{self.step_in_stage}/{self.stage_steps}, {doing}, {self.unscored_steps} steps not scored"
         )
+
+
+def selected_fraction_of(subnetwork: Subnetwork) -> float | None:
+    """Return the fraction of all entries selected at the latest selection, without reading any weight.
+
+    Args:
+        subnetwork: The adapter's weights and stages.
+
+    Returns:
+        The fraction; None before the first selection.
+    """
+    return _fraction((weight.selected, weight.weight.numel()) for weight in subnetwork.weights)
+
+
+def _fraction(counts: Iterable[tuple[int | None, int]]) -> float | None:
+    pairs = list(counts)
+    selected = [count for count, _ in pairs if count is not None]
+    return sum(selected) / sum(entries for _, entries in pairs) if selected else None
 
 
 def status_of(subnetwork: Subnetwork) -> DPSStatus:

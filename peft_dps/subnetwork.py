@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import random
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -13,16 +12,16 @@ import torch
 from peft_dps.canary import Canary
 from peft_dps.config import DPSConfig
 from peft_dps.effective import EffectiveWeight
-from peft_dps.errors import ConfigError, EngineError, ScoreError
+from peft_dps.errors import EngineError, ScoreError
 from peft_dps.layer import DPSLayer
 from peft_dps.noise import ColumnNoise
+from peft_dps.ranking import scores_of
 from peft_dps.schedule import Position, Stage, StageSchedule
-from peft_dps.scores import Evidence, accumulate_squares_, find_score, relax_by_participation_
+from peft_dps.scores import accumulate_squares_, find_score
 from peft_dps.selection import select, select_across, selected_count
 from peft_dps.tracked import UNKNOWN, TrackedWeight
 
 logger = logging.getLogger(__name__)
-DECAY_FROM_STEPS = 50  # shorter stages do not count participation finely enough for the decay, in the released code
 
 
 class Subnetwork:
@@ -95,17 +94,6 @@ class Subnetwork:
         return None if self.position is None else self.position.stage
 
     @property
-    def entries(self) -> int:
-        """Number of entries of all tracked weights."""
-        return sum(weight.weight.numel() for weight in self.weights)
-
-    @property
-    def selected_fraction(self) -> float | None:
-        """Fraction of all entries selected at the latest selection; None before the first."""
-        counts = [weight.selected for weight in self.weights if weight.selected is not None]
-        return sum(counts) / self.entries if counts else None
-
-    @property
     def schedule(self) -> StageSchedule | None:
         """The timetable; None before the first step."""
         return self._schedule
@@ -114,6 +102,34 @@ class Subnetwork:
     def is_mix(self) -> bool:
         """Whether training forwards use effective weights."""
         return self.config.variant == "mix" and self.config.density < 1.0
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """How far the training is, in plain values: all that an exact resume needs but for what the weights hold."""
+        return {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "stage_steps": None if self._schedule is None else self._schedule.stage_steps,
+            "entered": None if self._entered is None else self._entered.value,
+            "scored_steps": self.scored_steps,
+            "unscored_steps": self.unscored_steps,
+            "in_round": sorted(self._in_round),
+        }
+
+    def resume(self, progress: Mapping[str, Any]) -> None:
+        """Go on where another training was; what its weights held is given to them afterwards.
+
+        Args:
+            progress: What `progress` was there.
+        """
+        self.restart(progress["total_steps"])
+        self.step = progress["step"]
+        self.scored_steps, self.unscored_steps = progress["scored_steps"], progress["unscored_steps"]
+        self._in_round = set(progress["in_round"])
+        self._entered = None if progress["entered"] is None else Stage(progress["entered"])
+        if progress["stage_steps"] is not None:
+            self._schedule = StageSchedule(progress["stage_steps"])
+            self.position = self._schedule.at(self.step) if self.step > 0 else None
 
     def begin_call(self, weights: Sequence[TrackedWeight]) -> None:
         """Take note that an optimizer is about to make a step.
@@ -198,9 +214,16 @@ class Subnetwork:
         return tracked.effective(self.config.density)
 
     def _prepare_mix(self) -> None:
-        """Get ready for the forwards of the next step: enter its stage, and draw its column noise."""
-        self._enter_next_stage()
-        if self._entered is Stage.ACCUMULATE:
+        """Get ready for the forwards of the next step: select the subnetwork, or draw the step's column noise.
+
+        What SUBNETWORK holds is dropped at the optimizer step only, so that until then its status can be told.
+        """
+        coming = self._timetable().at(self.step + 1).stage
+        if coming is Stage.SUBNETWORK:
+            self._enter_next_stage()
+        else:
+            if coming is not self._entered:
+                self._forget_dead()
             if self._noise is None:
                 counts = [weight.layer.columns.count for weight in self.weights]
                 self._noise = ColumnNoise(self.config.seed, counts, self.config.density)
@@ -212,15 +235,18 @@ class Subnetwork:
                 weight.columns = rows[device][index]
         self._prepared_for = self.step
 
+    def _timetable(self) -> StageSchedule:
+        self._schedule = self._schedule or StageSchedule.resolve(self.config.stage_steps, self.total_steps)
+        return self._schedule
+
     def _enter_next_stage(self) -> Position:
         """Make sure that the stage of the next step has begun, and return the step's position."""
-        self._schedule = self._schedule or StageSchedule.resolve(self.config.stage_steps, self.total_steps)
-        position = self._schedule.at(self.step + 1)
+        position = self._timetable().at(self.step + 1)
         if position.stage is not self._entered:
             self._forget_dead()
             if position.stage is Stage.SUBNETWORK:
                 self._check_observed()
-                self._select(self._schedule.stage_steps)
+                self._select()
             else:
                 for weight in self.weights:
                     weight.release()
@@ -269,7 +295,7 @@ class Subnetwork:
                 )
 
     @torch.no_grad()
-    def _select(self, stage_steps: int) -> None:
+    def _select(self) -> None:
         density = self.config.density
         if density == 1.0:
             for weight in self.weights:
@@ -277,15 +303,13 @@ class Subnetwork:
         elif self.config.scope == "tensor":
             for index, weight in enumerate(self.weights):
                 if weight.keep is None:  # else an exception ended an earlier attempt, and this one goes on there
-                    mask = select(self._scores(weight, index, stage_steps), density)
+                    mask = select(self._scores(weight, index), density)
                     self._freeze(weight, mask, selected_count(mask.numel(), density))
         else:
-            self._select_across(density, stage_steps)
+            self._select_across(density)
 
-    def _select_across(self, density: float, stage_steps: int) -> None:
-        masks = select_across(
-            [self._scores(weight, index, stage_steps) for index, weight in enumerate(self.weights)], density
-        )
+    def _select_across(self, density: float) -> None:
+        masks = select_across([self._scores(weight, index) for index, weight in enumerate(self.weights)], density)
         for weight in self.weights:
             weight.total = None
         try:
@@ -297,36 +321,12 @@ class Subnetwork:
             self.scored_steps = 0
             raise
 
+    def _scores(self, weight: TrackedWeight, index: int) -> torch.Tensor:
+        stage_steps = self._timetable().stage_steps
+        return scores_of(weight, self.config, index=index, step=self.step, stage_steps=stage_steps)
+
     def _freeze(self, weight: TrackedWeight, mask: torch.Tensor, selected: int) -> None:
         weight.freeze(mask, selected, exact=self.config.frozen == "exact", snapshot=self.is_mix)
-
-    def _scores(self, weight: TrackedWeight, index: int, stage_steps: int) -> torch.Tensor:
-        """Evaluate the score of one weight."""
-        score = find_score(self.config.score)
-        total = weight.running_total() if score.uses_gradients else None
-        if total is not None and weight.participation is not None:
-            columns, decay = weight.layer.columns, self.config.participation_decay
-            decay = stage_steps >= DECAY_FROM_STEPS if decay is None else decay
-            row = columns.spread(weight.participation)
-            relax_by_participation_(columns.unfold(total), row, stage_steps, decay=decay)
-            weight.participation = None  # relaxed once, also if the selection has to be repeated
-        evidence = Evidence(
-            squared_gradients=total,
-            weight=weight.weight.detach(),
-            base_weight=weight.base_weight,
-            generator=self._generator(index),
-        )
-        scores = score.function(evidence)
-        if scores.shape != weight.weight.shape:
-            raise ConfigError(
-                f"The score {self.config.score!r} returned shape {tuple(scores.shape)} for the weight of "
-                f"{weight.name!r}; it must have the weight's shape {tuple(weight.weight.shape)}."
-            )
-        return scores
-
-    def _generator(self, index: int) -> torch.Generator:
-        seed = random.Random(f"peft_dps/score/{self.config.seed}/{self.step}/{index}").getrandbits(63)
-        return torch.Generator().manual_seed(seed)
 
 
 def in_backward() -> bool:

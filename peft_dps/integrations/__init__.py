@@ -1,5 +1,6 @@
 """Training frameworks: what they know and DPS would otherwise have to be told."""
 
+from peft_dps.integrations.accelerate import register_for_checkpointing
 from peft_dps.integrations.trainer import DPSTrainerCallback
 
-__all__ = ["DPSTrainerCallback"]
+__all__ = ["DPSTrainerCallback", "register_for_checkpointing"]

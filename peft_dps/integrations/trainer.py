@@ -1,43 +1,93 @@
-"""The HF Trainer: tells DPS the number of steps, and its logs what DPS does."""
+"""The HF Trainer: tells DPS the number of steps, its logs what DPS does, and its checkpoints where DPS is."""
 
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import transformers.trainer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
+from peft_dps import statefile
+from peft_dps.adapters import find_trained
 from peft_dps.errors import ConfigError, EngineError
-from peft_dps.model import find_subnetworks
-from peft_dps.schedule import StageSchedule
+from peft_dps.integrations.checkpoints import (
+    checkpoint_folder,
+    find_state,
+    saved_digests,
+    warn_of_incomplete_checkpoint,
+)
+from peft_dps.schedule import Stage, StageSchedule
+from peft_dps.state import load_state, state_of
+from peft_dps.status import selected_fraction_of
 from peft_dps.subnetwork import Subnetwork
 
 logger = logging.getLogger(__name__)
 
 
-class DPSTrainerCallback(TrainerCallback):
-    """Every `Trainer` has it from `import peft_dps` on; there is no need to pass it."""
+class DPSTrainerCallback(TrainerCallback, ExportableState):
+    """Every `Trainer` has it from `import peft_dps` on; there is no need to pass it.
+
+    Attributes:
+        saved: Per adapter, the digest of the training state in the latest checkpoint.
+    """
 
     def __init__(self) -> None:
+        self.saved: dict[str, str] = {}
         self._subnetworks: list[Subnetwork] = []
         self._first_step = 0
+        self._begun_at: dict[str, int] = {}
+        self._training: tuple[TrainingArguments, TrainerState] | None = None
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warn of a newest checkpoint that was not written to its end, which `resume_from_checkpoint=True` takes."""
+        if find_trained(kwargs["model"]):
+            warn_of_incomplete_checkpoint(Path(str(args.output_dir)))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin the stages anew, with the Trainer's number of optimizer steps."""
+        """Begin the stages, with the Trainer's number of optimizer steps, or go on where the checkpoint was."""
         model: nn.Module = kwargs["model"]
-        self._subnetworks = [
-            subnetwork
-            for subnetwork in find_subnetworks(model).values()
-            if any(weight.weight.requires_grad for weight in subnetwork.weights)
-        ]
+        resumed = state.global_step > 0
+        saved = saved_digests(state, type(self).__name__)
+        self._training, self.saved = None, {}
+        # The Trainer wants an entry of every callback that has a state, also where the checkpoint has none.
+        entries: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
+        entries.setdefault(type(self).__name__, self.state())
+        self._subnetworks = list(find_trained(model).values())
         self._first_step = state.global_step
         for subnetwork in self._subnetworks:
             subnetwork.restart(subnetwork.config.total_steps or state.max_steps)
-            _check_that_it_fits(subnetwork, state)
+            if resumed:
+                load_state(subnetwork, statefile.read(find_state(subnetwork.adapter, saved, args, state)))
+            else:
+                _check_that_it_fits(subnetwork, state)
+        self._begun_at = {subnetwork.adapter: subnetwork.step for subnetwork in self._subnetworks}
+        self._training = args, state
+
+    def state(self) -> dict[str, Any]:
+        """Save the training state into the checkpoint that is being written, and tell the Trainer its digest.
+
+        The Trainer asks for it after the weights and the optimizer, and before it writes `trainer_state.json` and
+        deletes older checkpoints. So a checkpoint with that file is complete, whenever the process is killed.
+        """
+        if self._training is not None:
+            folder = checkpoint_folder(*self._training)
+            # The folder is another one in a hyperparameter search, whose trials are not resumed.
+            wanted = folder.is_dir() and not self._training[0].save_only_model
+            self.saved = {
+                subnetwork.adapter: statefile.write(
+                    statefile.path_in(folder, subnetwork.adapter), state_of(subnetwork)
+                )
+                for subnetwork in (self._subnetworks if wanted else [])
+            }
+        return {"args": {}, "attributes": {"saved": self.saved}}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,9 +104,9 @@ class DPSTrainerCallback(TrainerCallback):
         if state.global_step > self._first_step:
             self._check_engaged(state)
         for subnetwork in self._subnetworks:
-            if subnetwork.selected_fraction is None and subnetwork.step > 0:
+            if selected_fraction_of(subnetwork) is None and subnetwork.step > 0:
                 logger.warning("Adapter %r: training ended before a subnetwork was selected.", subnetwork.adapter)
-        self._subnetworks = []
+        self._subnetworks, self._training = [], None
 
     def on_log(
         self,
@@ -66,7 +116,7 @@ class DPSTrainerCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the stage and the selected fraction to the training logs."""
+        """Add the stage and the selected fraction to the Trainer's history, and as numbers to what it reports."""
         if logs is None or "loss" not in logs:
             return
         several = len(self._subnetworks) > 1
@@ -74,18 +124,21 @@ class DPSTrainerCallback(TrainerCallback):
             if subnetwork.position is None:
                 continue
             suffix = f"/{subnetwork.adapter}" if several else ""
-            entry: dict[str, Any] = {
-                f"dps_cycle{suffix}": subnetwork.position.cycle,
-                f"dps_stage{suffix}": subnetwork.position.stage.value,
-                f"dps_selected{suffix}": subnetwork.selected_fraction,
-            }
-            logs.update(entry)
+            stage, selected = subnetwork.position.stage, selected_fraction_of(subnetwork)
+            # What goes on to TensorBoard and its like has to be numbers.
+            logs[f"dps_cycle{suffix}"] = subnetwork.position.cycle
+            logs[f"dps_subnetwork{suffix}"] = int(stage is Stage.SUBNETWORK)
+            if selected is not None:
+                logs[f"dps_selected{suffix}"] = selected
             if state.log_history and "loss" in state.log_history[-1]:
-                state.log_history[-1].update(entry)
+                entry: dict[str, Any] = state.log_history[-1]
+                entry[f"dps_cycle{suffix}"] = subnetwork.position.cycle
+                entry[f"dps_stage{suffix}"] = stage.value
+                entry[f"dps_selected{suffix}"] = selected
 
     def _check_engaged(self, state: TrainerState) -> None:
         for subnetwork in self._subnetworks:
-            if subnetwork.step == 0:
+            if subnetwork.step == self._begun_at[subnetwork.adapter]:
                 steps = state.global_step - self._first_step
                 raise EngineError(
                     f"The Trainer has made {steps} steps, but DPS has seen none on adapter {subnetwork.adapter!r}. "
@@ -96,17 +149,13 @@ class DPSTrainerCallback(TrainerCallback):
 
 def _check_that_it_fits(subnetwork: Subnetwork, state: TrainerState) -> None:
     stage_steps = StageSchedule.resolve(subnetwork.config.stage_steps, subnetwork.total_steps).stage_steps
-    if stage_steps < state.max_steps - state.global_step:
-        return
-    text = (
-        f"Adapter {subnetwork.adapter!r}: a stage takes {stage_steps} steps (`stage_steps="
-        f"{subnetwork.config.stage_steps}`, `total_steps={subnetwork.config.total_steps}`), and the Trainer has only "
-        f"{state.max_steps - state.global_step} to make, so no subnetwork will be selected. Use a smaller "
-        "`stage_steps`, or leave `total_steps` to the Trainer."
-    )
-    if state.global_step == 0:
-        raise ConfigError(text)
-    logger.warning(text)  # a resumed training is allowed to run out
+    if stage_steps >= state.max_steps:
+        raise ConfigError(
+            f"Adapter {subnetwork.adapter!r}: a stage takes {stage_steps} steps (`stage_steps="
+            f"{subnetwork.config.stage_steps}`, `total_steps={subnetwork.config.total_steps}`), and the Trainer has "
+            f"only {state.max_steps} to make, so no subnetwork will be selected. Use a smaller `stage_steps`, or "
+            "leave `total_steps` to the Trainer."
+        )
 
 
 def install() -> None:

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+
+from tests.resuming import Training, assert_same
 
 HERE = Path(__file__).parent
 
@@ -27,6 +30,19 @@ def torchrun(worker: str, *arguments: str) -> None:
 @pytest.mark.parametrize("variant", ["dense", "mix"])
 def test_ddp_ranks_agree_and_equal_one_process(variant):
     torchrun("ddp_worker.py", variant)
+
+
+@pytest.mark.slow
+def test_ddp_resumes_bitwise(tmp_path):
+    torchrun("ddp_resume_worker.py", "train", str(tmp_path))
+    torchrun("ddp_resume_worker.py", "resume", str(tmp_path))
+    for variant in ("dense", "mix"):
+        ours, theirs = (load_file(tmp_path / variant / f"{mode}.safetensors") for mode in ("resume", "train"))
+        assert_same(ours, theirs)
+        alone = Training.resumed(tmp_path / variant)  # one process may go on with what two have saved
+        assert alone.model.dps_status().steps == 5
+        alone.run(14)
+        assert not alone.model.dps_status().frozen_moved
 
 
 @pytest.mark.slow

@@ -26,6 +26,12 @@ EXPECTED = {
         "step 16: cycle 2, subnetwork",
         "step 16, cycle 2, subnetwork 4/4",
     ],
+    "trainer_resume.py": [
+        "interrupted at DPS adapter 'default': step 8, cycle 1, subnetwork 4/4, selected 30.1%",
+        "resumed, ended at DPS adapter 'default': step 16, cycle 2, subnetwork 4/4, selected 30.1%",
+        "frozen entries unmoved",
+        "as if never interrupted, bit for bit: True",
+    ],
     "accelerate_loop.py": ["step 16, cycle 2, subnetwork 4/4, selected 30.1%", "loaded DPS"],
 }
 

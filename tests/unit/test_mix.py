@@ -60,12 +60,12 @@ def test_training_follows_the_reference(make_model, make_net, batches, frozen, s
 
 @pytest.mark.parametrize(("stage_steps", "decays"), [(49, False), (50, True)])
 def test_decay_starts_at_fifty_steps(make_model, batches, monkeypatch, stage_steps, decays):
-    from peft_dps import subnetwork
+    from peft_dps import ranking
 
     seen = []
-    original = subnetwork.relax_by_participation_
+    original = ranking.relax_by_participation_
     monkeypatch.setattr(
-        subnetwork,
+        ranking,
         "relax_by_participation_",
         lambda *args, decay: seen.append(decay) or original(*args, decay=decay),
     )
@@ -415,3 +415,17 @@ def test_copies_of_layers_that_nobody_tracks_are_refused_by_name(make_model, bat
     replica = copy.copy(layers_of(model)[0])  # shares its subnetwork, as DataParallel's replicas do
     with pytest.raises(EngineError, match="DistributedDataParallel"):
         replica(batches(1)[0][0])
+
+
+def test_a_forward_after_a_stage_leaves_its_status_true(make_model, batches):
+    model = mix(make_model, stage_steps=2)
+    train(model, SGD(trainable(model), lr=0.1), batches(4))
+    x, _ = batches(1)[0]
+    model(x)  # of the next ACCUMULATE stage already: noisy
+    assert subnetwork_of(model).weights[0].columns is not None
+    assert model.dps_status().stage is Stage.SUBNETWORK
+    assert not model.dps_status().frozen_moved
+    weight = subnetwork_of(model).weights[0]
+    with torch.no_grad():
+        weight.weight.view(-1)[(weight.keep.view(-1) == 0).nonzero()[0]] += 1e-3
+    assert model.dps_status().frozen_moved

@@ -8,7 +8,10 @@ from torch import nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from tests.unit.conftest import trainable, weights_of
+from peft_dps import StateError, register_for_checkpointing
+from peft_dps.errors import ConfigError
+from tests.resuming import assert_same
+from tests.unit.conftest import subnetwork_of, trainable, weights_of
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +57,64 @@ def test_steps_inside_no_sync_are_not_counted(make_model, batches):
             optimizer.step()
             optimizer.zero_grad()
     assert model.dps_status().steps == 0
+
+
+class Loop:
+    """A training by Accelerate, two micro-batches a step, dropout on."""
+
+    def __init__(self, model, register=True):
+        self.model = model
+        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        self.prepared, self.optimizer = self.accelerator.prepare(model, AdamW(trainable(model), lr=1e-2))
+        if register:
+            register_for_checkpointing(self.accelerator, self.prepared)
+
+    def run(self, batches):
+        for x, y in batches:
+            with self.accelerator.accumulate(self.prepared):
+                loss = nn.functional.cross_entropy(self.prepared(nn.functional.dropout(x, 0.2)), y)
+                self.accelerator.backward(loss)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+
+    def state(self):
+        status, tensors = self.model.dps_status(), self.model.dps_state_dict()["tensors"]
+        return status, {**tensors, **dict(self.model.state_dict())}
+
+
+@pytest.mark.parametrize("variant", ["dense", "mix"])
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_save_state_and_load_state_resume_bitwise(make_model, batches, tmp_path, variant, steps):
+    data = batches(20)
+    whole = Loop(make_model(variant=variant, stage_steps=3, total_steps=10))
+    whole.run(data[: 2 * steps])
+    whole.accelerator.save_state(str(tmp_path))
+    whole.run(data[2 * steps :])
+    AcceleratorState._reset_state(True)
+    resumed = Loop(make_model(variant=variant, stage_steps=3, total_steps=10))
+    resumed.accelerator.load_state(str(tmp_path))
+    resumed.run(data[2 * steps :])
+    assert resumed.state()[0] == whole.state()[0]
+    assert_same(resumed.state()[1], whole.state()[1])
+
+
+def test_what_was_not_registered_at_both_ends_is_an_error(make_model, batches, tmp_path):
+    registered, forgotten = Loop(make_model()), Loop(make_model(), register=False)
+    registered.accelerator.save_state(str(tmp_path / "with"))
+    forgotten.accelerator.save_state(str(tmp_path / "without"))
+    with pytest.raises(RuntimeError, match="does not match the number of registered objects"):
+        forgotten.accelerator.load_state(str(tmp_path / "with"))
+    with pytest.raises(RuntimeError, match="does not match the number of registered objects"):
+        registered.accelerator.load_state(str(tmp_path / "without"))
+    with pytest.raises(ConfigError, match="trains no DPS adapter"):
+        register_for_checkpointing(registered.accelerator, nn.Linear(2, 2))
+
+
+def test_a_state_that_is_missing_from_the_folder_is_an_error(make_model, batches, tmp_path):
+    loop = Loop(make_model())
+    loop.run(batches(2))
+    loop.accelerator.save_state(str(tmp_path))
+    (tmp_path / "dps_state.default.safetensors").unlink()
+    with pytest.raises(StateError, match="no training state at"):
+        loop.accelerator.load_state(str(tmp_path))
+    assert subnetwork_of(loop.model).step == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_CALLBACKS
 
 from peft_dps import DPSConfig, DPSTrainerCallback, EngineError, ScheduleError, Stage
@@ -74,6 +74,24 @@ def test_trainer_finds_the_number_of_steps_and_logs_the_stages(make_trainer):
     assert [entry["dps_cycle"] for entry in logs] == [1] * 6 + [2] * 6
     assert logs[0]["dps_selected"] is None
     assert logs[3]["dps_selected"] == pytest.approx(0.25, abs=1e-3)
+
+
+def test_what_is_reported_is_numbers(make_trainer):
+    seen = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    trainer = make_trainer({"stage_steps": 3})
+    trainer.add_callback(Reporter)
+    trainer.train()
+    assert all(isinstance(value, (int, float)) for logs in seen for value in logs.values())
+    steps = [logs for logs in seen if "loss" in logs]
+    assert [logs["dps_subnetwork"] for logs in steps] == [0, 0, 0, 1, 1, 1] * 2
+    assert [logs["dps_cycle"] for logs in steps] == [1] * 6 + [2] * 6
+    assert "dps_selected" not in steps[2]
+    assert steps[3]["dps_selected"] == pytest.approx(0.25, abs=1e-3)
 
 
 def test_trainer_equals_a_plain_loop(make_trainer):

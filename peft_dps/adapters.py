@@ -1,0 +1,154 @@
+"""The DPS adapters in a model, by name: their status and their training state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from peft_dps import statefile
+from peft_dps.errors import ConfigError
+from peft_dps.layer import DPSLayer
+from peft_dps.state import load_state, state_of
+from peft_dps.status import DPSStatus, status_of
+from peft_dps.subnetwork import Subnetwork
+
+
+def dps_status(model: nn.Module, adapter_name: str | None = None) -> DPSStatus:
+    """Tell what DPS is doing: cycle, stage, entries selected per layer, and whether a frozen entry moved.
+
+    Args:
+        model: A PEFT model, or any module into which DPS adapters were injected.
+        adapter_name: Name of the adapter; None if there is only one.
+
+    Returns:
+        A snapshot, printable.
+
+    Raises:
+        ConfigError: If there is no such adapter, or several and none is named.
+    """
+    return status_of(find_subnetwork(model, adapter_name))
+
+
+def dps_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
+    """Take down the training state of an adapter: what an exact resume needs besides weights and optimizer.
+
+    It is the same on all processes of a data-parallel training.
+
+    Args:
+        model: A PEFT model, or any module into which DPS adapters were injected.
+        adapter_name: Name of the adapter; None if there is only one.
+
+    Returns:
+        `"header"`, plain values fit for JSON, and `"tensors"`, a flat dict of tensors: scores, or masks in bits. They
+        are those in use, as in torch's state dicts: copy what has to outlive the next step.
+
+    Raises:
+        ConfigError: If there is no such adapter, or several and none is named.
+    """
+    return state_of(find_subnetwork(model, adapter_name))
+
+
+def load_dps_state_dict(model: nn.Module, state: Mapping[str, Any], adapter_name: str | None = None) -> None:
+    """Go on where the training was whose state was taken down: every later weight and mask has the same bits.
+
+    Load the adapter's weights first. Everything is checked before anything is changed.
+
+    Args:
+        model: A PEFT model, or any module into which DPS adapters were injected.
+        state: What `dps_state_dict` returned.
+        adapter_name: Name of the adapter; None if there is only one.
+
+    Raises:
+        ConfigError: If there is no such adapter, or several and none is named.
+        StateError: If the state is not complete, or not that of this adapter, these settings and these weights.
+    """
+    load_state(find_subnetwork(model, adapter_name), state)
+
+
+def save_dps_state(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+    """Save the training state of an adapter to a safetensors file.
+
+    The file appears whole or not at all, also if the process is killed meanwhile. In a data-parallel training one
+    process has to save.
+
+    Args:
+        model: A PEFT model, or any module into which DPS adapters were injected.
+        path: Name of the file; its folder exists.
+        adapter_name: Name of the adapter; None if there is only one.
+
+    Raises:
+        ConfigError: If there is no such adapter, or several and none is named.
+    """
+    statefile.write(path, dps_state_dict(model, adapter_name))
+
+
+def load_dps_state(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+    """Go on where the training was whose state is in a file; see `load_dps_state_dict`.
+
+    In a data-parallel training every process loads, however many there are now.
+
+    Args:
+        model: A PEFT model, or any module into which DPS adapters were injected.
+        path: Name of the file.
+        adapter_name: Name of the adapter; None if there is only one.
+
+    Raises:
+        ConfigError: If there is no such adapter, or several and none is named.
+        StateError: If the file is missing or damaged, or not that of this adapter, these settings and these weights.
+    """
+    load_dps_state_dict(model, statefile.read(path), adapter_name)
+
+
+def find_subnetwork(model: nn.Module, adapter_name: str | None = None) -> Subnetwork:
+    """Return the subnetwork of a DPS adapter.
+
+    Args:
+        model: A PEFT model, or any module that holds DPS layers.
+        adapter_name: Name of the adapter; None if there is only one.
+
+    Raises:
+        ConfigError: If there is no such adapter, or several and none is named.
+    """
+    subnetworks = find_subnetworks(model)
+    if adapter_name is None and len(subnetworks) == 1:
+        return next(iter(subnetworks.values()))
+    if adapter_name not in subnetworks:
+        raise ConfigError(f"`adapter_name` must be one of {sorted(subnetworks)}, got {adapter_name!r}.")
+    return subnetworks[adapter_name]
+
+
+def find_subnetworks(model: nn.Module) -> dict[str, Subnetwork]:
+    """Collect the subnetworks of all DPS adapters in a model, however the adapters were injected.
+
+    Args:
+        model: A PEFT model, or any module that holds DPS layers.
+
+    Returns:
+        Per adapter name, its subnetwork.
+    """
+    found: dict[str, Subnetwork] = {}
+    for module in model.modules():
+        if isinstance(module, DPSLayer):
+            for name, subnetwork in module.dps_subnetworks.items():
+                if isinstance(subnetwork, Subnetwork):
+                    found.setdefault(name, subnetwork)
+    return found
+
+
+def find_trained(model: nn.Module) -> dict[str, Subnetwork]:
+    """Collect the subnetworks of the DPS adapters that are being trained.
+
+    Args:
+        model: A PEFT model, or any module that holds DPS layers.
+
+    Returns:
+        Per adapter name, its subnetwork.
+    """
+    return {
+        name: subnetwork
+        for name, subnetwork in find_subnetworks(model).items()
+        if any(weight.exists() and weight.weight.requires_grad for weight in subnetwork.weights)
+    }

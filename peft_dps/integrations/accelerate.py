@@ -1,0 +1,64 @@
+"""Accelerate: `save_state` and `load_state` with the training state of DPS."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from peft_dps import statefile
+from peft_dps.adapters import find_trained
+from peft_dps.errors import ConfigError
+from peft_dps.state import load_state, state_of
+
+
+def register_for_checkpointing(accelerator: Accelerator, model: nn.Module) -> None:
+    """Let `accelerator.save_state` save the training state of a model's DPS adapters, and `load_state` load it.
+
+    Call it once, before either. The states are files of their own in the checkpoint folder. What
+    `accelerator.register_for_checkpointing` is given is only a mark: by it Accelerate notices at loading that a state
+    was saved and nobody registered, or the other way round, and it calls back when the weights are there.
+
+    Args:
+        accelerator: The accelerator.
+        model: The model, prepared or not, into which DPS adapters were injected.
+
+    Raises:
+        ConfigError: If the model trains no DPS adapter.
+    """
+    if not find_trained(model):
+        raise ConfigError("The model trains no DPS adapter, so there is no training state to save.")
+    mark = _Mark(accelerator, model)
+    accelerator.register_save_state_pre_hook(mark.save)
+    accelerator.register_load_state_pre_hook(mark.locate)
+    accelerator.register_for_checkpointing(mark)
+
+
+class _Mark:
+    """What Accelerate knows of DPS. It loads custom objects last, when the weights are there, but tells no folder."""
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
+        self._accelerator = accelerator
+        self._model = model
+        self._folder: Path | None = None
+
+    def save(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        accelerator = self._accelerator
+        every_node = accelerator.project_configuration.save_on_each_node
+        if accelerator.is_local_main_process if every_node else accelerator.is_main_process:
+            for adapter, subnetwork in find_trained(self._model).items():
+                statefile.write(statefile.path_in(folder, adapter), state_of(subnetwork))
+
+    def locate(self, models: list[nn.Module], folder: str) -> None:
+        self._folder = Path(folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adapters": sorted(find_trained(self._model))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._folder is None:
+            raise ConfigError("Load the training state of DPS with `accelerator.load_state(folder)`.")
+        for adapter, subnetwork in find_trained(self._model).items():
+            load_state(subnetwork, statefile.read(statefile.path_in(self._folder, adapter)))

@@ -1,0 +1,119 @@
+"""Checkpoints of the HF Trainer: where in them the training state lies."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from peft_dps import statefile
+from peft_dps.errors import StateError
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Return where the Trainer keeps the checkpoint of its current step.
+
+    Args:
+        args: The Trainer's arguments.
+        state: Its state.
+    """
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def saved_digests(state: TrainerState, callback: str) -> dict[str, str]:
+    """Return what the checkpoint that a Trainer resumes from tells of its training states.
+
+    Args:
+        state: The Trainer's state, as loaded.
+        callback: Name of the callback that saved them.
+
+    Returns:
+        Per adapter, the digest of its training state.
+    """
+    entries: Any = state.stateful_callbacks
+    entry = entries.get(callback, {})
+    if isinstance(entry, list):  # the callback was passed once more by hand
+        entry = entry[-1] if entry else {}
+    saved: dict[str, str] = entry.get("attributes", {}).get("saved", {})
+    return saved
+
+
+def find_state(adapter: str, saved: Mapping[str, str], args: TrainingArguments, state: TrainerState) -> Path:
+    """Find the training state that belongs to the checkpoint from which a Trainer resumes.
+
+    A callback is not told the folder that `Trainer.train(resume_from_checkpoint=...)` was given.
+
+    Args:
+        adapter: Name of the adapter.
+        saved: What `saved_digests` returned.
+        args: The Trainer's arguments.
+        state: Its state, as loaded.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        StateError: If the checkpoint has none, or it is not where it is looked for.
+    """
+    if adapter not in saved:
+        raise StateError(
+            f"The Trainer resumes at step {state.global_step}, but its checkpoint holds no training state of the DPS "
+            f"adapter {adapter!r}: it was saved with `save_only_model=True`, in a hyperparameter search, or without "
+            "this version of peft_dps. To begin new stages with its weights, load them with "
+            "`PeftModel.from_pretrained(..., is_trainable=True)` and train without `resume_from_checkpoint`."
+        )
+    folders = [checkpoint_folder(args, state)]
+    if isinstance(args.resume_from_checkpoint, str):
+        folders.insert(0, Path(args.resume_from_checkpoint))
+    paths = [statefile.path_in(folder, adapter) for folder in folders]
+    for path in paths:
+        if statefile.digest_of(path) == saved[adapter]:
+            return path
+    places = " or ".join(f"'{path}'" + (" (a file of another training)" if path.exists() else "") for path in paths)
+    raise StateError(
+        f"The Trainer resumes at step {state.global_step}, but the training state of the DPS adapter {adapter!r} that "
+        f"belongs to its checkpoint is not at {places}. If the checkpoint lies elsewhere than in `output_dir`, name "
+        "its folder in the arguments too: `TrainingArguments(..., resume_from_checkpoint='<the folder>')`."
+    )
+
+
+def warn_of_incomplete_checkpoint(output_dir: Path) -> None:
+    """Warn if the newest checkpoint was not written to its end, and name the newest one that was.
+
+    Args:
+        output_dir: The Trainer's output folder.
+    """
+    checkpoints = sorted(
+        (folder for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(folder) >= 0), key=_step_of
+    )
+    if not checkpoints or _is_complete(checkpoints[-1]):
+        return
+    complete = [folder for folder in checkpoints if _is_complete(folder)]
+    remedy = f"resume from '{complete[-1]}'" if complete else "there is no earlier one to resume from"
+    logger.warning(
+        "The checkpoint '%s' was not written to its end, and `resume_from_checkpoint=True` would take it: %s, or "
+        "delete it first.",
+        checkpoints[-1],
+        remedy,
+    )
+
+
+def _step_of(folder: Path) -> int:
+    number = folder.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() and folder.is_dir() else -1
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))  # what the Trainer writes last
+    except (OSError, ValueError):
+        return False
+    return True

@@ -1,0 +1,290 @@
+"""The training state of one adapter: what an exact resume needs besides weights, optimizer and random state.
+
+It is kept small: masks in bits, of the snapshot of Mix only what is not in the weight itself, and neither noise, which
+is a function of the step, nor the held bits of frozen entries, which are the weight's own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from peft_dps.errors import StateError
+from peft_dps.freezing import frozen_checksum
+from peft_dps.schedule import Stage
+from peft_dps.scores import score_dtype
+from peft_dps.subnetwork import Subnetwork
+from peft_dps.tracked import TrackedWeight
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+# What makes two trainings the same method. Only the length of the training may change.
+SETTINGS = ("variant", "density", "stage_steps", "scope", "frozen", "score", "participation_decay", "seed")
+_STAGES = (None, *(stage.value for stage in Stage))
+_CHUNK = 1 << 20  # bits are packed piece by piece: their temporaries are large
+
+
+def state_of(subnetwork: Subnetwork) -> dict[str, Any]:
+    """Take down the training state of an adapter.
+
+    Args:
+        subnetwork: The adapter's weights and stages.
+
+    Returns:
+        `"header"`: plain values, fit for JSON. `"tensors"`: a flat dict, by `"<path of the layer>.<what>"`:
+
+        - `total`: scores of this ACCUMULATE stage, the weight's shape, fp32 (fp64 for an fp64 weight)
+        - `participation`: steps in which each column took part, `[columns]`, fp32, in Mix
+        - `mask`: that of this SUBNETWORK stage, row-major, 8 entries a byte, uint8
+        - `snapshot`: T of Mix, in the weight's dtype; with `frozen="exact"` flat, and the updated entries only
+
+        The tensors are those in use, as in torch's state dicts: copy what has to outlive the next step.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    weights: dict[str, dict[str, Any]] = {}
+    for weight in subnetwork.weights:
+        if not weight.exists():
+            continue
+        held = _tensors_of(weight, exact=subnetwork.config.frozen == "exact")
+        tensors.update({f"{weight.name}.{kind}": tensor for kind, tensor in held.items()})
+        weights[weight.name] = {**_place_of(weight), **_facts_of(weight), "tensors": sorted(held)}
+    config = subnetwork.config
+    header = {
+        "format": FORMAT,
+        "adapter": subnetwork.adapter,
+        "settings": {name: getattr(config, name) for name in SETTINGS},
+        "progress": subnetwork.progress,
+        "weights": weights,
+    }
+    return {"header": header, "tensors": tensors}
+
+
+def load_state(subnetwork: Subnetwork, state: Mapping[str, Any]) -> None:
+    """Go on where the training was whose state was taken down. The weights have to be loaded before.
+
+    Everything is checked before anything is changed.
+
+    Args:
+        subnetwork: The adapter's weights and stages.
+        state: What `state_of` returned.
+
+    Raises:
+        StateError: If the state is not complete, or not that of this adapter, these settings and these weights.
+    """
+    alive = [weight for weight in subnetwork.weights if weight.exists()]
+    try:
+        header, tensors = state["header"], state["tensors"]
+        _check_header(subnetwork, header, {weight.name for weight in alive})
+        progress = _check_progress(subnetwork, header["progress"])
+        masks = {
+            weight.name: _check_weight(weight, header["weights"][weight.name], header["settings"], tensors)
+            for weight in alive
+        }
+        _check_names(header["weights"], tensors)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StateError(
+            f"The training state for adapter {subnetwork.adapter!r} is damaged, or is none: {error!r}."
+        ) from error
+    subnetwork.resume(progress)
+    for weight in alive:
+        _fill(subnetwork, weight, header["weights"][weight.name], tensors, masks[weight.name])
+
+
+def _tensors_of(weight: TrackedWeight, *, exact: bool) -> dict[str, torch.Tensor]:
+    held = {}
+    if weight.total is not None:
+        held["total"] = weight.total
+    if weight.participation is not None:
+        held["participation"] = weight.participation
+    if weight.keep is not None:
+        held["mask"] = pack(weight.keep)
+    if weight.keep is not None and weight.snapshot is not None:
+        held["snapshot"] = weight.snapshot[weight.keep.bool()] if exact else weight.snapshot
+    return held
+
+
+def _place_of(weight: TrackedWeight) -> dict[str, Any]:
+    """Describe which part of which whole the weight is; one day it may be a shard."""
+    shape = list(weight.weight.shape)
+    return {"shape": shape, "global_shape": shape, "offset": [0] * len(shape), "dtype": str(weight.weight.dtype)}
+
+
+def _facts_of(weight: TrackedWeight) -> dict[str, Any]:
+    return {
+        "observed": weight.observed,
+        "selected": weight.selected,
+        # With the policy "gradient" the checksum below tells.
+        "changed_outside": weight.changed_outside or (weight.checksum is None and weight.frozen_moved()),
+        "frozen_checksum": None if weight.checksum is None else int(weight.checksum),
+        "weight_checksum": _checksum(weight),
+    }
+
+
+def _checksum(weight: TrackedWeight) -> int:
+    nothing_kept = torch.zeros((), dtype=torch.int8, device=weight.weight.device).expand(weight.weight.shape)
+    return int(frozen_checksum(weight.weight, nothing_kept))
+
+
+def _check_header(subnetwork: Subnetwork, header: Mapping[str, Any], names: set[str]) -> None:
+    adapter = subnetwork.adapter
+    if header["format"] != FORMAT:
+        raise StateError(
+            f"The training state has format {header['format']!r}, and this version of peft_dps reads format {FORMAT}. "
+            "Resume with the version that saved it."
+        )
+    if header["adapter"] != adapter:
+        raise StateError(
+            f"The training state is that of adapter {header['adapter']!r}, not of {adapter!r}. Load it into the "
+            "adapter of that name (`adapter_name=`)."
+        )
+    for name in SETTINGS:
+        before, now = header["settings"][name], getattr(subnetwork.config, name)
+        if before != now:
+            raise StateError(
+                f"The training of adapter {adapter!r} was begun with `{name}={before!r}`, and its config now has "
+                f"{now!r}. Scores and masks would not fit. Resume with `{name}={before!r}`, or begin a new training "
+                "from these weights, without the training state."
+            )
+    if names != set(header["weights"]):
+        missing, unknown = sorted(names - set(header["weights"])), sorted(set(header["weights"]) - names)
+        raise StateError(
+            f"The training state is that of other layers than adapter {adapter!r} trains: it lacks {missing} and has "
+            f"{unknown} besides. Use the same model and the same `target_modules`."
+        )
+
+
+def _check_weight(
+    weight: TrackedWeight, facts: Mapping[str, Any], settings: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> torch.Tensor | None:
+    """Check what the state has of one weight, and return its mask if there is one."""
+    for name, now in _place_of(weight).items():
+        if facts[name] != now:
+            raise StateError(
+                f"The training state of {weight.name!r} is that of a weight with {name} {facts[name]}, and this one "
+                f"has {now}. Resume with the same model, dtype and sharding."
+            )
+    if facts["weight_checksum"] != _checksum(weight):
+        raise StateError(
+            f"The values of the weight of {weight.name!r} are not those with which the training state was saved. Load "
+            "the adapter's weights of the same moment first, then the training state."
+        )
+    parameter = weight.weight
+    expected: dict[str, tuple[torch.dtype, list[int]]] = {
+        "total": (score_dtype(parameter), list(parameter.shape)),
+        "participation": (torch.float32, [weight.layer.columns.count]),
+        "mask": (torch.uint8, [-(-parameter.numel() // 8)]),
+    }
+    mask = None
+    if "mask" in facts["tensors"]:
+        _check_tensor(weight, "mask", tensors, expected["mask"])
+        mask = unpack(tensors[f"{weight.name}.mask"].to(parameter.device), parameter.shape)
+        updated = [int(mask.count_nonzero())] if settings["frozen"] == "exact" else list(parameter.shape)
+        expected["snapshot"] = (parameter.dtype, updated)
+    for kind in facts["tensors"]:
+        _check_tensor(weight, kind, tensors, expected[kind])
+    return mask
+
+
+def _check_tensor(
+    weight: TrackedWeight, kind: str, tensors: Mapping[str, Any], expected: tuple[torch.dtype, list[int]]
+) -> None:
+    tensor = tensors.get(f"{weight.name}.{kind}")
+    if not isinstance(tensor, torch.Tensor):
+        raise StateError(f"The training state lacks the tensor '{weight.name}.{kind}'. It is damaged.")
+    found = (tensor.dtype, list(tensor.shape))
+    if found != expected:
+        raise StateError(
+            f"The tensor '{weight.name}.{kind}' of the training state is {found[0]} {found[1]}, and has to be "
+            f"{expected[0]} {expected[1]}. It is damaged."
+        )
+
+
+def _check_names(weights: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    expected = {f"{name}.{kind}" for name, facts in weights.items() for kind in facts["tensors"]}
+    if set(tensors) != expected:
+        raise StateError(f"The training state has tensors that nothing needs: {sorted(set(tensors) - expected)}.")
+
+
+def _check_progress(subnetwork: Subnetwork, progress: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the progress, and enter the number of steps of the training to come."""
+    before, now = progress["total_steps"], subnetwork.total_steps
+    counts = [progress[name] for name in ("step", "scored_steps", "unscored_steps")]
+    if not all(type(count) is int and count >= 0 for count in counts) or progress["entered"] not in _STAGES:
+        raise StateError(f"The training state for adapter {subnetwork.adapter!r} is damaged: {progress}.")
+    if now is not None and before is not None and before != now:
+        logger.warning(
+            "Adapter %r: the training was to have %d steps when its state was saved, and now has %d. It goes on from "
+            "step %d, with its scores and masks, and its stages stay %s steps long.",
+            subnetwork.adapter,
+            before,
+            now,
+            progress["step"],
+            progress["stage_steps"],
+        )
+    return {**progress, "total_steps": before if now is None else now}
+
+
+def _fill(
+    subnetwork: Subnetwork,
+    weight: TrackedWeight,
+    facts: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    mask: torch.Tensor | None,
+) -> None:
+    device = weight.weight.device
+    held = {
+        kind: tensors[f"{weight.name}.{kind}"].to(device, copy=True) for kind in facts["tensors"] if kind != "mask"
+    }
+    if mask is not None:
+        # Frozen entries are the weight's own, so that what freezing keeps of them can be made anew.
+        exact = subnetwork.config.frozen == "exact"
+        weight.freeze(mask, facts["selected"], exact=exact, snapshot="snapshot" in held)
+        if weight.snapshot is not None and weight.keep is not None and exact:
+            weight.snapshot[weight.keep.bool()] = held["snapshot"]
+        elif weight.snapshot is not None:
+            weight.snapshot = held["snapshot"]
+        if weight.checksum is not None:
+            weight.checksum.fill_(facts["frozen_checksum"])
+    weight.total, weight.participation = held.get("total"), held.get("participation")
+    weight.observed, weight.selected = facts["observed"], facts["selected"]
+    weight.changed_outside = facts["changed_outside"]
+
+
+def pack(mask: torch.Tensor) -> torch.Tensor:
+    """Pack a mask into bits, the first entry of each eight into the lowest bit.
+
+    Args:
+        mask: Any shape; an entry counts as True unless it is 0.
+
+    Returns:
+        uint8, flat, `ceil(n / 8)` bytes.
+    """
+    flat = mask.reshape(-1)
+    packed = torch.empty(-(-flat.numel() // 8), dtype=torch.uint8, device=mask.device)
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    for piece, bytes_ in zip(flat.split(_CHUNK), packed.split(_CHUNK // 8), strict=True):
+        bits = torch.zeros(bytes_.numel() * 8, dtype=torch.uint8, device=mask.device)
+        bits[: piece.numel()] = piece != 0
+        torch.sum(bits.view(-1, 8) << places, 1, dtype=torch.uint8, out=bytes_)
+    return packed
+
+
+def unpack(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Undo `pack`.
+
+    Args:
+        packed: What `pack` returned.
+        shape: Shape of the mask.
+
+    Returns:
+        A bool mask.
+    """
+    mask = torch.empty(shape.numel(), dtype=torch.bool, device=packed.device)
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    for piece, bytes_ in zip(mask.split(_CHUNK), packed.split(_CHUNK // 8), strict=True):
+        piece.copy_(((bytes_.unsqueeze(1) >> places) & 1).view(-1)[: piece.numel()])
+    return mask.view(shape)

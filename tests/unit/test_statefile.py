@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from peft_dps import StateError, load_dps_state, save_dps_state, statefile
+from tests.resuming import Plan, Training, assert_same
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def training():
+    training = Training(Plan(variant="mix"))
+    training.run(4)
+    return training
+
+
+@pytest.fixture
+def path(training, tmp_path):
+    save_dps_state(training.model, tmp_path / "state")
+    return tmp_path / "state"
+
+
+def test_a_file_holds_the_state(training, path):
+    state, saved = training.model.dps_state_dict(), statefile.read(path)
+    assert saved["header"] == state["header"]
+    assert_same(saved["tensors"], state["tensors"])
+    assert [entry.name for entry in path.parent.iterdir()] == ["state"]
+
+
+def test_files_are_told_apart_by_their_digests(training, path):
+    again = statefile.write(path.with_name("again"), training.model.dps_state_dict())
+    assert again == statefile.digest_of(path) == statefile.digest_of(path.with_name("again"))
+    training.run(5)
+    assert statefile.write(path, training.model.dps_state_dict()) != again
+
+
+def test_file_names_are_safe_for_any_adapter(tmp_path):
+    assert statefile.path_in(tmp_path, "default").name == "dps_state.default.safetensors"
+    assert statefile.path_in(tmp_path, "../up").parent == tmp_path
+
+
+def test_a_file_that_is_cut_is_refused(training, path):
+    whole = path.read_bytes()
+    for length in (0, 4, 8, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(StateError, match=r"cut off or damaged .* Resume from an earlier checkpoint"):
+            load_dps_state(training.model, path)
+        assert statefile.digest_of(path) is None
+
+
+def test_a_file_with_a_flipped_bit_is_refused(training, path):
+    whole = bytearray(path.read_bytes())
+    whole[-3] ^= 4
+    path.write_bytes(whole)
+    with pytest.raises(StateError, match="is damaged"):
+        load_dps_state(training.model, path)
+
+
+def test_other_files_are_refused(training, tmp_path):
+    with pytest.raises(StateError, match="no training state at"):
+        load_dps_state(training.model, tmp_path / "nowhere")
+    assert statefile.digest_of(tmp_path / "nowhere") is None
+    save_file({"weight": torch.zeros(2)}, tmp_path / "adapter")
+    with pytest.raises(StateError, match="holds no training state"):
+        load_dps_state(training.model, tmp_path / "adapter")
+    with pytest.raises(StateError, match="cut off or damaged"):
+        load_dps_state(training.model, tmp_path)
+
+
+def test_a_failed_write_leaves_the_previous_file(training, path, monkeypatch):
+    before = path.read_bytes()
+    training.run(5)
+    for name in ("save_file", "_flush"):
+        with monkeypatch.context() as patch:
+            patch.setattr(statefile, name, full_disk)
+            with pytest.raises(OSError, match="No space left"):
+                save_dps_state(training.model, path)
+        assert path.read_bytes() == before
+    save_dps_state(training.model, path)  # takes the place of what the failed ones left
+    assert path.read_bytes() != before
+    assert [entry.name for entry in path.parent.iterdir()] == ["state"]
+
+
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
+
+
+SAVES_FOREVER = """
+import sys, itertools
+from pathlib import Path
+from tests.resuming import Plan, Training
+training = Training(Plan(variant="mix", stage_steps=2))
+for step in itertools.count(1):
+    training.run(step)
+    training.model.save_dps_state(Path(sys.argv[1]) / "state")
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_any_moment_leaves_a_whole_file(tmp_path):
+    command = [sys.executable, "-c", SAVES_FOREVER, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        done = [int(process.stdout.readline()) for _ in range(20)]
+        process.kill()  # wherever it is by now
+    assert process.returncode == -signal.SIGKILL
+    assert statefile.read(tmp_path / "state")["header"]["progress"]["step"] >= done[-1]
+
+
+# What a save does to the disk; the process dies before it, after half of it, or after it.
+POINTS = ("before writing", "half written", "before flushing", "before renaming", "before flushing the folder")
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from peft_dps import statefile
+from tests.resuming import Training
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def half(tensors, path, metadata, save=statefile.save_file):
+    save(tensors, path, metadata)
+    os.truncate(path, path.stat().st_size // 2)
+    die()
+
+flush = statefile._flush
+deaths = {
+    "before writing": (statefile, "save_file", die),
+    "half written": (statefile, "save_file", half),
+    "before flushing": (statefile, "_flush", die),
+    "before renaming": (Path, "replace", die),
+    "before flushing the folder": (statefile, "_flush", lambda path: die() if path.is_dir() else flush(path)),
+}
+for folder in Path(sys.argv[1]).iterdir():
+    if os.fork() == 0:
+        training = Training.resumed(folder)
+        training.run(training.step + 1)
+        setattr(*deaths[folder.name.partition(", ")[2]])
+        training.model.save_dps_state(folder / "dps.safetensors")
+        os._exit(0)
+    _, status = os.wait()
+    print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, folder.name)
+"""
+
+
+@pytest.mark.slow
+def test_a_save_killed_at_each_point_leaves_the_previous_state_or_the_new_one(tmp_path):
+    whole = {}
+    for variant in ("dense", "mix"):
+        whole[variant] = Training(Plan(variant=variant))
+        whole[variant].run(4)
+        for point in POINTS:
+            whole[variant].save(tmp_path / f"{variant}, {point}")
+        whole[variant].run(14)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DIES, str(tmp_path)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert run.stdout.count(f"{int(signal.SIGKILL)} ") == 2 * len(POINTS), run.stdout + run.stderr
+    for folder in tmp_path.iterdir():
+        variant, point = folder.name.split(", ")
+        step = statefile.read(folder / "dps.safetensors")["header"]["progress"]["step"]
+        assert step == (5 if point == "before flushing the folder" else 4)
+        if step == 4:  # the weights beside it are those of step 4 too
+            resumed = Training.resumed(folder)
+            resumed.run(14)
+            assert_same(resumed.everything(), whole[variant].everything())

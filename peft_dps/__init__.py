@@ -4,6 +4,7 @@ from peft_dps import bridge, registration
 from peft_dps.config import DPSConfig
 from peft_dps.dropout import disable_dropout
 from peft_dps.errors import (
+    AdapterFileError,
     ConfigError,
     DPSError,
     EngineError,
@@ -12,6 +13,7 @@ from peft_dps.errors import (
     ScoreError,
     TargetError,
 )
+from peft_dps.export import ExportReport, export_adapter
 from peft_dps.integrations import DPSTrainerCallback, trainer
 from peft_dps.layer import DPSLayer
 from peft_dps.model import DPSModel, dps_status
@@ -26,6 +28,7 @@ bridge.install()
 trainer.install()
 
 __all__ = [
+    "AdapterFileError",
     "ConfigError",
     "DPSConfig",
     "DPSError",
@@ -35,6 +38,7 @@ __all__ = [
     "DPSTrainerCallback",
     "EngineError",
     "Evidence",
+    "ExportReport",
     "RegistrationError",
     "ScheduleError",
     "ScoreError",
@@ -43,5 +47,6 @@ __all__ = [
     "TargetError",
     "disable_dropout",
     "dps_status",
+    "export_adapter",
     "register_score",
 ]

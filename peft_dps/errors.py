@@ -27,3 +27,7 @@ class EngineError(DPSError, RuntimeError):
 
 class ScheduleError(DPSError, RuntimeError):
     """The stage length in steps cannot be told, because the total number of steps is unknown."""
+
+
+class AdapterFileError(DPSError, RuntimeError):
+    """What is to be loaded does not fit: incomplete, altered, or made against another base model."""

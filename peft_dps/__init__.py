@@ -5,6 +5,7 @@ from peft_dps.adapters import dps_state_dict, dps_status, load_dps_state, load_d
 from peft_dps.config import DPSConfig
 from peft_dps.dropout import disable_dropout
 from peft_dps.errors import (
+    AdapterFileError,
     ConfigError,
     DPSError,
     EngineError,
@@ -14,6 +15,7 @@ from peft_dps.errors import (
     StateError,
     TargetError,
 )
+from peft_dps.export import ExportReport, export_adapter
 from peft_dps.integrations import DPSTrainerCallback, register_for_checkpointing, trainer
 from peft_dps.layer import DPSLayer
 from peft_dps.model import DPSModel
@@ -28,6 +30,7 @@ bridge.install()
 trainer.install()
 
 __all__ = [
+    "AdapterFileError",
     "ConfigError",
     "DPSConfig",
     "DPSError",
@@ -37,6 +40,7 @@ __all__ = [
     "DPSTrainerCallback",
     "EngineError",
     "Evidence",
+    "ExportReport",
     "RegistrationError",
     "ScheduleError",
     "ScoreError",
@@ -47,6 +51,7 @@ __all__ = [
     "disable_dropout",
     "dps_state_dict",
     "dps_status",
+    "export_adapter",
     "load_dps_state",
     "load_dps_state_dict",
     "register_for_checkpointing",

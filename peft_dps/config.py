@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
-from peft_dps.errors import ConfigError
+from peft_dps.errors import AdapterFileError, ConfigError
 from peft_dps.schedule import StageSchedule
 from peft_dps.scores import find_score
 
@@ -137,9 +140,23 @@ class DPSConfig(PeftConfig):
         }
         return cls(variant=variant, **{**paper, **fields})
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read a configuration from an adapter's folder, or from the Hub; see `peft.PeftConfig.from_pretrained`.
+
+        Raises:
+            AdapterFileError: If the folder's file of weights is cut short or damaged. Adapters are loaded in this
+                order, configuration first, so it is found before the model is touched.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.is_to_be_filled = True
+        _require_readable(Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
+        return config
+
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = DPSPeftType.DPS
+        self.is_to_be_filled = False  # read from a file whose weights are still to come; no field, never saved
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, (list, tuple)):
@@ -201,6 +218,18 @@ class DPSConfig(PeftConfig):
             raise ConfigError(f"`total_steps` must be an integer of at least 2, got {self.total_steps!r}.")
         if self.total_steps is not None:
             StageSchedule.resolve(self.stage_steps, self.total_steps)
+
+
+def _require_readable(path: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # opening checks that the file is as long as its header says
+    except SafetensorError as error:
+        raise AdapterFileError(
+            f"The adapter's file {path} is cut short or damaged ({error}). Save or copy it again."
+        ) from error
 
 
 def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -31,3 +31,7 @@ class ScheduleError(DPSError, RuntimeError):
 
 class StateError(DPSError, ValueError):
     """A saved training state is missing, damaged, or that of another training."""
+
+
+class AdapterFileError(DPSError, RuntimeError):
+    """What is to be loaded does not fit: incomplete, altered, or made against another base model."""

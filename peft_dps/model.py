@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
@@ -23,8 +24,9 @@ from peft_dps.adapters import (
 from peft_dps.combination import combined_config, fill, make_recipe
 from peft_dps.config import DPSConfig
 from peft_dps.dispatch import make_layer
-from peft_dps.errors import ConfigError
+from peft_dps.errors import AdapterFileError, ConfigError
 from peft_dps.layer import DPSLayer
+from peft_dps.loading import read_state, require_saved_shapes, take_out
 from peft_dps.status import DPSStatus
 from peft_dps.subnetwork import Subnetwork
 from peft_dps.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules, warn_of_statistics
@@ -96,6 +98,39 @@ class DPSModel(BaseTuner):
             raise
         finally:
             del self._injecting
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        # PEFT's place for what a tuner does with a loaded state dict, before it reaches the model.
+        config = _as_dps(config)
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            return read_state(model, adapter_name, mapped)
+        except AdapterFileError:
+            if config.is_to_be_filled and isinstance(model, PeftModel):
+                tuner: Any = model.base_model
+                take_out(tuner, adapter_name)
+            raise
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # Called before anything is loaded into the modules inside, and after PEFT has left out what it shall ignore.
+        loaded = [
+            (name, _as_dps(config))
+            for name, config in self.peft_config.items()
+            if any(f".{name}." in f"{key}." for key in state_dict)
+        ]
+        try:
+            require_saved_shapes(self.state_dict(), state_dict, prefix)
+        except AdapterFileError:
+            for name, config in loaded:
+                if config.is_to_be_filled:
+                    take_out(self, name)
+            raise
+        for _, config in loaded:
+            config.is_to_be_filled = False
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def dps_status(self, adapter_name: str | None = None) -> DPSStatus:
         """Tell what DPS is doing; see `peft_dps.dps_status`."""

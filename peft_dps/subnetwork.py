@@ -40,6 +40,7 @@ class Subnetwork:
     def __init__(self, adapter: str, config: DPSConfig) -> None:
         self.adapter = adapter
         self.config = config
+        self.at_rest = False  # a copy that a Trainer leaves alone, such as TRL's reference: Mix adds no noise to it
         self.weights: list[TrackedWeight] = []
         self.restart(config.total_steps)
         self._announce()
@@ -139,6 +140,7 @@ class Subnetwork:
         Args:
             weights: Tracked weights that belong to the optimizer, with a gradient or without.
         """
+        self.at_rest = False
         names = {weight.name for weight in weights}
         if self._in_round and not names & self._in_round:
             self._in_round |= names
@@ -198,7 +200,7 @@ class Subnetwork:
         """
         if torch.is_grad_enabled():
             self._canary.check(self.adapter, layer, self.calls)
-        if not self.is_mix:
+        if not self.is_mix or self.at_rest:
             return None
         # A recomputation in the backward pass (gradient checkpointing) has to see what the forward saw.
         if self._prepared_for != self.step and not in_backward():

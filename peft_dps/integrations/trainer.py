@@ -6,13 +6,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers.trainer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from peft_dps import statefile
-from peft_dps.adapters import find_trained
+from peft_dps.adapters import find_subnetworks, find_trained
 from peft_dps.errors import ConfigError, EngineError
 from peft_dps.integrations.checkpoints import (
     checkpoint_folder,
@@ -61,6 +62,9 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
         entries: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
         entries.setdefault(type(self).__name__, self.state())
         self._subnetworks = list(find_trained(model).values())
+        _rest_all_but(self._subnetworks, model)
+        if not resumed:
+            _check_reference(find_subnetworks(model))
         self._first_step = state.global_step
         for subnetwork in self._subnetworks:
             subnetwork.restart(subnetwork.config.total_steps or state.max_steps)
@@ -101,6 +105,8 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check once more that DPS took part in the training."""
+        for subnetwork in find_subnetworks(kwargs["model"]).values():
+            subnetwork.at_rest = False
         if state.global_step > self._first_step:
             self._check_engaged(state)
         for subnetwork in self._subnetworks:
@@ -145,6 +151,28 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
                     "Its engine updates copies of the weights (DeepSpeed ZeRO, FSDP1, CPU offloading); train with DDP "
                     "or on one process."
                 )
+
+
+def _rest_all_but(trained: list[Subnetwork], model: nn.Module) -> None:
+    for subnetwork in find_subnetworks(model).values():
+        subnetwork.at_rest = subnetwork not in trained
+
+
+def _check_reference(subnetworks: dict[str, Subnetwork]) -> None:
+    """Refuse a reference that TRL meant to copy from the adapter, by names that only tuners with modules have."""
+    reference, trained = (subnetworks.get(name) for name in ("ref", "default"))
+    if reference is None or trained is None or not reference.at_rest:
+        return
+    trained_moved, reference_moved = (
+        any(not torch.equal(weight.weight, weight.base_weight.to(weight.weight)) for weight in subnetwork.weights)
+        for subnetwork in (trained, reference)
+    )
+    if trained_moved and not reference_moved:
+        raise EngineError(
+            "The adapter 'ref' holds the pretrained weights, and 'default', from which the training starts, does not: "
+            "TRL could not copy one to the other for its reference. Merge the adapter into the model first "
+            "(`model.merge_and_unload()`), and let the trainer make a new one (`peft_config=DPSConfig(...)`)."
+        )
 
 
 def _check_that_it_fits(subnetwork: Subnetwork, state: TrainerState) -> None:

@@ -48,6 +48,7 @@ def flip_bits(model):
             weight.view(-1)[:4] = torch.tensor([float("nan"), -0.0, float("inf"), 1e-45])
 
 
+@pytest.mark.supports("Saving and loading", "exact small files")
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_exact_files_load_like_any_other(case, tmp_path, is_trainable, low_cpu_mem_usage, snapshot):
@@ -73,6 +74,7 @@ def test_exact_files_load_like_any_other(case, tmp_path, is_trainable, low_cpu_m
         assert loaded.dps_status().engaged
 
 
+@pytest.mark.supports("Saving and loading", "exact small files")
 def test_an_exact_file_is_smaller(tmp_path):
     base = torch.nn.Sequential(torch.nn.Linear(256, 256))
     model = get_peft_model(base, DPSConfig(target_modules=["0"], stage_steps=2))
@@ -107,6 +109,7 @@ def test_a_base_of_the_same_values_in_another_dtype_will_do(mlp, tmp_path):
     assert_same_bits(adapter_state(loaded), adapter_state(model))
 
 
+@pytest.mark.supports("Saving and loading", "exact small files")
 def test_several_adapters(case, tmp_path):
     model = case.model(init_weights=False)
     model.add_adapter("other", case.config(init_weights=False))

@@ -122,6 +122,7 @@ def assert_same_training(model, oracle):
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.supports("Training", "Lightning, automatic and manual: as a plain loop, to the bit")
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("module", [Automatic, Manual])
 def test_lightning(variant, module):
@@ -175,6 +176,7 @@ def test_a_fraction_of_the_steps_needs_the_total_in_lightning():
     assert_same_training(ours, plain(make_model()))
 
 
+@pytest.mark.supports("Training", "Seq2SeqTrainer: as a plain loop, to the bit")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_seq2seq_trainer(variant, tmp_path):
     config = T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0)

@@ -21,6 +21,7 @@ def everything(model):
     return {name: as_bits(tensor).clone() for name, tensor in held.items()}
 
 
+@pytest.mark.supports("Training", "resuming to the bit, at any step (`save_dps_state`, `load_dps_state`)")
 @STEPS
 @pytest.mark.parametrize("variant", ["dense", "mix"])
 def test_a_loaded_adapter_goes_on_with_its_training_state(case, tmp_path, steps, variant):

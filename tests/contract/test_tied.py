@@ -24,6 +24,7 @@ def inner(model):
     return model.base_model.model if isinstance(model, PeftModel) else model
 
 
+@pytest.mark.supports("Targets", "one of two tied weights, as a copy of its own")
 def test_the_head_is_trained_as_a_copy_of_its_own(gpt2):
     model = wrap(gpt2, target_modules=[HEAD])
     embedding = inner(model).transformer.wte.weight
@@ -36,6 +37,7 @@ def test_the_head_is_trained_as_a_copy_of_its_own(gpt2):
         assert torch.equal(gpt2.output(model), gpt2.output(gpt2.base()))
 
 
+@pytest.mark.supports("Merging", "tied weights: merging unties, unmerging ties again")
 @pytest.mark.parametrize(("target", "other"), [(HEAD, WORDS), (WORDS, HEAD)])
 def test_merging_leaves_the_other_alone_and_unmerging_ties_again(gpt2, target, other, caplog):
     model = wrap(gpt2, target_modules=[target])
@@ -90,6 +92,11 @@ def test_an_adapter_of_a_tied_head_comes_back(gpt2, tmp_path):
     assert inner(loaded).lm_head.base_layer.weight is inner(loaded).transformer.wte.weight
 
 
+@pytest.mark.refuses(
+    "Targets",
+    "both of two tied weights in one adapter",
+    "they would be trained apart; leave one out, or both to `train_remaining`",
+)
 def test_two_targets_with_one_weight_are_refused(gpt2):
     base = gpt2.base()
     with pytest.raises(TargetError, match=r"'transformer.wte' and 'lm_head' share one weight.*train_remaining"):
@@ -104,6 +111,7 @@ def test_untied_models_take_both(untied_gpt2):
     assert set(model.dps_status().layers) == {WORDS, HEAD}
 
 
+@pytest.mark.supports("Targets", "one of two tied weights, as a copy of its own")
 def test_adapters_of_their_own_may_take_one_each(gpt2):
     model = wrap(gpt2, target_modules=[HEAD])
     model.add_adapter("other", gpt2.config(target_modules=["wte"], init_weights=False))

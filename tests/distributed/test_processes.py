@@ -26,6 +26,7 @@ def torchrun(worker: str, *arguments: str) -> None:
     assert run.returncode == 0, run.stderr[-4000:]
 
 
+@pytest.mark.supports("Training", "DDP: as one process")
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["dense", "mix"])
 def test_ddp_ranks_agree_and_equal_one_process(variant):

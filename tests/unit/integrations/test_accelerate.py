@@ -21,6 +21,7 @@ def _fresh_accelerate():
     GradientState._reset_state()
 
 
+@pytest.mark.supports("Training", "Accelerate: as a plain loop, to the bit")
 def test_an_accelerate_loop_equals_a_plain_one(make_model, batches):
     plain, model = make_model(), make_model()
     data = batches(12)
@@ -82,6 +83,7 @@ class Loop:
         return status, {**tensors, **dict(self.model.state_dict())}
 
 
+@pytest.mark.supports("Training", "resuming to the bit, Accelerate (`save_state`, `load_state`)")
 @pytest.mark.parametrize("variant", ["dense", "mix"])
 @pytest.mark.parametrize("steps", [1, 3, 6])
 def test_save_state_and_load_state_resume_bitwise(make_model, batches, tmp_path, variant, steps):

@@ -94,6 +94,7 @@ def test_what_is_reported_is_numbers(make_trainer):
     assert steps[3]["dps_selected"] == pytest.approx(0.25, abs=1e-3)
 
 
+@pytest.mark.supports("Training", "Trainer: as a plain loop, to the bit")
 def test_trainer_equals_a_plain_loop(make_trainer):
     trainer = make_trainer({"stage_steps": 2}, gradient_accumulation_steps=2, max_grad_norm=0.1)
     twin = make_trainer({"stage_steps": 2}).model

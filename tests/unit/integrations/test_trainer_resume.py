@@ -70,6 +70,7 @@ def test_a_new_process_resumes_bitwise(tmp_path):
         assert_same(load_file(tmp_path / str(index) / "trace.safetensors"), after(whole[index], stop))
 
 
+@pytest.mark.supports("Training", "resuming to the bit, Trainer (`resume_from_checkpoint`)")
 @pytest.mark.parametrize("variant", ["dense", "mix"])
 def test_every_checkpoint_resumes_bitwise(tmp_path, variant):
     whole = make_trainer(tmp_path, {"variant": variant})

@@ -55,7 +55,7 @@ def _rows(config: DPSConfig, subnetwork: Subnetwork) -> list[tuple[str, str]]:
         ("length of a stage", _length(config, subnetwork)),
         ("score", f"`{config.score}`"),
         ("frozen entries in SUBNETWORK", _POLICIES[config.frozen]),
-        ("targeted weights", f"{len(subnetwork.weights)}, of {subnetwork.entries} entries"),
+        ("targeted weights", f"{len(subnetwork.weights)}, of {_entries(subnetwork)} entries"),
         ("biases of targeted modules", "trained" if config.train_bias else "not trained"),
         ("modules trained in full beside them", _names(config.modules_to_save)),
         ("seed of the method", str(config.seed)),
@@ -82,7 +82,12 @@ def _selected(subnetwork: Subnetwork) -> str:
     counts = [weight.selected for weight in subnetwork.weights if weight.selected is not None]
     if not counts:
         return "none before the first SUBNETWORK stage"
-    return f"{sum(counts)} of {subnetwork.entries} entries ({sum(counts) / subnetwork.entries:.1%})"
+    entries = _entries(subnetwork)
+    return f"{sum(counts)} of {entries} entries ({sum(counts) / entries:.1%})"
+
+
+def _entries(subnetwork: Subnetwork) -> int:
+    return sum(weight.layer.entries for weight in subnetwork.weights)
 
 
 def _names(names: list[str] | None) -> str:

@@ -42,6 +42,7 @@ CODERS: dict[str, Callable[[bytes], bytes]] = {
         for level in (1, 3, 9, 19)
     },
 }
+LOSSES = "losses.json"
 SAMPLE = 6  # weights on which coders are compared
 
 
@@ -56,14 +57,14 @@ class Case:
     @property
     def name(self) -> str:
         """What the results call it."""
-        copies = "fp32" if self.fp32_copies else self.base
-        return f"{self.variant}, base {self.base}, copies {copies}"
+        return f"{self.variant}-base-{self.base}-copies-{'float32' if self.fp32_copies else self.base}"
 
 
 CASES = (
     Case("dense", "float32", True),
     Case("mix", "float32", True),
     Case("dense", "bfloat16", False),
+    Case("mix", "bfloat16", False),
     Case("dense", "bfloat16", True),
 )
 
@@ -73,6 +74,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each training")
     parser.add_argument("--learning-rate", type=float, default=5e-5, help="peak learning rate of AdamW")
+    parser.add_argument(
+        "--adapters",
+        type=Path,
+        default=Path("runs/adapters"),
+        help="trained adapters; not trained again",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/file_size.json"), help="JSON file to write")
     options = parser.parse_args()
     quieten()
@@ -87,7 +94,13 @@ def main() -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for case in CASES:
-        model, losses = train(case, assets, options.steps, options.learning_rate)
+        folder = options.adapters / case.name
+        if not folder.exists():
+            train(case, assets, options.steps, options.learning_rate, folder)
+        losses = json.loads((folder / LOSSES).read_text(encoding="utf-8"))
+        model = PeftModel.from_pretrained(
+            load_base(case, assets), folder, is_trainable=True, autocast_adapter_dtype=case.fp32_copies
+        )
         measured = {"case": case.name, **asdict(case), "losses": losses, **measure(model, case, assets)}
         document["cases"].append(measured)
         options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -101,8 +114,8 @@ def load_base(case: Case, assets: Assets) -> torch.nn.Module:
     )
 
 
-def train(case: Case, assets: Assets, steps: int, learning_rate: float) -> tuple[PeftModel, list[float]]:
-    """Train on sentences of movie reviews; returns the mean loss of the first and of the last 20 steps too."""
+def train(case: Case, assets: Assets, steps: int, learning_rate: float, folder: Path) -> None:
+    """Train on sentences of movie reviews; save the adapter with its mean loss over the first and last 20 steps."""
     tokenizer = AutoTokenizer.from_pretrained(assets.model)
     data = tokenize(sentiment_task(assets.corpora, 3200, 100, 0).train, tokenizer, 64)
     base = load_base(case, assets)
@@ -125,7 +138,9 @@ def train(case: Case, assets: Assets, steps: int, learning_rate: float) -> tuple
         scheduler.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return model.eval(), [sum(part) / len(part) for part in (losses[:20], losses[-20:])]
+    model.save_pretrained(folder)
+    means = [sum(part) / len(part) for part in (losses[:20], losses[-20:])]
+    (folder / LOSSES).write_text(json.dumps(means), encoding="utf-8")
 
 
 def batches(data: Any, tokenizer: Any) -> Iterator[Any]:

@@ -27,11 +27,6 @@ Bits = np.ndarray[Any, Any]
 def encode(values: torch.Tensor, reference: torch.Tensor) -> list[bytes]:
     """Compress a tensor against a reference.
 
-    The bits of a float, as an integer with negative numbers turned over, grow with its value. The difference of two
-    such integers counts the floats between them; it is small where the values are close, whatever their size, and
-    exists for NaN and infinity too. With the sign in the lowest bit, the differences are ordered by the exponent of
-    the reference, so that differences of like size stand together, and compressed byte by byte.
-
     Args:
         values: What to compress; any shape, float16, bfloat16, float32 or float64.
         reference: What `decode` will be given again; same shape and dtype.
@@ -39,12 +34,30 @@ def encode(values: torch.Tensor, reference: torch.Tensor) -> list[bytes]:
     Returns:
         One frame per byte of an entry, lowest byte first.
     """
+    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
+    return [compressor.compress(plane) for plane in split(values, reference)]
+
+
+def split(values: torch.Tensor, reference: torch.Tensor) -> list[bytes]:
+    """Return the differences of a tensor's bits to a reference's, arranged to be compressed well.
+
+    The bits of a float, as an integer with negative numbers turned over, grow with its value. The difference of two
+    such integers counts the floats between them; it is small where the values are close, whatever their size, and
+    exists for NaN and infinity too. With the sign in the lowest bit, the differences are ordered by the exponent of
+    the reference, so that differences of like size stand together, and cut into bytes.
+
+    Args:
+        values: As in `encode`.
+        reference: As in `encode`.
+
+    Returns:
+        The lowest bytes of all differences, then the next higher ones, and so on.
+    """
     difference = _ordered(_bits(values)) - _ordered(_bits(reference))
     width = 8 * difference.itemsize
     folded = (difference << 1) ^ (difference >> (width - 1))
     planes = folded[_order(reference)].view(np.uint8).reshape(-1, folded.itemsize)
-    compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
-    return [compressor.compress(planes[:, index].tobytes()) for index in range(folded.itemsize)]
+    return [planes[:, index].tobytes() for index in range(folded.itemsize)]
 
 
 def decode(frames: Sequence[bytes], reference: torch.Tensor) -> torch.Tensor:

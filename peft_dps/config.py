@@ -11,6 +11,7 @@ from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from peft_dps.card import write_section
 from peft_dps.errors import AdapterFileError, ConfigError
 from peft_dps.schedule import StageSchedule
 from peft_dps.scores import find_score
@@ -140,6 +141,12 @@ class DPSConfig(PeftConfig):
         }
         return cls(variant=variant, **{**paper, **fields})
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration, and what is known of the training into the folder's model card, if it has one."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.card is not None:
+            write_section(self.card, Path(save_directory, "README.md"))
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Read a configuration from an adapter's folder, or from the Hub; see `peft.PeftConfig.from_pretrained`.
@@ -156,6 +163,7 @@ class DPSConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = DPSPeftType.DPS
+        self.card: str | None = None  # section of the model card, made when the weights are saved; no field either
         self.is_to_be_filled = False  # read from a file whose weights are still to come; no field, never saved
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]

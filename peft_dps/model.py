@@ -17,6 +17,7 @@ from peft_dps.adapters import (
     dps_state_dict,
     dps_status,
     find_subnetwork,
+    find_subnetworks,
     load_dps_state,
     load_dps_state_dict,
     save_dps_state,
@@ -29,6 +30,7 @@ from peft_dps.layer import DPSLayer
 from peft_dps.loading import read_state, require_saved_shapes, take_out
 from peft_dps.status import DPSStatus
 from peft_dps.subnetwork import Subnetwork
+from peft_dps.summary import describe
 from peft_dps.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules, warn_of_statistics
 from peft_dps.ties import check_ties
 
@@ -98,6 +100,21 @@ class DPSModel(BaseTuner):
             raise
         finally:
             del self._injecting
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # PEFT asks for the weights before it saves the configuration, which brings the model card up to date.
+        subnetwork = find_subnetworks(model).get(adapter_name)
+        if subnetwork is not None:
+            subnetwork.config.card = describe(subnetwork.config, subnetwork)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -1,0 +1,71 @@
+"""The model card says how the adapter was trained."""
+
+from __future__ import annotations
+
+import pytest
+from peft import PeftModel
+
+from peft_dps import export_adapter
+
+
+def card(path):
+    return (path / "README.md").read_text()
+
+
+def rows(path):
+    cells = [line.split("|")[1:3] for line in card(path).splitlines() if line.startswith("| ")]
+    return {name.strip(): value.strip() for name, value in cells}
+
+
+@pytest.mark.parametrize("save", [lambda model, path: model.save_pretrained(path), export_adapter], ids=["", "export"])
+def test_the_card_tells_of_the_training(case, tmp_path, save):
+    model = case.model(variant="mix", density=0.25, stage_steps=0.25, total_steps=8, seed=3)
+    case.train(model, steps=3)
+    save(model, tmp_path)
+    status = model.dps_status()
+    told = rows(tmp_path)
+    assert told["variant"] == "`mix`"
+    assert told["density of the subnetwork"] == "0.25, chosen within each weight"
+    assert told["length of a stage"] == "0.25 of all steps: 2 steps"
+    assert told["targeted weights"] == f"{len(status.layers)}, of {status.entries} entries"
+    assert told["optimizer steps"] == "3"
+    assert told["saved in"] == "cycle 1, SUBNETWORK, step 1 of the stage"
+    assert told["selected at the latest selection"].startswith(f"{status.selected} of {status.entries} entries (2")
+    assert told["seed of the method"] == "3"
+    assert "DPS Mix" in card(tmp_path)
+    assert "import peft_dps" in card(tmp_path)
+    assert card(tmp_path).startswith("---\n")
+    assert "library_name: peft" in card(tmp_path)
+
+
+def test_saving_again_replaces_the_section_and_keeps_what_others_wrote(mlp, tmp_path):
+    model = mlp.model(train_bias=False, frozen="gradient", scope="model")
+    model.save_pretrained(tmp_path)
+    told = rows(tmp_path)
+    assert told["training"] == "none in the process that saved this"
+    assert told["length of a stage"] == "2 steps"
+    assert told["biases of targeted modules"] == "not trained"
+    assert told["modules trained in full beside them"] == "`head`"
+    assert "momentum" in told["frozen entries in SUBNETWORK"]
+    (tmp_path / "README.md").write_text(card(tmp_path) + "\nMy own words, with a \\1 and a backslash.\n")
+    mlp.train(model, steps=1)
+    model.save_pretrained(tmp_path)
+    assert card(tmp_path).count("## Dynamic Parameter Selection") == 1
+    assert "My own words, with a \\1 and a backslash." in card(tmp_path)
+    assert "training" not in rows(tmp_path)
+    assert rows(tmp_path)["selected at the latest selection"] == "none before the first SUBNETWORK stage"
+
+
+def test_many_modules_are_not_all_named(bert, tmp_path):
+    bert.model(train_remaining=True).save_pretrained(tmp_path)
+    assert rows(tmp_path)["modules trained in full beside them"].endswith(" more")
+
+
+def test_a_config_saved_alone_writes_no_card(mlp, tmp_path):
+    model = mlp.model()
+    model.save_pretrained(tmp_path / "adapter")
+    model.peft_config["default"].save_pretrained(tmp_path / "config")
+    assert [path.name for path in (tmp_path / "config").iterdir()] == ["adapter_config.json"]
+    assert "card" not in (tmp_path / "config" / "adapter_config.json").read_text()
+    loaded = PeftModel.from_pretrained(mlp.base(), tmp_path / "adapter")
+    assert loaded.peft_config["default"].card is None

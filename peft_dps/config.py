@@ -37,6 +37,9 @@ class DPSConfig(PeftConfig):
     Args:
         target_modules (`list[str] | str`, defaults to `"all-linear"`): Names of the modules to train, a regular
             expression, or `"all-linear"`.
+        target_parameters (`list[str]`, *optional*): Names of single parameters to train besides, such as the weights
+            of experts that models of transformers keep as one parameter (`["experts.gate_up_proj"]`). With
+            `target_modules=[]` nothing else is targeted.
         exclude_modules (`list[str] | str`, *optional*): Names, or a regular expression, of modules to leave out.
         variant (`"dense" | "mix"`, defaults to `"dense"`): `"dense"` trains as described; `"mix"` adds column noise
             to ACCUMULATE, relaxes scores by how often a column took part, and trains SUBNETWORK on
@@ -72,6 +75,10 @@ class DPSConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default="all-linear",
         metadata={"help": "Names of the modules to train, a regular expression, or 'all-linear'."},
+    )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of single parameters to train besides, such as the fused weights of experts."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names, or a regular expression, of modules to leave out."}
@@ -166,7 +173,10 @@ class DPSConfig(PeftConfig):
         self._validate_schedule()
 
     def _validate_targets(self) -> None:
-        if not self.target_modules or not _are_names(self.target_modules):
+        parameters = self.target_parameters
+        if parameters is not None and not _are_names(parameters, expression=False):
+            raise ConfigError(f"`target_parameters` must be a list of names, got {parameters!r}.")
+        if not (self.target_modules or parameters) or not _are_names(self.target_modules):
             raise ConfigError(f"`target_modules` must name modules or be 'all-linear', got {self.target_modules!r}.")
         if self.exclude_modules is not None and not _are_names(self.exclude_modules):
             raise ConfigError(f"`exclude_modules` must name modules, got {self.exclude_modules!r}.")

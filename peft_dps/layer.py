@@ -40,6 +40,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         in_features: Size of the input, as PEFT wants it of every layer.
         out_features: Size of the output.
         entries: Number of entries of the weight.
+        parameter_name: Name of the weight in the base layer.
+        bias_name: Name of the bias in the base layer; None if it is not to be trained with the weight.
         supports_lora: Whether the weight is a matrix, whose delta a LoRA of the same kind of layer can approximate.
     """
 
@@ -49,6 +51,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
     in_features: int
     out_features: int
     supports_lora: ClassVar[bool] = False
+    parameter_name: str = "weight"
+    bias_name: ClassVar[str | None] = "bias"
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -134,11 +138,10 @@ class DPSLayer(nn.Module, BaseTunerLayer):
                         f"NaNs detected in the merged weights. The adapter {', '.join(new_names)} seems to be broken"
                     )
         base: Any = self.get_base_layer()
-        if self._unmerged is None:
-            self._unmerged = base.weight, getattr(base, "bias", None)
-        base.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            base.bias = nn.Parameter(bias, requires_grad=False)
+        self._unmerged = self._unmerged or self._parameters_of_base()
+        setattr(base, self.parameter_name, nn.Parameter(weight, requires_grad=False))
+        if bias is not None and self.bias_name is not None:
+            setattr(base, self.bias_name, nn.Parameter(bias, requires_grad=False))
         self.merged_adapters = names
 
     def unmerge(self) -> None:
@@ -147,9 +150,10 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base: Any = self.get_base_layer()
-        base.weight, bias = self._unmerged
-        if bias is not None:
-            base.bias = bias
+        weight, bias = self._unmerged
+        setattr(base, self.parameter_name, weight)
+        if bias is not None and self.bias_name is not None:
+            setattr(base, self.bias_name, bias)
         self._unmerged = None
         self.merged_adapters = []
 
@@ -158,8 +162,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         """The weight in effect, for modules that read it instead of calling the layer; dtype of the base weight."""
         if self.disable_adapters and self.merged:
             return self._pretrained()[0]
-        base: Any = self.get_base_layer()
-        base_weight: torch.Tensor = base.weight
+        base_weight = self._parameters_of_base()[0]
         if not self._adapters_in_effect():
             return base_weight
         return self._effective()[0].to(base_weight.dtype)
@@ -169,7 +172,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         """The bias in effect, like `weight`."""
         if self.disable_adapters and self.merged:
             return self._pretrained()[1]
-        base_bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
+        base_bias = self._parameters_of_base()[1]
         if base_bias is None or not self._adapters_in_effect():
             return base_bias
         bias = self._effective()[1]
@@ -178,9 +181,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
     @property
     def pretrained_parameter(self) -> nn.Parameter:
         """The parameter that holds the pretrained weight W0, also while adapters are merged into the base layer."""
-        base: Any = self.get_base_layer()
-        parameter: nn.Parameter = base.weight if self._unmerged is None else self._unmerged[0]
-        return parameter
+        return (self._unmerged or self._parameters_of_base())[0]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Tell PEFT whether it may approximate the adapter's delta by a LoRA."""
@@ -247,9 +248,14 @@ class DPSLayer(nn.Module, BaseTunerLayer):
 
     def _pretrained(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return W0 and the pretrained bias, also while adapters are merged into the base layer."""
-        base: Any = self.get_base_layer()
-        weight, bias = self._unmerged or (base.weight, getattr(base, "bias", None))
+        weight, bias = self._unmerged or self._parameters_of_base()
         return weight.data, None if bias is None else bias.data
+
+    def _parameters_of_base(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Return the parameters that the base layer computes with."""
+        base: Any = self.get_base_layer()
+        bias = None if self.bias_name is None else getattr(base, self.bias_name, None)
+        return getattr(base, self.parameter_name), bias
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version makes new parameters, which forgets requires_grad and rounds fp32 copies to the base's dtype.

@@ -17,6 +17,7 @@ from peft_dps.errors import DPSError
 
 NOT_DEFAULT = {
     "target_modules": {"query", "value"},
+    "target_parameters": ["experts.down_proj"],
     "exclude_modules": {"pooler"},
     "variant": "mix",
     "density": 0.25,
@@ -88,6 +89,7 @@ def test_the_defaults_are_the_papers():
     config = DPSConfig()
     assert {name: getattr(config, name) for name in NOT_DEFAULT} == {
         "target_modules": "all-linear",
+        "target_parameters": None,
         "exclude_modules": None,
         "variant": "dense",
         "density": 0.7,

@@ -65,6 +65,9 @@ class DPSConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*): Modules trained in full and saved with the adapter.
         layers_to_transform (`list[int] | int`, *optional*): Indices of the layers to train.
         layers_pattern (`list[str] | str`, *optional*): Name of the module list that `layers_to_transform` counts in.
+        offload_base (`bool`, defaults to `False`): Whether the pretrained weights W0 of targeted modules are kept in a
+            temporary file (see `TMPDIR`) instead of memory, on the host or an accelerator. What needs them reads them
+            from there: disabling, merging and combining adapters, and each step of Mix in ACCUMULATE.
         seed (`int`, defaults to 0): Seed of the method's own random numbers.
         init_weights (`bool`, defaults to `True`): `False` perturbs the trainable copies at random; only for tests.
 
@@ -116,6 +119,9 @@ class DPSConfig(PeftConfig):
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the module list that `layers_to_transform` counts in."}
+    )
+    offload_base: bool = field(
+        default=False, metadata={"help": "Keep the pretrained weights of targeted modules in a temporary file."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the method's own random numbers."})
     init_weights: bool = field(default=True, metadata={"help": "False perturbs the copies; only for tests."})
@@ -204,7 +210,7 @@ class DPSConfig(PeftConfig):
         _require_choice("frozen", self.frozen, FROZEN_POLICIES)
         if not self.inference_mode:  # a trained adapter loads without the score that trained it
             find_score(self.score)
-        for name in ("train_bias", "train_remaining", "init_weights"):
+        for name in ("train_bias", "train_remaining", "offload_base", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if not _is_number(self.density) or not 0.0 < self.density <= 1.0:

@@ -38,7 +38,7 @@ class NoisyWeight:
     """ACCUMULATE: W_eff = W0 + b * (W - W0) / density, whose mean over b is W; dL/dW = dL/dW_eff * b.
 
     Attributes:
-        base_weight: W0.
+        base_weight: W0, perhaps on another device.
         columns: b, 0 or 1 per input column, shaped to broadcast over the weight, in the weight's dtype.
         density: Probability of b = 1.
         groups: Number of groups into which `columns` has the weight's first axis unfolded.
@@ -51,7 +51,7 @@ class NoisyWeight:
 
     def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return W_eff in the weight's shape and dtype, in `out` if given, else as a new tensor."""
-        base, share = self.base_weight.to(weight.dtype), self.columns / self.density
+        base, share = self.base_weight.to(weight.device, weight.dtype), self.columns / self.density
         if self.groups > 1:
             out = torch.empty_like(weight) if out is None else out
             wide = [unfold_groups(tensor, self.groups) for tensor in (base, weight.detach(), out)]
@@ -61,7 +61,7 @@ class NoisyWeight:
 
     def at(self, rows: torch.Tensor) -> NoisyWeight:
         """Return the same for some rows of the weight; the weight has no groups."""
-        return NoisyWeight(self.base_weight[rows], self.columns, self.density)
+        return NoisyWeight(self.base_weight[rows.to(self.base_weight.device)], self.columns, self.density)
 
     def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
         """Multiply the gradient of W_eff by b, in place."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.func import functional_call
 
 from peft_dps.config import DPSConfig
 from peft_dps.effective import EffectiveWeight, materialize
 from peft_dps.noise import Columns
+from peft_dps.offload import on_disk
 
 
 class Training(Protocol):
@@ -63,6 +64,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        self._offloaded_from: torch.device | None = None  # where W0 would be; None if it is there
         self.entries = self._pretrained()[0].numel()
 
     @property
@@ -164,7 +166,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             return self._pretrained()[0]
         base_weight = self._parameters_of_base()[0]
         if not self._adapters_in_effect():
-            return base_weight
+            return base_weight if self._offloaded_from in (None, base_weight.device) else self._pretrained()[0]
         return self._effective()[0].to(base_weight.dtype)
 
     @property
@@ -183,6 +185,23 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         """The parameter that holds the pretrained weight W0, also while adapters are merged into the base layer."""
         return (self._unmerged or self._parameters_of_base())[0]
 
+    def offload_base(self) -> None:
+        """Keep the pretrained weight W0 in a file; whatever needs it reads it from there."""
+        if self._offloaded_from is None:
+            self._offloaded_from = self.pretrained_parameter.device
+            self._keep_pretrained(on_disk(self.pretrained_parameter.data))
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the base layer, merged or not, with all of its weights in memory; PEFT asks for it."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        if self._offloaded_from is not None and self._unmerged is None:
+            self._keep_pretrained(self.pretrained_parameter.data.to(self._offloaded_from, copy=True))
+            self._offloaded_from = None
+        return self.get_base_layer()
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Tell PEFT whether it may approximate the adapter's delta by a LoRA."""
         return self.supports_lora
@@ -193,7 +212,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         names = self._adapters_in_effect()
         if not names:
-            output: torch.Tensor = self.base_layer(x, *args, **kwargs)
+            output: torch.Tensor = self._call_base(x, *args, **kwargs)
             return output
         effective = self._prepare_training(names)
         weight, bias = self._combined(names, effective if len(names) > 1 else {})
@@ -203,6 +222,19 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None
     ) -> torch.Tensor:
         raise NotImplementedError
+
+    def _call_base(self, *args: Any, **kwargs: Any) -> Any:
+        weight = self._parameters_of_base()[0]
+        if self._offloaded_from in (None, weight.device):  # at hand, or merged
+            return self.base_layer(*args, **kwargs)
+        return self._call_base_with(self._pretrained()[0], *args, **kwargs)
+
+    def _call_base_with(self, weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call the base layer with another weight in place of its own."""
+        path, module = self.parameter_name, self.base_layer
+        while isinstance(module, DPSLayer):
+            path, module = f"base_layer.{path}", module.base_layer
+        return functional_call(self.base_layer, {path: weight}, args, kwargs, tie_weights=False)
 
     def _prepare_training(self, names: list[str]) -> dict[str, EffectiveWeight]:
         """Announce a training forward to the adapters; return the effective weights of those that train by Mix."""
@@ -238,7 +270,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         ]
         biases = [self.dps_bias[name] for name in names if name in self.dps_bias]
         if len(names) == 1:
-            return weights[0], biases[0] if biases else self._pretrained()[1]
+            return weights[0], biases[0] if biases else self._pretrained_bias()
         pretrained_weight, pretrained_bias = self._pretrained()
         weight = sum((own - pretrained_weight.to(own.dtype) for own in weights), start=pretrained_weight)
         bias = pretrained_bias
@@ -248,8 +280,19 @@ class DPSLayer(nn.Module, BaseTunerLayer):
 
     def _pretrained(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return W0 and the pretrained bias, also while adapters are merged into the base layer."""
-        weight, bias = self._unmerged or self._parameters_of_base()
-        return weight.data, None if bias is None else bias.data
+        weight = self.pretrained_parameter.data
+        return weight if self._offloaded_from is None else weight.to(self._offloaded_from), self._pretrained_bias()
+
+    def _pretrained_bias(self) -> torch.Tensor | None:
+        bias = (self._unmerged or self._parameters_of_base())[1]
+        return None if bias is None else bias.data
+
+    def _keep_pretrained(self, data: torch.Tensor) -> None:
+        parameter = _with_data(self.pretrained_parameter, data)
+        if self._unmerged is None:
+            setattr(self.get_base_layer(), self.parameter_name, parameter)
+        else:
+            self._unmerged = parameter, self._unmerged[1]
 
     def _parameters_of_base(self) -> tuple[nn.Parameter, nn.Parameter | None]:
         """Return the parameters that the base layer computes with."""
@@ -259,17 +302,33 @@ class DPSLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version makes new parameters, which forgets requires_grad and rounds fp32 copies to the base's dtype.
-        device = device if device is not None else self._pretrained()[0].device
+        device = device or self._offloaded_from or self.pretrained_parameter.device
         for container in (self.dps_weight, self.dps_bias):
             if adapter_name in container and container[adapter_name].device not in (device, torch.device("meta")):
                 container[adapter_name].data = container[adapter_name].data.to(device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # What merging keeps is no buffer, since a state dict must not hold it; it still moves with the module.
+        offloaded = None if self._offloaded_from is None else self.pretrained_parameter.data
         if self._unmerged is not None:
             weight, bias = self._unmerged
-            self._unmerged = _applied(weight, fn), None if bias is None else _applied(bias, fn)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._unmerged = (
+                _with_data(weight, fn(weight.data)),
+                None if bias is None else _with_data(bias, fn(bias.data)),
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if offloaded is not None:
+            self._offload_again(offloaded)
+        return self
+
+    def _offload_again(self, offloaded: torch.Tensor) -> None:
+        """Keep W0 in its file although the module was moved, or write it anew if it was changed."""
+        moved = self.pretrained_parameter.data
+        self._offloaded_from = moved.device
+        if moved.is_meta or (moved.device != offloaded.device and moved.dtype == offloaded.dtype):
+            self._keep_pretrained(offloaded if moved.dtype == offloaded.dtype else on_disk(offloaded.to(moved.dtype)))
+        elif moved.data_ptr() != offloaded.data_ptr():
+            self._keep_pretrained(on_disk(moved))
 
     def __repr__(self) -> str:
         return "dps." + super().__repr__()
@@ -289,9 +348,8 @@ def _trainable_copy(tensor: torch.Tensor, config: DPSConfig, on_meta: bool) -> n
     return nn.Parameter(copy)
 
 
-def _applied(parameter: nn.Parameter, fn: Callable[[torch.Tensor], torch.Tensor]) -> nn.Parameter:
+def _with_data(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
     # As torch's own `_apply` does: the parameter stays the same object where it can, so that ties last.
-    data = fn(parameter.data)
     if torch._has_compatible_shallow_copy_type(parameter.data, data):
         parameter.data = data
         return parameter

@@ -30,7 +30,7 @@ from peft_dps.loading import read_state, require_saved_shapes, take_out
 from peft_dps.status import DPSStatus
 from peft_dps.subnetwork import Subnetwork
 from peft_dps.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules, warn_of_statistics
-from peft_dps.ties import check_ties
+from peft_dps.ties import check_ties, offload_bases
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -87,6 +87,8 @@ class DPSModel(BaseTuner):
                 state_dict=state_dict,
             )
             check_ties(model, adapter_name)
+            if config.offload_base:
+                offload_bases(model, adapter_name)
             if config.train_remaining:
                 tie_saved_modules(model, adapter_name)
             # PEFT leaves this to PeftModel, which transformers' `add_adapter` does without.
@@ -285,7 +287,7 @@ def _take_out(model: nn.Module, subnetwork: Subnetwork) -> None:
                 if subnetwork.adapter in container:
                     del container[subnetwork.adapter]
             if not module.dps_subnetworks:
-                model.set_submodule(key, module.get_base_layer())
+                model.set_submodule(key, module.unload_and_optionally_merge_module(False, False, None))
 
 
 def _as_dps(config: PeftConfig) -> DPSConfig:

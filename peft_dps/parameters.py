@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.func import functional_call
 
 from peft_dps.config import DPSConfig
 from peft_dps.errors import TargetError
@@ -59,23 +58,16 @@ class ParamWrapper(DPSLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if not self._adapters_in_effect():
-            return self.base_layer(*args, **kwargs)
-        weight = self._effective()[0].to(self._pretrained()[0].dtype)
-        path, module = self.parameter_name, self.base_layer
-        while isinstance(module, ParamWrapper):
-            path, module = f"base_layer.{path}", module.base_layer
-        return functional_call(self.base_layer, {path: weight}, args, kwargs, tie_weights=False)
+            return self._call_base(*args, **kwargs)
+        return self._call_base_with(self._effective()[0].to(self.pretrained_parameter.dtype), *args, **kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Return the module itself, merged or not; PEFT asks for it where wrappers are put around each other."""
-        layer: nn.Module = self
-        while isinstance(layer, ParamWrapper):
-            if merge:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            layer = layer.base_layer
-        return layer
+        """Return the module itself, without the wrappers around each other."""
+        if isinstance(self.base_layer, ParamWrapper):
+            self.base_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        return super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
 
     def _is_transposed(self) -> bool | None:
         """Tell whether the experts' weights are `[experts, in, out]`; None if there is no telling."""

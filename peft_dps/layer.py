@@ -6,14 +6,13 @@ import warnings
 from typing import Any, ClassVar, Protocol
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
-from torch.func import functional_call
 
 from peft_dps.config import DPSConfig
 from peft_dps.effective import EffectiveWeight, materialize
 from peft_dps.noise import Columns
-from peft_dps.offload import on_disk
+from peft_dps.wrapper import BaseLayerWrapper
 
 
 class Training(Protocol):
@@ -27,7 +26,7 @@ class Training(Protocol):
         """Prepare a training forward of `layer`: what to multiply with in place of the weight, None for itself."""
 
 
-class DPSLayer(nn.Module, BaseTunerLayer):
+class DPSLayer(BaseLayerWrapper):
     """Tuner layer that trains a copy of the base layer's weight.
 
     The base layer stays frozen: it is the pretrained weight W0, it is what runs when adapters are disabled, and
@@ -41,30 +40,22 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         in_features: Size of the input, as PEFT wants it of every layer.
         out_features: Size of the output.
         entries: Number of entries of the weight.
-        parameter_name: Name of the weight in the base layer.
-        bias_name: Name of the bias in the base layer; None if it is not to be trained with the weight.
         supports_lora: Whether the weight is a matrix, whose delta a LoRA of the same kind of layer can approximate.
     """
 
     adapter_layer_names: tuple[str, ...] = ("dps_weight", "dps_bias")
     other_param_names: tuple[str, ...] = ("dps_subnetworks",)
-    base_layer: nn.Module
     in_features: int
     out_features: int
     supports_lora: ClassVar[bool] = False
-    parameter_name: str = "weight"
-    bias_name: ClassVar[str | None] = "bias"
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.dps_weight = nn.ParameterDict({})
         self.dps_bias = nn.ParameterDict({})
         self.dps_subnetworks: dict[str, Training] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
-        self._offloaded_from: torch.device | None = None  # where W0 would be; None if it is there
         self.entries = self._pretrained()[0].numel()
 
     @property
@@ -180,26 +171,13 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         bias = self._effective()[1]
         return None if bias is None else bias.to(base_bias.dtype)
 
-    @property
-    def pretrained_parameter(self) -> nn.Parameter:
-        """The parameter that holds the pretrained weight W0, also while adapters are merged into the base layer."""
-        return (self._unmerged or self._parameters_of_base())[0]
-
-    def offload_base(self) -> None:
-        """Keep the pretrained weight W0 in a file; whatever needs it reads it from there."""
-        if self._offloaded_from is None:
-            self._offloaded_from = self.pretrained_parameter.device
-            self._keep_pretrained(on_disk(self.pretrained_parameter.data))
-
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """Return the base layer, merged or not, with all of its weights in memory; PEFT asks for it."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        if self._offloaded_from is not None and self._unmerged is None:
-            self._keep_pretrained(self.pretrained_parameter.data.to(self._offloaded_from, copy=True))
-            self._offloaded_from = None
+        self.restore_base()
         return self.get_base_layer()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -222,19 +200,6 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None
     ) -> torch.Tensor:
         raise NotImplementedError
-
-    def _call_base(self, *args: Any, **kwargs: Any) -> Any:
-        weight = self._parameters_of_base()[0]
-        if self._offloaded_from in (None, weight.device):  # at hand, or merged
-            return self.base_layer(*args, **kwargs)
-        return self._call_base_with(self._pretrained()[0], *args, **kwargs)
-
-    def _call_base_with(self, weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call the base layer with another weight in place of its own."""
-        path, module = self.parameter_name, self.base_layer
-        while isinstance(module, DPSLayer):
-            path, module = f"base_layer.{path}", module.base_layer
-        return functional_call(self.base_layer, {path: weight}, args, kwargs, tie_weights=False)
 
     def _prepare_training(self, names: list[str]) -> dict[str, EffectiveWeight]:
         """Announce a training forward to the adapters; return the effective weights of those that train by Mix."""
@@ -278,57 +243,12 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             bias = sum((own - pretrained_bias.to(own.dtype) for own in biases), start=pretrained_bias)
         return weight, bias
 
-    def _pretrained(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return W0 and the pretrained bias, also while adapters are merged into the base layer."""
-        weight = self.pretrained_parameter.data
-        return weight if self._offloaded_from is None else weight.to(self._offloaded_from), self._pretrained_bias()
-
-    def _pretrained_bias(self) -> torch.Tensor | None:
-        bias = (self._unmerged or self._parameters_of_base())[1]
-        return None if bias is None else bias.data
-
-    def _keep_pretrained(self, data: torch.Tensor) -> None:
-        parameter = _with_data(self.pretrained_parameter, data)
-        if self._unmerged is None:
-            setattr(self.get_base_layer(), self.parameter_name, parameter)
-        else:
-            self._unmerged = parameter, self._unmerged[1]
-
-    def _parameters_of_base(self) -> tuple[nn.Parameter, nn.Parameter | None]:
-        """Return the parameters that the base layer computes with."""
-        base: Any = self.get_base_layer()
-        bias = None if self.bias_name is None else getattr(base, self.bias_name, None)
-        return getattr(base, self.parameter_name), bias
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version makes new parameters, which forgets requires_grad and rounds fp32 copies to the base's dtype.
         device = device or self._offloaded_from or self.pretrained_parameter.device
         for container in (self.dps_weight, self.dps_bias):
             if adapter_name in container and container[adapter_name].device not in (device, torch.device("meta")):
                 container[adapter_name].data = container[adapter_name].data.to(device)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # What merging keeps is no buffer, since a state dict must not hold it; it still moves with the module.
-        offloaded = None if self._offloaded_from is None else self.pretrained_parameter.data
-        if self._unmerged is not None:
-            weight, bias = self._unmerged
-            self._unmerged = (
-                _with_data(weight, fn(weight.data)),
-                None if bias is None else _with_data(bias, fn(bias.data)),
-            )
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if offloaded is not None:
-            self._offload_again(offloaded)
-        return self
-
-    def _offload_again(self, offloaded: torch.Tensor) -> None:
-        """Keep W0 in its file although the module was moved, or write it anew if it was changed."""
-        moved = self.pretrained_parameter.data
-        self._offloaded_from = moved.device
-        if moved.is_meta or (moved.device != offloaded.device and moved.dtype == offloaded.dtype):
-            self._keep_pretrained(offloaded if moved.dtype == offloaded.dtype else on_disk(offloaded.to(moved.dtype)))
-        elif moved.data_ptr() != offloaded.data_ptr():
-            self._keep_pretrained(on_disk(moved))
 
     def __repr__(self) -> str:
         return "dps." + super().__repr__()
@@ -346,14 +266,6 @@ def _trainable_copy(tensor: torch.Tensor, config: DPSConfig, on_meta: bool) -> n
     if not config.init_weights:
         copy += 0.02 * torch.randn_like(copy)
     return nn.Parameter(copy)
-
-
-def _with_data(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
-    # As torch's own `_apply` does: the parameter stays the same object where it can, so that ties last.
-    if torch._has_compatible_shallow_copy_type(parameter.data, data):
-        parameter.data = data
-        return parameter
-    return nn.Parameter(data, parameter.requires_grad)
 
 
 def _detached_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -165,11 +165,15 @@ def test_a_model_that_moves_leaves_them_on_the_host(case, merged):
         assert layer.dps_weight["other"].device.type == "meta"
 
 
-def test_half_precision_after_moving():
+@pytest.mark.parametrize("together", [False, True])
+def test_half_precision_after_moving(together):
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), DPSConfig(target_modules=["0"], offload_base=True))
     expected = layers(model)[0].pretrained_parameter.detach().bfloat16()
-    model.to("meta", torch.bfloat16)
-    assert torch.equal(layers(model)[0].pretrained_parameter, expected)
+    model = model.to("meta", torch.bfloat16) if together else model.to("meta").bfloat16()
+    (layer,) = layers(model)
+    assert torch.equal(layer.pretrained_parameter, expected)
+    assert is_mapped(layer.pretrained_parameter)
+    assert layer.get_delta_weight("default").device.type == "meta"
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")

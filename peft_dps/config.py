@@ -38,6 +38,9 @@ class DPSConfig(PeftConfig):
     Args:
         target_modules (`list[str] | str`, defaults to `"all-linear"`): Names of the modules to train, a regular
             expression, or `"all-linear"`.
+        target_parameters (`list[str]`, *optional*): Names of single parameters to train besides, such as the weights
+            of experts that models of transformers keep as one parameter (`["experts.gate_up_proj"]`). With
+            `target_modules=[]` nothing else is targeted.
         exclude_modules (`list[str] | str`, *optional*): Names, or a regular expression, of modules to leave out.
         variant (`"dense" | "mix"`, defaults to `"dense"`): `"dense"` trains as described; `"mix"` adds column noise
             to ACCUMULATE, relaxes scores by how often a column took part, and trains SUBNETWORK on
@@ -63,6 +66,9 @@ class DPSConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*): Modules trained in full and saved with the adapter.
         layers_to_transform (`list[int] | int`, *optional*): Indices of the layers to train.
         layers_pattern (`list[str] | str`, *optional*): Name of the module list that `layers_to_transform` counts in.
+        offload_base (`bool`, defaults to `False`): Whether the pretrained weights W0 of targeted modules are kept in a
+            temporary file (see `TMPDIR`) instead of memory, on the host or an accelerator. What needs them reads them
+            from there: disabling, merging and combining adapters, and each step of Mix in ACCUMULATE.
         seed (`int`, defaults to 0): Seed of the method's own random numbers.
         init_weights (`bool`, defaults to `True`): `False` perturbs the trainable copies at random; only for tests.
 
@@ -73,6 +79,10 @@ class DPSConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default="all-linear",
         metadata={"help": "Names of the modules to train, a regular expression, or 'all-linear'."},
+    )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of single parameters to train besides, such as the fused weights of experts."},
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names, or a regular expression, of modules to leave out."}
@@ -110,6 +120,9 @@ class DPSConfig(PeftConfig):
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the module list that `layers_to_transform` counts in."}
+    )
+    offload_base: bool = field(
+        default=False, metadata={"help": "Keep the pretrained weights of targeted modules in a temporary file."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the method's own random numbers."})
     init_weights: bool = field(default=True, metadata={"help": "False perturbs the copies; only for tests."})
@@ -174,7 +187,10 @@ class DPSConfig(PeftConfig):
         self._validate_schedule()
 
     def _validate_targets(self) -> None:
-        if not self.target_modules or not _are_names(self.target_modules):
+        parameters = self.target_parameters
+        if parameters is not None and not _are_names(parameters, expression=False):
+            raise ConfigError(f"`target_parameters` must be a list of names, got {parameters!r}.")
+        if not (self.target_modules or parameters) or not _are_names(self.target_modules):
             raise ConfigError(f"`target_modules` must name modules or be 'all-linear', got {self.target_modules!r}.")
         if self.exclude_modules is not None and not _are_names(self.exclude_modules):
             raise ConfigError(f"`exclude_modules` must name modules, got {self.exclude_modules!r}.")
@@ -202,7 +218,7 @@ class DPSConfig(PeftConfig):
         _require_choice("frozen", self.frozen, FROZEN_POLICIES)
         if not self.inference_mode:  # a trained adapter loads without the score that trained it
             find_score(self.score)
-        for name in ("train_bias", "train_remaining", "init_weights"):
+        for name in ("train_bias", "train_remaining", "offload_base", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if not _is_number(self.density) or not 0.0 < self.density <= 1.0:

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft_dps.effective import EffectiveWeight, effective_conv
+from peft_dps.effective import EffectiveWeight
 from peft_dps.layer import DPSLayer, cast_to_activation
 from peft_dps.noise import Columns
+from peft_dps.operations import effective_conv
 
 
 class Conv(DPSLayer):

@@ -12,6 +12,7 @@ from peft_dps.embedding import Embedding, computes_alike
 from peft_dps.errors import TargetError
 from peft_dps.layer import DPSLayer
 from peft_dps.linear import Conv1DLinear, Linear
+from peft_dps.parameters import ParamWrapper, find_wrapper
 from peft_dps.targets import is_packed
 
 LAYER_TYPES: dict[type[nn.Module], type[DPSLayer]] = {
@@ -35,18 +36,8 @@ def make_layer(target: nn.Module, key: str) -> DPSLayer:
     Raises:
         TargetError: If DPS cannot train it.
     """
-    if isinstance(target, BaseTunerLayer):
-        raise TargetError(
-            f"The target {key!r} is already wrapped by another tuner ({type(target).__module__}). Unload that adapter "
-            "first, or leave the module out with `exclude_modules`."
-        )
-    weight = getattr(target, "weight", None)
-    dtype = weight.dtype if isinstance(weight, torch.Tensor) else "packed"
-    if is_packed(target) or (isinstance(weight, torch.Tensor) and _is_quantized(weight)):
-        raise TargetError(
-            f"The weight of the target {key!r} is quantized ({type(target).__name__}, {dtype}). DPS trains "
-            "full-precision weights: load the model without quantization, or use LoRA on a quantized model."
-        )
+    _check_unwrapped(target, key)
+    _check_dtype(target, "weight", key)
     base_cls = next((base for base in LAYER_TYPES if isinstance(target, base)), None)
     if base_cls is None:
         supported = ", ".join(base_cls.__name__ for base_cls in LAYER_TYPES)
@@ -54,7 +45,7 @@ def make_layer(target: nn.Module, key: str) -> DPSLayer:
             f"The target {key!r} is a {type(target).__name__}, which DPS cannot train; it supports {supported}. Leave "
             "it out with `exclude_modules`, or train it in full with `modules_to_save`."
         )
-    _check_weight(target, key)
+    _check_loaded(target, "weight", key)
     if isinstance(target, nn.Embedding):
         _check_embedding(target, key)
     elif not _computes_as(target, base_cls):
@@ -65,8 +56,49 @@ def make_layer(target: nn.Module, key: str) -> DPSLayer:
     return LAYER_TYPES[base_cls](target)
 
 
-def _check_weight(target: nn.Module, key: str) -> None:
-    parameter = target._parameters.get("weight")
+def wrap_parameter(target: nn.Module, parameter_name: str, key: str) -> ParamWrapper:
+    """Wrap a module to train one of its parameters, or find the wrapper that is there already.
+
+    Args:
+        target: The module, or wrappers of its parameters around it.
+        parameter_name: Name of the parameter in the module.
+        key: Path of the parameter in the model, for the messages.
+
+    Raises:
+        TargetError: If DPS cannot train it.
+    """
+    wrapper = find_wrapper(target, parameter_name)
+    if wrapper is not None:
+        return wrapper
+    module = target
+    while isinstance(module, ParamWrapper):
+        module = module.base_layer
+    _check_unwrapped(module, key)
+    _check_dtype(module, parameter_name, key)
+    _check_loaded(module, parameter_name, key)
+    return ParamWrapper(target, parameter_name, key)
+
+
+def _check_unwrapped(target: nn.Module, key: str) -> None:
+    if isinstance(target, BaseTunerLayer):
+        raise TargetError(
+            f"The target {key!r} is already wrapped by another tuner ({type(target).__module__}). Unload that adapter "
+            "first, or leave the module out with `exclude_modules`."
+        )
+
+
+def _check_dtype(target: nn.Module, name: str, key: str) -> None:
+    weight = getattr(target, name, None)
+    dtype = weight.dtype if isinstance(weight, torch.Tensor) else "packed"
+    if is_packed(target) or (isinstance(weight, torch.Tensor) and _is_quantized(weight)):
+        raise TargetError(
+            f"The weight of the target {key!r} is quantized ({type(target).__name__}, {dtype}). DPS trains "
+            "full-precision weights: load the model without quantization, or use LoRA on a quantized model."
+        )
+
+
+def _check_loaded(target: nn.Module, name: str, key: str) -> None:
+    parameter = target._parameters.get(name)
     if parameter is None:
         raise TargetError(
             f"The weight of the target {key!r} is computed from other parameters (torch.nn.utils.parametrize or "

@@ -6,7 +6,6 @@ They are computed anew in the backward pass, so that no second copy of a weight 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,7 +38,7 @@ class NoisyWeight:
     """ACCUMULATE: W_eff = W0 + b * (W - W0) / density, whose mean over b is W; dL/dW = dL/dW_eff * b.
 
     Attributes:
-        base_weight: W0.
+        base_weight: W0, perhaps on another device.
         columns: b, 0 or 1 per input column, shaped to broadcast over the weight, in the weight's dtype.
         density: Probability of b = 1.
         groups: Number of groups into which `columns` has the weight's first axis unfolded.
@@ -52,7 +51,7 @@ class NoisyWeight:
 
     def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return W_eff in the weight's shape and dtype, in `out` if given, else as a new tensor."""
-        base, share = self.base_weight.to(weight.dtype), self.columns / self.density
+        base, share = self.base_weight.to(weight.device, weight.dtype), self.columns / self.density
         if self.groups > 1:
             out = torch.empty_like(weight) if out is None else out
             wide = [unfold_groups(tensor, self.groups) for tensor in (base, weight.detach(), out)]
@@ -62,7 +61,7 @@ class NoisyWeight:
 
     def at(self, rows: torch.Tensor) -> NoisyWeight:
         """Return the same for some rows of the weight; the weight has no groups."""
-        return NoisyWeight(self.base_weight[rows], self.columns, self.density)
+        return NoisyWeight(self.base_weight[rows.to(self.base_weight.device)], self.columns, self.density)
 
     def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
         """Multiply the gradient of W_eff by b, in place."""
@@ -137,75 +136,11 @@ def effective_linear(
     Returns:
         Activations `[..., out]`.
     """
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         output: torch.Tensor = _EffectiveLinear.apply(  # type: ignore[no-untyped-call]
             x.to(dtype), weight, None if bias is None else bias.to(dtype), effective, input_axis
         )
-    return output
-
-
-def effective_conv(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    effective: EffectiveWeight,
-    *,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> torch.Tensor:
-    """Convolve `x` with W_eff, in the dtype that autocast or else `x` asks for.
-
-    Args:
-        x: Activations `[batch, in, *space]`, of 1 to 3 dimensions of space.
-        weight: W, `[out, in / groups, *kernel]`.
-        bias: `[out]` or None.
-        effective: What makes W_eff of W.
-        stride: Per dimension of space, as in `torch.nn.functional.conv2d`.
-        padding: Zeros on both sides.
-        dilation: Distance of the kernel's entries.
-        groups: Number of groups.
-
-    Returns:
-        Activations `[batch, out, *space]`.
-    """
-    dtype = _compute_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        output: torch.Tensor = _EffectiveConv.apply(  # type: ignore[no-untyped-call]
-            x.to(dtype),
-            weight,
-            None if bias is None else bias.to(dtype),
-            effective,
-            (list(stride), list(padding), list(dilation), False, [0] * len(stride), groups),
-        )
-    return output
-
-
-def effective_embedding(
-    indices: torch.Tensor,
-    weight: torch.Tensor,
-    effective: EffectiveWeight,
-    *,
-    padding_index: int,
-    scale_grad_by_freq: bool,
-) -> torch.Tensor:
-    """Look up rows of W_eff. Only those rows are computed.
-
-    Args:
-        indices: Integers of any shape.
-        weight: W, `[rows, dimensions]`.
-        effective: What makes W_eff of W.
-        padding_index: Row without gradient; -1 for none.
-        scale_grad_by_freq: Divide a row's gradient by how often its index occurs.
-
-    Returns:
-        `[*indices.shape, dimensions]` in the weight's dtype.
-    """
-    output: torch.Tensor = _EffectiveEmbedding.apply(  # type: ignore[no-untyped-call]
-        indices, weight, effective, padding_index, scale_grad_by_freq
-    )
     return output
 
 
@@ -244,7 +179,7 @@ class _EffectiveLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.effective, ctx.input_axis = effective, input_axis
-        return F.linear(x, _out_in(_passing(effective, weight).to(x.dtype), input_axis), bias)
+        return F.linear(x, _out_in(passing(effective, weight).to(x.dtype), input_axis), bias)
 
     @staticmethod
     @once_differentiable
@@ -253,7 +188,7 @@ class _EffectiveLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.needs_input_grad[0]:
-            effective = _out_in(_passing(ctx.effective, weight).to(x.dtype), ctx.input_axis)
+            effective = _out_in(passing(ctx.effective, weight).to(x.dtype), ctx.input_axis)
             grad_x = (rows @ effective).view(x.shape)
             del effective
         if ctx.needs_input_grad[1]:
@@ -286,60 +221,12 @@ def _weight_gradient(
     return product.index_select(input_axis, place)
 
 
-class _EffectiveConv(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        effective: EffectiveWeight,
-        geometry: tuple[Any, ...],
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.effective, ctx.geometry = effective, geometry
-        return torch.convolution(x, _passing(effective, weight).to(x.dtype), bias, *geometry)
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which autocast, or else the activation, wants the result.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        effective = _passing(ctx.effective, weight).to(x.dtype)
-        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad_output, x, effective, [weight.shape[0]], *ctx.geometry, ctx.needs_input_grad[:3]
-        )
-        if grad_weight is not None:
-            grad_weight = ctx.effective.gradient_(grad_weight.to(weight.dtype))
-        return grad_x, grad_weight, grad_bias, None, None
-
-
-class _EffectiveEmbedding(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        indices: torch.Tensor,
-        weight: torch.Tensor,
-        effective: EffectiveWeight,
-        padding_index: int,
-        scale_grad_by_freq: bool,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(indices)
-        ctx.effective, ctx.rows = effective, weight.shape[0]
-        ctx.padding_index, ctx.scale_grad_by_freq = padding_index, scale_grad_by_freq
-        return effective.at(indices).of(weight[indices])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (indices,) = ctx.saved_tensors
-        gradient = torch.ops.aten.embedding_dense_backward(
-            grad_output, indices, ctx.rows, ctx.padding_index, ctx.scale_grad_by_freq
-        )
-        return None, ctx.effective.gradient_(gradient), None, None, None
-
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which autocast, or else the activation, wants the result."""
+    Args:
+        x: The activation.
+    """
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype is not torch.float64
     return torch.get_autocast_dtype(device) if autocast else x.dtype
@@ -363,8 +250,13 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _passing(effective: EffectiveWeight, weight: torch.Tensor) -> torch.Tensor:
-    """Return W_eff in memory that the next call may overwrite."""
+def passing(effective: EffectiveWeight, weight: torch.Tensor) -> torch.Tensor:
+    """Return W_eff in memory that the next call may overwrite.
+
+    Args:
+        effective: What makes W_eff of W.
+        weight: W.
+    """
     return effective.of(weight, _scratch.like(weight))
 
 

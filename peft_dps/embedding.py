@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft_dps.effective import EffectiveWeight, effective_embedding
+from peft_dps.effective import EffectiveWeight
 from peft_dps.layer import DPSLayer
 from peft_dps.noise import Columns
+from peft_dps.operations import effective_embedding
 
 
 class Embedding(DPSLayer):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from peft_dps.config import DPSConfig
 from peft_dps.effective import EffectiveWeight, materialize
 from peft_dps.noise import Columns
+from peft_dps.wrapper import BaseLayerWrapper
 
 
 class Training(Protocol):
@@ -26,7 +26,7 @@ class Training(Protocol):
         """Prepare a training forward of `layer`: what to multiply with in place of the weight, None for itself."""
 
 
-class DPSLayer(nn.Module, BaseTunerLayer):
+class DPSLayer(BaseLayerWrapper):
     """Tuner layer that trains a copy of the base layer's weight.
 
     The base layer stays frozen: it is the pretrained weight W0, it is what runs when adapters are disabled, and
@@ -45,20 +45,17 @@ class DPSLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("dps_weight", "dps_bias")
     other_param_names: tuple[str, ...] = ("dps_subnetworks",)
-    base_layer: nn.Module
     in_features: int
     out_features: int
     supports_lora: ClassVar[bool] = False
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.dps_weight = nn.ParameterDict({})
         self.dps_bias = nn.ParameterDict({})
         self.dps_subnetworks: dict[str, Training] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged: tuple[nn.Parameter, nn.Parameter | None] | None = None
         self.entries = self._pretrained()[0].numel()
 
     @property
@@ -134,11 +131,10 @@ class DPSLayer(nn.Module, BaseTunerLayer):
                         f"NaNs detected in the merged weights. The adapter {', '.join(new_names)} seems to be broken"
                     )
         base: Any = self.get_base_layer()
-        if self._unmerged is None:
-            self._unmerged = base.weight, getattr(base, "bias", None)
-        base.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            base.bias = nn.Parameter(bias, requires_grad=False)
+        self._unmerged = self._unmerged or self._parameters_of_base()
+        setattr(base, self.parameter_name, nn.Parameter(weight, requires_grad=False))
+        if bias is not None and self.bias_name is not None:
+            setattr(base, self.bias_name, nn.Parameter(bias, requires_grad=False))
         self.merged_adapters = names
 
     def unmerge(self) -> None:
@@ -147,9 +143,10 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base: Any = self.get_base_layer()
-        base.weight, bias = self._unmerged
-        if bias is not None:
-            base.bias = bias
+        weight, bias = self._unmerged
+        setattr(base, self.parameter_name, weight)
+        if bias is not None and self.bias_name is not None:
+            setattr(base, self.bias_name, bias)
         self._unmerged = None
         self.merged_adapters = []
 
@@ -158,10 +155,9 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         """The weight in effect, for modules that read it instead of calling the layer; dtype of the base weight."""
         if self.disable_adapters and self.merged:
             return self._pretrained()[0]
-        base: Any = self.get_base_layer()
-        base_weight: torch.Tensor = base.weight
+        base_weight = self._parameters_of_base()[0]
         if not self._adapters_in_effect():
-            return base_weight
+            return base_weight if self._offloaded_from in (None, base_weight.device) else self._pretrained()[0]
         return self._effective()[0].to(base_weight.dtype)
 
     @property
@@ -169,18 +165,20 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         """The bias in effect, like `weight`."""
         if self.disable_adapters and self.merged:
             return self._pretrained()[1]
-        base_bias: torch.Tensor | None = getattr(self.get_base_layer(), "bias", None)
+        base_bias = self._parameters_of_base()[1]
         if base_bias is None or not self._adapters_in_effect():
             return base_bias
         bias = self._effective()[1]
         return None if bias is None else bias.to(base_bias.dtype)
 
-    @property
-    def pretrained_parameter(self) -> nn.Parameter:
-        """The parameter that holds the pretrained weight W0, also while adapters are merged into the base layer."""
-        base: Any = self.get_base_layer()
-        parameter: nn.Parameter = base.weight if self._unmerged is None else self._unmerged[0]
-        return parameter
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the base layer, merged or not, with all of its weights in memory; PEFT asks for it."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self.restore_base()
+        return self.get_base_layer()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Tell PEFT whether it may approximate the adapter's delta by a LoRA."""
@@ -192,7 +190,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         names = self._adapters_in_effect()
         if not names:
-            output: torch.Tensor = self.base_layer(x, *args, **kwargs)
+            output: torch.Tensor = self._call_base(x, *args, **kwargs)
             return output
         effective = self._prepare_training(names)
         weight, bias = self._combined(names, effective if len(names) > 1 else {})
@@ -237,7 +235,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         ]
         biases = [self.dps_bias[name] for name in names if name in self.dps_bias]
         if len(names) == 1:
-            return weights[0], biases[0] if biases else self._pretrained()[1]
+            return weights[0], biases[0] if biases else self._pretrained_bias()
         pretrained_weight, pretrained_bias = self._pretrained()
         weight = sum((own - pretrained_weight.to(own.dtype) for own in weights), start=pretrained_weight)
         bias = pretrained_bias
@@ -245,25 +243,12 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             bias = sum((own - pretrained_bias.to(own.dtype) for own in biases), start=pretrained_bias)
         return weight, bias
 
-    def _pretrained(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return W0 and the pretrained bias, also while adapters are merged into the base layer."""
-        base: Any = self.get_base_layer()
-        weight, bias = self._unmerged or (base.weight, getattr(base, "bias", None))
-        return weight.data, None if bias is None else bias.data
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version makes new parameters, which forgets requires_grad and rounds fp32 copies to the base's dtype.
-        device = device if device is not None else self._pretrained()[0].device
+        device = device or self._offloaded_from or self.pretrained_parameter.device
         for container in (self.dps_weight, self.dps_bias):
             if adapter_name in container and container[adapter_name].device not in (device, torch.device("meta")):
                 container[adapter_name].data = container[adapter_name].data.to(device)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # What merging keeps is no buffer, since a state dict must not hold it; it still moves with the module.
-        if self._unmerged is not None:
-            weight, bias = self._unmerged
-            self._unmerged = _applied(weight, fn), None if bias is None else _applied(bias, fn)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return "dps." + super().__repr__()
@@ -281,15 +266,6 @@ def _trainable_copy(tensor: torch.Tensor, config: DPSConfig, on_meta: bool) -> n
     if not config.init_weights:
         copy += 0.02 * torch.randn_like(copy)
     return nn.Parameter(copy)
-
-
-def _applied(parameter: nn.Parameter, fn: Callable[[torch.Tensor], torch.Tensor]) -> nn.Parameter:
-    # As torch's own `_apply` does: the parameter stays the same object where it can, so that ties last.
-    data = fn(parameter.data)
-    if torch._has_compatible_shallow_copy_type(parameter.data, data):
-        parameter.data = data
-        return parameter
-    return nn.Parameter(data, parameter.requires_grad)
 
 
 def _detached_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

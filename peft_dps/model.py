@@ -24,7 +24,7 @@ from peft_dps.adapters import (
 )
 from peft_dps.combination import combined_config, fill, make_recipe
 from peft_dps.config import DPSConfig
-from peft_dps.dispatch import make_layer
+from peft_dps.dispatch import make_layer, wrap_parameter
 from peft_dps.errors import AdapterFileError, ConfigError
 from peft_dps.layer import DPSLayer
 from peft_dps.loading import read_state, require_saved_shapes, take_out
@@ -32,7 +32,7 @@ from peft_dps.status import DPSStatus
 from peft_dps.subnetwork import Subnetwork
 from peft_dps.summary import describe
 from peft_dps.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules, warn_of_statistics
-from peft_dps.ties import check_ties
+from peft_dps.ties import check_ties, offload_bases
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -89,6 +89,8 @@ class DPSModel(BaseTuner):
                 state_dict=state_dict,
             )
             check_ties(model, adapter_name)
+            if config.offload_base:
+                offload_bases(model, adapter_name)
             if config.train_remaining:
                 tie_saved_modules(model, adapter_name)
             # PEFT leaves this to PeftModel, which transformers' `add_adapter` does without.
@@ -237,6 +239,18 @@ class DPSModel(BaseTuner):
         if not _as_dps(peft_config).train_remaining:
             super()._check_tied_modules(model, peft_config)
 
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        mine = set(_as_dps(config).target_parameters or ())
+        for name, other in self.peft_config.items():
+            theirs = set(_as_dps(other).target_parameters or ())
+            # Wrappers of several parameters lie around each other, and a checkpoint tells them apart by their order.
+            if mine and theirs and mine != theirs:
+                raise ConfigError(
+                    f"`target_parameters` must be the same in all adapters that have them, got {sorted(mine)}, and "
+                    f"{sorted(theirs)} in the adapter {name!r}."
+                )
+
     def _check_merge_allowed(self) -> None:
         # PEFT warns of tied weights, which its layers would write into; here merging unties the layer first.
         pass
@@ -256,9 +270,14 @@ class DPSModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         subnetwork, low_cpu_mem_usage = self._injecting
-        layer = target if isinstance(target, DPSLayer) else make_layer(target, current_key)
+        layer: DPSLayer
+        if parameter_name is not None:
+            layer = wrap_parameter(target, parameter_name, current_key)
+        else:
+            layer = target if isinstance(target, DPSLayer) else make_layer(target, current_key)
+        is_new = not layer.dps_subnetworks
         layer.update_layer(adapter_name, _as_dps(peft_config), subnetwork, low_cpu_mem_usage)
-        if layer is not target:
+        if is_new:
             self._replace_module(parent, target_name, layer, target)
         subnetwork.track(current_key, layer)
 
@@ -279,13 +298,13 @@ class DPSModel(BaseTuner):
 def _take_out(model: nn.Module, subnetwork: Subnetwork) -> None:
     """Undo an injection that failed midway."""
     subnetwork.weights.clear()
-    for key, module in list(model.named_modules()):
+    for key, module in reversed(list(model.named_modules())):  # the inner ones first
         if isinstance(module, DPSLayer) and module.dps_subnetworks.get(subnetwork.adapter) is subnetwork:
             for container in (module.dps_weight, module.dps_bias, module.dps_subnetworks):
                 if subnetwork.adapter in container:
                     del container[subnetwork.adapter]
             if not module.dps_subnetworks:
-                model.set_submodule(key, module.get_base_layer())
+                model.set_submodule(key, module.unload_and_optionally_merge_module(False, False, None))
 
 
 def _as_dps(config: PeftConfig) -> DPSConfig:

@@ -53,6 +53,11 @@ def is_target(config: DPSConfig, key: str) -> Any:
     return _layer_index(key, config.layers_pattern) in _as_list(config.layers_to_transform)
 
 
+def is_target_parameter(config: DPSConfig, key: str) -> bool:
+    """Tell whether the parameter at a path is a target by itself, in PEFT's terms."""
+    return any(key == name or key.endswith(f".{name}") for name in config.target_parameters or ())
+
+
 def save_remaining(config: DPSConfig, model: nn.Module) -> None:
     """Add the innermost modules that hold all other parameters to `modules_to_save`."""
     saved = config.modules_to_save or []
@@ -65,7 +70,10 @@ def save_remaining(config: DPSConfig, model: nn.Module) -> None:
         if key in targets or any(key.endswith(name) for name in saved):
             done += (key + ".",)
         elif isinstance(module, AuxiliaryTrainingWrapper) or any(True for _ in module.parameters(recurse=False)):
-            if not key or any(target.startswith(key + ".") for target in targets):
+            own = [is_target_parameter(config, f"{key}.{name}") for name, _ in module.named_parameters(recurse=False)]
+            if own and all(own):
+                continue
+            if not key or any(own) or any(target.startswith(key + ".") for target in targets):
                 logger.warning("`train_remaining` cannot reach the parameters of %r itself: they stay frozen.", key)
                 continue
             remaining.append(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 from torch import nn
 
@@ -53,3 +54,19 @@ def check_ties(model: nn.Module, adapter_name: str) -> None:
                     targets[id(parameter)],
                     key,
                 )
+
+
+def offload_bases(model: nn.Module, adapter_name: str) -> None:
+    """Keep the pretrained weights of an adapter's layers in files, but for those that other modules need in each step.
+
+    Args:
+        model: The model, with the adapter's layers in it.
+        adapter_name: Name of the adapter.
+    """
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    for key, module in model.named_modules():
+        if isinstance(module, DPSLayer) and adapter_name in module.dps_weight:
+            if uses[id(module.pretrained_parameter)] > 1:
+                logger.warning("`offload_base` leaves the weight of %r in memory: another module shares it.", key)
+            else:
+                module.offload_base()

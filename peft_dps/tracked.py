@@ -198,8 +198,8 @@ class TrackedWeight:
     def effective(self, density: float) -> EffectiveWeight | None:
         """Return what a training forward of Mix makes of the weight, or None for the weight itself."""
         if self.columns is not None:  # with masks or without, which the optimizer step that ends a stage will drop
-            layout = self.layer.columns
-            return NoisyWeight(self.base_weight, layout.spread(self.columns.to(self.weight)), density, layout.groups)
+            layout, base_weight = self.layer.columns, self.layer.pretrained_parameter.data
+            return NoisyWeight(base_weight, layout.spread(self.columns.to(self.weight)), density, layout.groups)
         if self.keep is not None and self.snapshot is not None:
             self._follow_weight()
             # Nothing but the optimizer touched the weight since frozen entries got the bits of T.

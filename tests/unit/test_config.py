@@ -17,6 +17,7 @@ from peft_dps.errors import DPSError
 
 NOT_DEFAULT = {
     "target_modules": {"query", "value"},
+    "target_parameters": ["experts.down_proj"],
     "exclude_modules": {"pooler"},
     "variant": "mix",
     "density": 0.25,
@@ -28,6 +29,7 @@ NOT_DEFAULT = {
     "participation_decay": True,
     "train_bias": False,
     "train_remaining": True,
+    "offload_base": True,
     "modules_to_save": ["classifier"],
     "layers_to_transform": [0, 2],
     "layers_pattern": "layer",
@@ -88,6 +90,7 @@ def test_the_defaults_are_the_papers():
     config = DPSConfig()
     assert {name: getattr(config, name) for name in NOT_DEFAULT} == {
         "target_modules": "all-linear",
+        "target_parameters": None,
         "exclude_modules": None,
         "variant": "dense",
         "density": 0.7,
@@ -99,6 +102,7 @@ def test_the_defaults_are_the_papers():
         "participation_decay": None,
         "train_bias": True,
         "train_remaining": False,
+        "offload_base": False,
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
         The Trainer asks for it after the weights and the optimizer, and before it writes `trainer_state.json` and
         deletes older checkpoints. So a checkpoint with that file is complete, whenever the process is killed.
         """
-        if self._training is not None:
+        # A Trainer also asks when it makes its own state, which an interrupted training must not answer by saving.
+        making = sys._getframe(1).f_code is TrainerState.__post_init__.__code__
+        if self._training is not None and not making:
             folder = checkpoint_folder(*self._training)
             # The folder is another one in a hyperparameter search, whose trials are not resumed.
             wanted = folder.is_dir() and not self._training[0].save_only_model

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_dps import DPSTrainerCallback, Stage, StateError
 from tests.resuming import assert_same
@@ -144,6 +144,23 @@ def test_a_moved_checkpoint_is_an_error_that_names_the_remedy(tmp_path):
     resumed = make_trainer(tmp_path / "new", {}, resume_from_checkpoint=folder)
     resumed.train(resume_from_checkpoint=folder)
     assert_same(resumed.trace, after(whole.trace, 5))
+
+
+def test_a_training_begun_anew_after_an_interruption_leaves_the_checkpoint(tmp_path):
+    class Interruption(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    trainer = make_trainer(tmp_path, {})
+    trainer.add_callback(Interruption())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    saved = tmp_path / "checkpoint-5" / "dps_state.default.safetensors"
+    before = saved.stat().st_mtime_ns
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(resume_from_checkpoint=True)
+    assert saved.stat().st_mtime_ns == before
 
 
 def test_the_state_of_another_training_is_not_taken(tmp_path):

@@ -1,7 +1,14 @@
 """Dynamic Parameter Selection for PEFT: `get_peft_model(model, DPSConfig(...))`. Importing it registers the tuner."""
 
 from peft_dps import bridge, registration
-from peft_dps.adapters import dps_state_dict, dps_status, load_dps_state, load_dps_state_dict, save_dps_state
+from peft_dps.adapters import (
+    check_ranks_agree,
+    dps_state_dict,
+    dps_status,
+    load_dps_state,
+    load_dps_state_dict,
+    save_dps_state,
+)
 from peft_dps.config import DPSConfig
 from peft_dps.dropout import disable_dropout
 from peft_dps.errors import (
@@ -48,6 +55,7 @@ __all__ = [
     "StageSchedule",
     "StateError",
     "TargetError",
+    "check_ranks_agree",
     "disable_dropout",
     "dps_state_dict",
     "dps_status",

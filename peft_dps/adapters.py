@@ -32,6 +32,24 @@ def dps_status(model: nn.Module, adapter_name: str | None = None) -> DPSStatus:
     return status_of(find_subnetwork(model, adapter_name))
 
 
+def check_ranks_agree(model: nn.Module, adapter_name: str | None = None) -> None:
+    """Compare steps, masks and weights over all processes of a distributed training; all of them have to call it.
+
+    With the environment variable `PEFT_DPS_CHECK_RANKS=1` that happens at every change of stage. It reads every weight
+    and communicates 32 bytes for each, so it is meant for finding mistakes. Of weights that FSDP2 has cut, processes
+    that hold the same rows are compared.
+
+    Args:
+        model: A PEFT model, or any module into which DPS adapters were injected.
+        adapter_name: Name of the adapter; None if there is only one.
+
+    Raises:
+        EngineError: On all processes, if any two differ.
+        ConfigError: If there is no such adapter, or several and none is named.
+    """
+    find_subnetwork(model, adapter_name).check_ranks_agree()
+
+
 def dps_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
     """Take down the training state of an adapter: what an exact resume needs besides weights and optimizer.
 
@@ -72,7 +90,7 @@ def save_dps_state(model: nn.Module, path: str | os.PathLike[str], adapter_name:
     """Save the training state of an adapter to a safetensors file.
 
     The file appears whole or not at all, also if the process is killed meanwhile. In a data-parallel training one
-    process has to save.
+    process has to save; where FSDP2 has sharded the weights, each saves a file of its own.
 
     Args:
         model: A PEFT model, or any module into which DPS adapters were injected.
@@ -88,7 +106,8 @@ def save_dps_state(model: nn.Module, path: str | os.PathLike[str], adapter_name:
 def load_dps_state(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
     """Go on where the training was whose state is in a file; see `load_dps_state_dict`.
 
-    In a data-parallel training every process loads, however many there are now.
+    In a data-parallel training every process loads, however many there are now; where FSDP2 has sharded the weights,
+    each loads its own file.
 
     Args:
         model: A PEFT model, or any module into which DPS adapters were injected.
@@ -150,5 +169,5 @@ def find_trained(model: nn.Module) -> dict[str, Subnetwork]:
     return {
         name: subnetwork
         for name, subnetwork in find_subnetworks(model).items()
-        if any(weight.exists() and weight.weight.requires_grad for weight in subnetwork.weights)
+        if any(weight.exists() and weight.parameter.requires_grad for weight in subnetwork.weights)
     }

@@ -42,7 +42,7 @@ class _OpenStep:
         if found_inf is not None and float(found_inf) > 0:
             return
         for subnetwork, weights in self.work:
-            with_gradient = [weight for weight in weights if weight.weight.grad is not None]
+            with_gradient = [weight for weight in weights if weight.parameter.grad is not None]
             if not with_gradient:
                 continue
             if self.closure_runs <= 1:
@@ -167,7 +167,7 @@ def _match(parameters: tuple[int, ...]) -> _Match:
     ids, generation, found = set(parameters), Subnetwork.generation, []
     for subnetwork in list(Subnetwork.alive):
         weights = enumerate(subnetwork.weights)
-        indices = [index for index, weight in weights if weight.exists() and id(weight.weight) in ids]
+        indices = [index for index, weight in weights if weight.exists() and id(weight.parameter) in ids]
         if indices:
             found.append((weakref.ref(subnetwork), indices))
     return _Match(parameters, generation, found)
@@ -188,11 +188,10 @@ def _refuse_unsupported(optimizer: Optimizer, work: Work) -> None:
         )
     for _, weights in work:
         for weight in weights:
-            parameter = weight.weight
-            if type(parameter.data).__name__ == "DTensor" or parameter.numel() != weight.layer.entries:
+            if weight.sharding is None and weight.entries != weight.layer.entries:
                 raise EngineError(
-                    f"The weight of {weight.name!r} is sharded (FSDP or ZeRO-3), which DPS does not support yet. "
-                    "Train with data parallelism (DDP) or on one process."
+                    f"The weight of {weight.name!r} is part of a flat shard (FSDP1 or ZeRO-3), and DPS cannot train "
+                    "that. Shard the model with FSDP2 (`fully_shard`; `fsdp_version: 2` in Accelerate), or use DDP."
                 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from peft_dps.errors import EngineError
 from peft_dps.freezing import bits_of
@@ -32,13 +33,16 @@ class Canary:
             step: Optimizer steps that the bridge has seen, applied or skipped.
 
         Raises:
-            EngineError: If the weight has changed twice in a row and no step was seen.
+            EngineError: If the weight belongs to an engine that is known to step copies, or has changed twice in a
+                row and no step was seen.
         """
         if self._layer is None or self._layer() is None:
             self._layer = weakref.ref(layer)
         if self._layer() is not layer:
             return
         weight = layer.dps_weight[adapter]
+        if self._seen is None:
+            _refuse_known_engines(adapter, weight)
         # Updates through `.data` leave the version counter alone. The bits tell, but reading them waits for the
         # device, so they are read only until the first step has been seen.
         seen = (weight._version, int(bits_of(weight).sum(dtype=torch.int64)) if step == 0 else 0)
@@ -54,3 +58,19 @@ class Canary:
                 "CPU offloading) or its optimizer is no torch.optim.Optimizer. Train with a torch optimizer on the "
                 "model's own parameters."
             )
+
+
+def _refuse_known_engines(adapter: str, weight: torch.Tensor) -> None:
+    # Marks that DeepSpeed leaves on parameters: ZeRO-3 the first, ZeRO-1, ZeRO-2 and its bf16 optimizer the second.
+    if hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping"):
+        raise EngineError(
+            f"The weights of adapter {adapter!r} are managed by DeepSpeed (ZeRO-1, 2 or 3, or its bf16 optimizer), "
+            "which steps flat fp32 copies of its own that DPS cannot follow. Use FSDP2 (`fully_shard`; "
+            "`fsdp_version: 2` in Accelerate), DDP, or ZeRO stage 0 without fp16 and bf16."
+        )
+    if isinstance(weight, DTensor):  # FSDP2 shows the whole weight to the forward
+        raise EngineError(
+            f"A forward of adapter {adapter!r} computes with a weight placed as {tuple(weight.placements)}. That is "
+            "tensor parallelism, which DPS does not support, or a forward that goes around the hooks of "
+            "`fully_shard`; call the module that was sharded."
+        )

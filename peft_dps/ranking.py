@@ -1,14 +1,18 @@
-"""What a weight has gathered in ACCUMULATE -> its scores."""
+"""What weights have gathered in ACCUMULATE -> their scores -> their masks."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from peft_dps.config import DPSConfig
 from peft_dps.errors import ConfigError
-from peft_dps.scores import Evidence, find_score, relax_by_participation_
+from peft_dps.scores import Evidence, find_score, relax_by_participation_, score_dtype
+from peft_dps.selection import select, select_across, selected_count
+from peft_dps.sharded_selection import WEIGHTS_AT_ONCE, check_scores, select_sharded
+from peft_dps.sharding import Ranks, together
 from peft_dps.tracked import TrackedWeight
 
 DECAY_FROM_STEPS = 50  # shorter stages do not count participation finely enough for the decay, in the released code
@@ -35,8 +39,14 @@ def scores_of(weight: TrackedWeight, config: DPSConfig, *, index: int, step: int
     if total is not None and weight.participation is not None:
         columns, decay = weight.layer.columns, config.participation_decay
         decay = stage_steps >= DECAY_FROM_STEPS if decay is None else decay
-        row = columns.spread(weight.participation)
-        relax_by_participation_(columns.unfold(total), row, stage_steps, decay=decay)
+        row, sharding = columns.spread(weight.participation), weight.sharding
+        if sharding is None:
+            relax_by_participation_(columns.unfold(total), row, stage_steps, decay=decay)
+        else:  # the rows here may begin in the middle of a group
+            out, *inner = sharding.shape
+            unfolded = (out, *inner) if columns.groups == 1 else (columns.groups, out // columns.groups, *inner)
+            own = sharding.part_of(row.expand(unfolded).reshape(sharding.shape))
+            relax_by_participation_(total, own, stage_steps, decay=decay)
         weight.participation = None  # relaxed once, also if the selection has to be repeated
     seed = random.Random(f"peft_dps/score/{config.seed}/{step}/{index}").getrandbits(63)
     evidence = Evidence(
@@ -44,6 +54,8 @@ def scores_of(weight: TrackedWeight, config: DPSConfig, *, index: int, step: int
         weight=weight.weight.detach(),
         base_weight=weight.base_weight,
         generator=torch.Generator().manual_seed(seed),
+        whole_shape=None if weight.sharding is None else weight.sharding.shape,
+        first_row=0 if weight.sharding is None else weight.sharding.first,
     )
     scores = score.function(evidence)
     if scores.shape != weight.weight.shape:
@@ -52,3 +64,65 @@ def scores_of(weight: TrackedWeight, config: DPSConfig, *, index: int, step: int
             f"must have the weight's shape {tuple(weight.weight.shape)}."
         )
     return scores
+
+
+def ranked_together(weights: Iterable[TrackedWeight]) -> list[list[TrackedWeight]]:
+    """Batch weights whose masks are chosen at once: one by one where they are whole, many where they are sharded.
+
+    Args:
+        weights: The weights.
+
+    Returns:
+        Batches, in the same order on all processes.
+    """
+    alike: dict[tuple[Ranks | None, torch.dtype], list[TrackedWeight]] = {}
+    for weight in weights:
+        alike.setdefault((weight.ranks, score_dtype(weight.weight)), []).append(weight)
+    batches = []
+    for (ranks, _), found in alike.items():
+        at_once = 1 if ranks is None else WEIGHTS_AT_ONCE
+        batches += [found[start : start + at_once] for start in range(0, len(found), at_once)]
+    return batches
+
+
+def masks_of(
+    weights: Sequence[TrackedWeight],
+    config: DPSConfig,
+    *,
+    among: Sequence[TrackedWeight],
+    step: int,
+    stage_steps: int,
+) -> tuple[list[torch.Tensor], list[int]]:
+    """Choose the masks of some weights; where they are sharded, all processes have to call it.
+
+    Args:
+        weights: The weights, all whole or all cut over the same processes; with `scope="model"` all of the adapter.
+        config: Names score, density and scope.
+        among: All weights of the adapter.
+        step: Number of the latest step.
+        stage_steps: Length of a stage, in steps.
+
+    Returns:
+        A bool mask per weight, and how many entries of each whole weight are selected.
+
+    Raises:
+        ConfigError: If a registered score returns another shape.
+        ScoreError: If a score is NaN or negative.
+        EngineError: If that happens on another process.
+    """
+    density, across = config.density, config.scope == "model"
+    places = {id(weight): index for index, weight in enumerate(among)}
+    ranks = weights[0].ranks
+    with together([] if ranks is None else [ranks]):
+        scores = [
+            scores_of(weight, config, index=places[id(weight)], step=step, stage_steps=stage_steps)
+            for weight in weights
+        ]
+        if ranks is not None:
+            check_scores(scores)
+    if ranks is not None:
+        return select_sharded(scores, [weight.entries for weight in weights], density, ranks, together=across)
+    if across:
+        masks = select_across(scores, density)
+        return masks, [int(mask.count_nonzero()) for mask in masks]
+    return [select(each, density) for each in scores], [selected_count(each.numel(), density) for each in scores]

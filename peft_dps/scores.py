@@ -24,12 +24,23 @@ class Evidence:
         weight: The weight as trained so far, in the adapter's dtype.
         base_weight: The pretrained weight, same shape, in the base model's dtype.
         generator: Random numbers of this weight and cycle, on the CPU: the same on every process.
+        whole_shape: Shape of the whole weight, where FSDP2 has cut it over processes and all of the above is this
+            process's rows of it; None where it is whole.
+        first_row: The first of those rows.
     """
 
     squared_gradients: torch.Tensor | None
     weight: torch.Tensor
     base_weight: torch.Tensor
     generator: torch.Generator
+    whole_shape: torch.Size | None = None
+    first_row: int = 0
+
+    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """Cut a tensor with as many rows as the whole weight to the rows that are here."""
+        if self.whole_shape is None:
+            return whole
+        return whole.narrow(0, self.first_row, self.weight.shape[0]).clone()  # so that the whole can be freed
 
 
 ScoreFunction = Callable[[Evidence], torch.Tensor]
@@ -104,8 +115,9 @@ def squared_gradient(evidence: Evidence) -> torch.Tensor:
 @register_score("random", uses_gradients=False)
 def random(evidence: Evidence) -> torch.Tensor:
     """Score at random: the baseline that a score from gradients has to beat at the same density."""
-    scores = torch.rand(evidence.weight.shape, generator=evidence.generator, dtype=torch.float32)
-    return scores.to(evidence.weight.device)
+    shape = evidence.weight.shape if evidence.whole_shape is None else evidence.whole_shape
+    scores = torch.rand(shape, generator=evidence.generator, dtype=torch.float32)
+    return evidence.part_of(scores).to(evidence.weight.device)
 
 
 def score_dtype(weight: torch.Tensor) -> torch.dtype:

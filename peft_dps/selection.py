@@ -2,7 +2,8 @@
 
 The scores are non-negative floats, and those sort like their bits read as integers. The k-th best score is therefore
 found digit by digit, from the histograms of 16 bits at a time: two passes for fp32, no sort, no copy of contiguous
-scores. Histograms add up, so scores on several devices are ranked together.
+scores. Histograms add up, so scores on several devices are ranked together, and on several processes
+(`sharded_selection`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 
 from peft_dps.errors import ConfigError, ScoreError
 
-_DIGIT_BITS = 16
-_DIGITS = 1 << _DIGIT_BITS
+DIGIT_BITS = 16
+_DIGITS = 1 << DIGIT_BITS
 _KEY_DTYPES = {
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -77,19 +78,19 @@ def select_across(scores: Sequence[torch.Tensor], density: float) -> list[torch.
     dtypes = {tensor.dtype for tensor in scores}
     if len(dtypes) > 1:
         raise ScoreError(f"Scores ranked together must have one dtype, got {', '.join(sorted(map(str, dtypes)))}.")
-    keys = [_sortable_key(tensor) for tensor in scores]
+    keys = [sortable_key(tensor) for tensor in scores]
     count = selected_count(sum(key.numel() for key in keys), density)
     if count == 0:
         return [torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device) for tensor in scores]
     threshold, ties = _find_threshold(keys, count)
     masks = []
     for tensor, key in zip(scores, keys, strict=True):
-        mask, ties = _mask_above(key, threshold, ties)
+        mask, ties = mask_above(key, threshold, ties)
         masks.append(mask.view(tensor.shape))
     return masks
 
 
-def _sortable_key(scores: torch.Tensor) -> torch.Tensor:
+def sortable_key(scores: torch.Tensor) -> torch.Tensor:
     """Return the bits of the scores as a flat integer tensor that sorts like the scores."""
     if scores.dtype not in _KEY_DTYPES:
         raise ScoreError(f"Scores must be fp16, bf16, fp32 or fp64, got {scores.dtype}.")
@@ -111,35 +112,35 @@ def _sortable_key(scores: torch.Tensor) -> torch.Tensor:
 def _find_threshold(keys: Sequence[torch.Tensor], count: int) -> tuple[int, int]:
     """Find a threshold such that the `count` largest keys are those above it and the first `ties` equal to it."""
     prefix, remaining, equal = 0, count, 0
-    for shift in range(keys[0].element_size() * 8 - _DIGIT_BITS, -1, -_DIGIT_BITS):
+    for shift in range(keys[0].element_size() * 8 - DIGIT_BITS, -1, -DIGIT_BITS):
         histogram = torch.zeros(_DIGITS, dtype=torch.int64)
         for key in keys:
-            histogram += _digit_histogram(key, shift, prefix).cpu()
+            histogram += digit_histogram(key, shift, prefix).cpu()
         from_top = histogram.flip(0).cumsum(0)
         position = int(torch.searchsorted(from_top, remaining))
         digit = _DIGITS - 1 - position
         equal = int(histogram[digit])
         remaining -= int(from_top[position]) - equal
-        prefix = (prefix << _DIGIT_BITS) | digit
+        prefix = (prefix << DIGIT_BITS) | digit
     if remaining == equal:  # all of the equal ones are taken: no need to look for the first of them
         return prefix - 1, 0
     return prefix, remaining
 
 
-def _digit_histogram(key: torch.Tensor, shift: int, prefix: int) -> torch.Tensor:
+def digit_histogram(key: torch.Tensor, shift: int, prefix: int) -> torch.Tensor:
     """Count the 16-bit digits at `shift` of the keys whose higher digits are `prefix`."""
     histogram = torch.zeros(_DIGITS, dtype=torch.int64, device=key.device)
-    top_digit = shift + _DIGIT_BITS == key.element_size() * 8
+    top_digit = shift + DIGIT_BITS == key.element_size() * 8
     for chunk in _chunks(key):
         if top_digit:
             digits = chunk >> shift
         else:
-            digits = (chunk[(chunk >> (shift + _DIGIT_BITS)) == prefix] >> shift).bitwise_and_(_DIGITS - 1)
+            digits = (chunk[(chunk >> (shift + DIGIT_BITS)) == prefix] >> shift).bitwise_and_(_DIGITS - 1)
         histogram += torch.bincount(digits, minlength=_DIGITS)
     return histogram
 
 
-def _mask_above(key: torch.Tensor, threshold: int, ties: int) -> tuple[torch.Tensor, int]:
+def mask_above(key: torch.Tensor, threshold: int, ties: int) -> tuple[torch.Tensor, int]:
     """Select keys above the threshold and the first `ties` equal to it; return how many ties are left to take."""
     mask = key > threshold
     for selected, chunk in zip(_chunks(mask), _chunks(key), strict=True):

@@ -108,9 +108,10 @@ def _tensors_of(weight: TrackedWeight, *, exact: bool) -> dict[str, torch.Tensor
 
 
 def _place_of(weight: TrackedWeight) -> dict[str, Any]:
-    """Describe which part of which whole the weight is; one day it may be a shard."""
-    shape = list(weight.weight.shape)
-    return {"shape": shape, "global_shape": shape, "offset": [0] * len(shape), "dtype": str(weight.weight.dtype)}
+    """Describe which part of which whole the weight is."""
+    shape, whole, sharding = list(weight.weight.shape), list(weight.parameter.shape), weight.sharding
+    offset = [0 if sharding is None else sharding.first, *[0] * (len(shape) - 1)]
+    return {"shape": shape, "global_shape": whole, "offset": offset, "dtype": str(weight.weight.dtype)}
 
 
 def _facts_of(weight: TrackedWeight) -> dict[str, Any]:

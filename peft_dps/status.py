@@ -102,7 +102,7 @@ def selected_fraction_of(subnetwork: Subnetwork) -> float | None:
     Returns:
         The fraction; None before the first selection.
     """
-    return _fraction((weight.selected, weight.weight.numel()) for weight in subnetwork.weights)
+    return _fraction((weight.selected, weight.entries) for weight in subnetwork.weights)
 
 
 def _fraction(counts: Iterable[tuple[int | None, int]]) -> float | None:
@@ -129,7 +129,7 @@ def status_of(subnetwork: Subnetwork) -> DPSStatus:
         unscored_steps=subnetwork.unscored_steps,
         layers={
             weight.name: LayerStatus(
-                entries=weight.weight.numel(),
+                entries=weight.entries,
                 selected=weight.selected,
                 observed=weight.observed,
                 frozen_moved=weight.frozen_moved(),

@@ -9,16 +9,17 @@ from typing import Any, ClassVar
 
 import torch
 
+from peft_dps import agreement
 from peft_dps.canary import Canary
 from peft_dps.config import DPSConfig
 from peft_dps.effective import EffectiveWeight
 from peft_dps.errors import EngineError, ScoreError
 from peft_dps.layer import DPSLayer
 from peft_dps.noise import ColumnNoise
-from peft_dps.ranking import scores_of
+from peft_dps.ranking import masks_of, ranked_together
 from peft_dps.schedule import Position, Stage, StageSchedule
 from peft_dps.scores import accumulate_squares_, find_score
-from peft_dps.selection import select, select_across, selected_count
+from peft_dps.sharding import distinct, together
 from peft_dps.tracked import UNKNOWN, TrackedWeight
 
 logger = logging.getLogger(__name__)
@@ -231,7 +232,7 @@ class Subnetwork:
                 self._noise = ColumnNoise(self.config.seed, counts, self.config.density)
             rows: dict[torch.device, tuple[torch.Tensor, ...]] = {}
             for index, weight in enumerate(self.weights):
-                device = weight.weight.device
+                device = weight.parameter.device
                 if device not in rows:
                     rows[device] = self._noise.draw(self.step + 1, device)
                 weight.columns = rows[device][index]
@@ -247,14 +248,22 @@ class Subnetwork:
         if position.stage is not self._entered:
             self._forget_dead()
             if position.stage is Stage.SUBNETWORK:
-                self._check_observed()
+                with together(distinct(weight.ranks for weight in self.weights)):
+                    self._check_observed()
                 self._select()
             else:
                 for weight in self.weights:
                     weight.release()
                 self.scored_steps = 0
             self._entered = position.stage
+            if agreement.is_wanted():
+                self.check_ranks_agree()
         return position
+
+    def check_ranks_agree(self) -> None:
+        """Compare steps, masks and weights over all processes; see `peft_dps.check_ranks_agree`."""
+        clock = [self.step, self.scored_steps, self.unscored_steps]
+        agreement.check_agreement(self.adapter, clock, [weight for weight in self.weights if weight.exists()])
 
     def _forget_dead(self) -> None:
         if not all(weight.exists() for weight in self.weights):
@@ -266,7 +275,9 @@ class Subnetwork:
         gradients = [weight.gradient for weight in weights]
         wide = torch.float64 if any(gradient.dtype is torch.float64 for gradient in gradients) else torch.float32
         norms = torch._foreach_norm(gradients, 2, dtype=wide)
-        if not bool(torch.stack([norm.to(gradients[0].device) for norm in norms]).isfinite().all()):
+        finite = bool(torch.stack([norm.to(gradients[0].device) for norm in norms]).isfinite().all())
+        # What another process holds of the weights may be what is not finite.
+        if any([ranks.any(not finite) for ranks in distinct(weight.ranks for weight in weights)] or [not finite]):
             self.unscored_steps += 1
             logger.warning(
                 "Adapter %r: the gradients of step %d are not finite; the step is counted but not scored.",
@@ -289,7 +300,7 @@ class Subnetwork:
                 "weights are as before this step."
             )
         for weight in self.weights:
-            if weight.observed == 0 and weight.version not in (UNKNOWN, weight.weight._version):
+            if weight.observed == 0 and weight.version not in (UNKNOWN, weight.parameter._version):
                 raise EngineError(
                     f"The weight of {weight.name!r} was changed, but no optimizer step with its gradient was seen. "
                     "Its optimizer works on a copy (CPU offloading, sharding) or is no torch.optim.Optimizer; use "
@@ -298,34 +309,38 @@ class Subnetwork:
 
     @torch.no_grad()
     def _select(self) -> None:
-        density = self.config.density
-        if density == 1.0:
+        if self.config.density == 1.0:
             for weight in self.weights:
-                weight.total, weight.selected = None, weight.weight.numel()
+                weight.total, weight.selected = None, weight.entries
         elif self.config.scope == "tensor":
-            for index, weight in enumerate(self.weights):
-                if weight.keep is None:  # else an exception ended an earlier attempt, and this one goes on there
-                    mask = select(self._scores(weight, index), density)
-                    self._freeze(weight, mask, selected_count(mask.numel(), density))
+            # Those that have a mask got it in an earlier attempt, which an exception ended.
+            for batch in ranked_together([weight for weight in self.weights if weight.keep is None]):
+                for weight, mask, selected in zip(batch, *self._masks(batch), strict=True):
+                    self._freeze(weight, mask, selected)
         else:
-            self._select_across(density)
+            self._select_across()
 
-    def _select_across(self, density: float) -> None:
-        masks = select_across([self._scores(weight, index) for index, weight in enumerate(self.weights)], density)
+    def _select_across(self) -> None:
+        if len({weight.ranks for weight in self.weights}) > 1:
+            raise EngineError(
+                f"Adapter {self.adapter!r}: `scope='model'` ranks all weights together, but they are not all cut over "
+                "the same processes. Apply `fully_shard` to the whole model, on one mesh, or use `scope='tensor'`."
+            )
+        masks, selected = self._masks(self.weights)
         for weight in self.weights:
             weight.total = None
         try:
-            for weight, mask in zip(self.weights, masks, strict=True):
-                self._freeze(weight, mask, int(mask.count_nonzero()))
+            for weight, mask, count in zip(self.weights, masks, selected, strict=True):
+                self._freeze(weight, mask, count)
         except Exception:
             for weight in self.weights:  # a half-frozen model must not train on
                 weight.release()
             self.scored_steps = 0
             raise
 
-    def _scores(self, weight: TrackedWeight, index: int) -> torch.Tensor:
+    def _masks(self, weights: list[TrackedWeight]) -> tuple[list[torch.Tensor], list[int]]:
         stage_steps = self._timetable().stage_steps
-        return scores_of(weight, self.config, index=index, step=self.step, stage_steps=stage_steps)
+        return masks_of(weights, self.config, among=self.weights, step=self.step, stage_steps=stage_steps)
 
     def _freeze(self, weight: TrackedWeight, mask: torch.Tensor, selected: int) -> None:
         weight.freeze(mask, selected, exact=self.config.frozen == "exact", snapshot=self.is_mix)

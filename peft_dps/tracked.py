@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from peft_dps.effective import AmplifiedWeight, EffectiveWeight, NoisyWeight
 from peft_dps.errors import EngineError
@@ -21,12 +22,16 @@ from peft_dps.freezing import (
 )
 from peft_dps.layer import DPSLayer
 from peft_dps.scores import score_dtype
+from peft_dps.sharded_effective import ShardedAmplifiedWeight
+from peft_dps.sharding import Ranks, Sharding, sharding_of
 
 UNKNOWN = -1  # version counter of a weight that was copied or unpickled
 
 
 class TrackedWeight:
     """One target weight of an adapter. It is looked up anew each time, since engines replace parameters.
+
+    Where FSDP2 has cut the weight over processes, everything here is this process's part of it.
 
     Args:
         name: Path of its layer in the base model.
@@ -55,6 +60,9 @@ class TrackedWeight:
         self._layer: Callable[[], DPSLayer | None] = weakref.ref(layer)
         self.selected: int | None = None
         self.columns: torch.Tensor | None = None
+        self._sharded: weakref.ref[nn.Parameter] | None = None
+        self._sharded_base: weakref.ref[torch.Tensor] | None = None
+        self._sharding: Sharding | None = None
         self.release()
 
     def release(self) -> None:
@@ -68,10 +76,11 @@ class TrackedWeight:
         self.dtype: torch.dtype | None = None
         self.observed = 0
         self.changed_outside = False
-        self.version = self.weight._version if self.exists() else UNKNOWN
+        self.version = self.parameter._version if self.exists() else UNKNOWN
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layer": self._layer(), "version": UNKNOWN}
+        unknown = {"version": UNKNOWN, "_sharded": None, "_sharded_base": None, "_sharding": None}
+        return {**self.__dict__, **unknown, "_layer": self._layer()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         layer = state["_layer"]
@@ -94,24 +103,66 @@ class TrackedWeight:
         return layer
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The trainable copy."""
-        weight: nn.Parameter = self.layer.dps_weight[self.adapter]
-        return weight
+    def parameter(self) -> nn.Parameter:
+        """The trainable copy as optimizers hold it: with FSDP2 a DTensor, also while a forward has it as a whole."""
+        parameter: nn.Parameter = self.layer.dps_weight[self.adapter]
+        known = None if self._sharded is None else self._sharded()
+        if not isinstance(parameter, DTensor):
+            return parameter if known is None else known
+        if known is not parameter:
+            self._sharding = None
+            self._sharded, self.version = weakref.ref(parameter), UNKNOWN
+            base = self.layer.pretrained_parameter
+            self._sharded_base = weakref.ref(base) if isinstance(base, DTensor) else None
+        return parameter
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """How the weight is cut over processes; None if it is whole.
+
+        Raises:
+            EngineError: If it is cut in a way that DPS cannot follow.
+        """
+        parameter = self.parameter
+        if not isinstance(parameter, DTensor):
+            return None
+        if self._sharding is None:
+            self._sharding = sharding_of(parameter, self.name)
+        return self._sharding
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that the weight is cut over; None if it is whole."""
+        sharding = self.sharding
+        return None if sharding is None else sharding.ranks
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The trainable copy, or this process's rows of it."""
+        return _local(self.parameter)
+
+    @property
+    def entries(self) -> int:
+        """Number of entries of the whole weight."""
+        return self.parameter.numel()
 
     @property
     def base_weight(self) -> torch.Tensor:
-        """The pretrained weight W0."""
-        return self.layer._pretrained()[0]
+        """The pretrained weight W0, or this process's rows of it."""
+        base, sharding = self.layer._pretrained()[0], self.sharding
+        if sharding is None or isinstance(base, DTensor):
+            return _local(base)
+        known = None if self._sharded_base is None else self._sharded_base()
+        return sharding.part_of(base) if known is None else _local(known)
 
     @property
     def gradient(self) -> torch.Tensor:
-        """The gradient that the optimizer is about to apply.
+        """The gradient that the optimizer is about to apply, or this process's rows of it.
 
         Raises:
             EngineError: If it is missing or sparse.
         """
-        gradient = self.weight.grad
+        gradient = self.parameter.grad
         if gradient is None:
             raise EngineError(
                 f"The weight of {self.name!r} lost its gradient during the optimizer step. Leave gradients alone in "
@@ -122,7 +173,7 @@ class TrackedWeight:
                 f"The gradient of {self.name!r} has layout {gradient.layout}; DPS needs dense gradients. Create the "
                 "module with `sparse=False`."
             )
-        return gradient
+        return _local(gradient)
 
     def running_total(self) -> torch.Tensor:
         """Return the accumulated squared gradients, zero if there are none yet, on the weight's device."""
@@ -159,7 +210,7 @@ class TrackedWeight:
             self.held = hold_frozen(self.weight, self.keep)
         if not exact:
             self.checksum = frozen_checksum(self.weight, self.keep)
-        self.version = self.weight._version
+        self.version = self.parameter._version
 
     def mask_gradient(self) -> None:
         """Zero the gradient of frozen entries."""
@@ -173,8 +224,8 @@ class TrackedWeight:
         Returns:
             Whether frozen entries had other values.
         """
-        touched = self.keep is not None and self.version not in (UNKNOWN, self.weight._version)
-        self.version = self.weight._version
+        touched = self.keep is not None and self.version not in (UNKNOWN, self.parameter._version)
+        self.version = self.parameter._version
         if not touched or self.keep is None or self.checksum is not None or not self.frozen_moved():
             return False  # with the policy "gradient" the optimizer moves frozen entries too
         if self.held is not None:
@@ -193,17 +244,26 @@ class TrackedWeight:
             restore_frozen_(self.weight, self.keep, self.held)
         elif exact and self.snapshot is not None:
             restore_from_snapshot_(self.weight, self.keep, self.snapshot)
-        self.version = self.weight._version
+        self.version = self.parameter._version
 
     def effective(self, density: float) -> EffectiveWeight | None:
         """Return what a training forward of Mix makes of the weight, or None for the weight itself."""
         if self.columns is not None:  # with masks or without, which the optimizer step that ends a stage will drop
-            layout, base_weight = self.layer.columns, self.layer.pretrained_parameter.data
-            return NoisyWeight(base_weight, layout.spread(self.columns.to(self.weight)), density, layout.groups)
+            base, layout = self.layer.pretrained_parameter.data, self.layer.columns
+            if isinstance(base, DTensor):
+                raise EngineError(
+                    f"Mix computes with the pretrained weight of {self.name!r}, which is sharded apart from the "
+                    "trained one. Apply `fully_shard` to blocks that hold both, not to base layers."
+                )
+            columns = self.columns.to(self.layer.dps_weight[self.adapter])  # which is whole in a forward
+            return NoisyWeight(base, layout.spread(columns), density, layout.groups)
         if self.keep is not None and self.snapshot is not None:
             self._follow_weight()
+            if self.sharding is not None:
+                masks = self.checksum is not None  # else the gradient is masked once, at the optimizer step
+                return ShardedAmplifiedWeight(self.weight, self.snapshot, self.keep, density, self.sharding, masks)
             # Nothing but the optimizer touched the weight since frozen entries got the bits of T.
-            equal = self.checksum is None and self.version == self.weight._version
+            equal = self.checksum is None and self.version == self.parameter._version
             return AmplifiedWeight(self.snapshot, density, None if equal else self.keep)
         return None
 
@@ -231,6 +291,14 @@ class TrackedWeight:
             tensor = getattr(self, name)
             if tensor is not None and tensor.device != weight.device:
                 setattr(self, name, tensor.to(weight.device))
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor, or this process's part of it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local().detach()
 
 
 def _no_layer() -> None:

@@ -10,8 +10,10 @@ import torch.distributed as dist
 from peft import get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from peft_dps import DPSConfig
+from peft_dps import DPSConfig, EngineError, check_ranks_agree
 
 
 def make_model(variant: str) -> nn.Module:
@@ -24,6 +26,34 @@ def state_of(model: nn.Module) -> list[torch.Tensor]:
     layers = [model.base_model.model[index] for index in (0, 2)]
     weights = layers[0].dps_subnetworks["default"].weights
     return [*(weight.weight.detach() for weight in weights), *(weight.keep.float() for weight in weights)]
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the bytes of what is communicated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            self.sent.append((function.__name__, sum(tensor.nbytes for tensor in tensors)))
+        return function(*args, **(kwargs or {}))
+
+
+def a_difference_is_named(model: nn.Module, rank: int) -> None:
+    weight = model.base_model.model[2].dps_subnetworks["default"].weights[1]
+    if rank == 1:
+        with torch.no_grad():
+            weight.weight[0, 0] += 1
+    try:
+        check_ranks_agree(model)
+    except EngineError as error:
+        if "processes 0 and 1 differ in the weight of '2'" not in str(error):
+            raise
+    else:
+        raise AssertionError("a difference went unnoticed")
 
 
 def main(variant: str) -> None:
@@ -43,7 +73,10 @@ def main(variant: str) -> None:
         for each, stepper, share in ((wrapped, optimizer, mine), (alone, optimizer_alone, slice(None))):
             stepper.zero_grad()
             nn.functional.cross_entropy(each(x[share]), y[share]).backward()
-            stepper.step()
+            with Collectives() as collectives:
+                stepper.step()
+            if collectives.sent:
+                raise AssertionError(f"DPS communicated: {collectives.sent}")
     buffers = [name for name, _ in model.named_buffers()]
     if buffers:
         raise AssertionError(f"buffers that DDP would broadcast: {buffers}")
@@ -54,6 +87,8 @@ def main(variant: str) -> None:
             raise AssertionError("ranks differ")
     for ours, expected in zip(state_of(model), state_of(alone), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+    check_ranks_agree(wrapped)
+    a_difference_is_named(model, rank)
     dist.barrier()
     # Taking the group down may deadlock in torch: its destructor waits for gloo's thread, which waits for the GIL.
     os._exit(0)

@@ -1,7 +1,8 @@
-"""Trainings in two processes on 127.0.0.1, with gloo."""
+"""Trainings in several processes on 127.0.0.1, with gloo."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,17 +14,19 @@ from safetensors.torch import load_file
 from tests.resuming import Training, assert_same
 
 HERE = Path(__file__).parent
+MIX = {"variant": "mix"}
 
 
-def torchrun(worker: str, *arguments: str) -> None:
+def torchrun(worker: str, *arguments: str, processes: int = 2) -> str:
     command = [
-        *(sys.executable, "-m", "torch.distributed.run"),
-        *("--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
         *(str(HERE / worker), *arguments),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.returncode == 0, run.stderr[-6000:]
+    return run.stdout
 
 
 @pytest.mark.supports("Training", "DDP: as one process")
@@ -47,5 +50,54 @@ def test_ddp_resumes_bitwise(tmp_path):
 
 
 @pytest.mark.slow
-def test_sharded_weights_are_refused_by_name():
-    torchrun("sharded_worker.py")
+@pytest.mark.parametrize(
+    ("processes", "settings"),
+    [
+        pytest.param(
+            2,
+            [
+                {"micro": 2},
+                {"fields": MIX},
+                {"fields": {**MIX, "scope": "model", "participation_decay": True}, "recompute": True, "micro": 2},
+                {"fields": MIX, "sharding": {"reshard_after_forward": False}, "clip": 0.1},
+            ],
+            id="2",
+        ),
+        pytest.param(
+            3,
+            [
+                {
+                    "micro": 2,
+                    "clip": 0.1,
+                    "optimizer": {"foreach": True},
+                    "sharding": {"reshard_after_forward": False},
+                },
+                {"fields": MIX, "blocks": [], "optimizer": {"fused": True}},
+                {"fields": {**MIX, "target_modules": ["words", "conv", "head"]}, "blocks": ["words", "conv", "head"]},
+                {"fields": {"score": "random", "scope": "model"}, "base_apart": True},
+            ],
+            id="3-uneven",
+        ),
+        pytest.param(
+            4,
+            [
+                {"fields": {"score": "random"}},
+                {"fields": {**MIX, "frozen": "gradient"}},
+                {"fields": {"scope": "model"}, "sharding": {"mesh": [2, 2], "names": ["replicate", "shard"]}},
+            ],
+            id="4-empty-and-hybrid",
+        ),
+    ],
+)
+def test_fsdp2_equals_one_process(processes, settings):
+    torchrun("fsdp_worker.py", json.dumps(settings), processes=processes)
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_is_one_of_all_and_other_engines_are_refused_by_name():
+    torchrun("failures_worker.py")
+
+
+@pytest.mark.slow
+def test_what_surrounds_a_training_under_fsdp2(tmp_path):
+    torchrun("engine_worker.py", str(tmp_path))

@@ -432,3 +432,14 @@ def test_an_optimizer_keeps_no_model_alive(make_model, batches):
     assert gone() is None
     train(model, optimizer, batches(1))
     assert subnetwork_of(model).step == 2
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
+def test_deepspeed_zero_is_refused_by_name_in_the_first_forward(mark, make_model, batches):
+    model = make_model()
+    flat = torch.nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights_of(model)]))
+    optimizer = AdamW([flat], lr=1e-2)  # what ZeRO's inner optimizer holds
+    for weight in weights_of(model):
+        setattr(weight, mark, None)
+    with pytest.raises(EngineError, match="DeepSpeed"):
+        train(model, optimizer, batches(1))

@@ -32,24 +32,46 @@ EXPECTED = {
         "frozen entries unmoved",
         "as if never interrupted, bit for bit: True",
     ],
+    "fsdp2.py": [],  # only by torchrun, below
     "accelerate_loop.py": ["step 16, cycle 2, subnetwork 4/4, selected 30.1%", "loaded DPS"],
 }
+ON_TWO_PROCESSES = {
+    "fsdp2.py": [
+        "step 16, cycle 2, subnetwork 4/4, selected 30.1% of 17408 entries",
+        "frozen entries unmoved",
+        "loaded DPS",
+    ],
+    "accelerate_loop.py": ["step 8, cycle 2, subnetwork 2/2, selected 30.1%", "loaded DPS"],
+}
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TORCHRUN += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
 
 
 def test_no_example_is_forgotten():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXPECTED)
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED))
+@pytest.mark.parametrize("name", sorted(name for name in EXPECTED if EXPECTED[name]))
 def test_example_runs_and_engages(name, tmp_path):
+    run_example([], name, EXPECTED[name], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(ON_TWO_PROCESSES))
+def test_example_runs_on_two_processes(name, tmp_path):
+    run_example(TORCHRUN, name, ON_TWO_PROCESSES[name], tmp_path, ACCELERATE_USE_CPU="true")
+
+
+def run_example(launcher, name, expected, tmp_path, **variables):
     environment = {
         **{key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")},
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        **variables,
     }
     run = subprocess.run(
-        [sys.executable, ROOT / "examples" / name],
+        [sys.executable, *launcher, ROOT / "examples" / name],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -59,7 +81,7 @@ def test_example_runs_and_engages(name, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     position = 0
-    for promised in EXPECTED[name]:
+    for promised in expected:
         position = run.stdout.find(promised, position)
         assert position >= 0, f"{promised!r} not printed, but:\n{run.stdout}"
     assert not list(tmp_path.iterdir())

@@ -16,9 +16,10 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from peft_dps import ConfigError, DPSConfig, DPSLayer, export_adapter
+from peft_dps import AdapterFileError, ConfigError, DPSConfig, DPSLayer, export_adapter
+from tests.contract.test_parameters import CASES as EXPERTS
 
 FORMS = ["exact", "base_dtype", "bfloat16", "top"]
 
@@ -271,3 +272,28 @@ def test_what_cannot_be_exported(mlp, tmp_path, options, message):
 def test_a_model_that_is_none_of_ours(mlp, tmp_path):
     with pytest.raises(ConfigError, match="must be a PeftModel, got MLP"):
         export_adapter(mlp.base(), tmp_path)
+
+
+@pytest.mark.parametrize("expert", EXPERTS, ids=lambda case: case.name)
+def test_single_parameters_as_targets(expert, tmp_path):
+    model = expert.model(init_weights=False)
+    export_adapter(model, tmp_path)
+    loaded = PeftModel.from_pretrained(expert.base(), tmp_path)
+    assert_same_bits(adapter_state(loaded), adapter_state(model))
+    state = stored(tmp_path)
+    assert {tensor.dtype for tensor in state.values()} == {torch.uint8}
+    del state[min(state)]
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    base = expert.base()
+    before, output = [type(module) for module in base.modules()], expert.output(base)
+    with pytest.raises(AdapterFileError, match="lacks 1 tensors"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert [type(module) for module in base.modules()] == before
+    assert torch.equal(expert.output(base), output)
+
+
+def test_an_offloaded_base_is_the_same_base(case, tmp_path):
+    model = case.model(init_weights=False, offload_base=True)
+    export_adapter(model, tmp_path)
+    loaded = PeftModel.from_pretrained(case.base(), tmp_path)
+    assert_same_bits(adapter_state(loaded), adapter_state(model))

@@ -50,6 +50,7 @@ def test_ddp_resumes_bitwise(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.supports("Training", "FSDP2 (`fully_shard`), hybrid too: as one process")
 @pytest.mark.parametrize(
     ("processes", "settings"),
     [
@@ -94,10 +95,14 @@ def test_fsdp2_equals_one_process(processes, settings):
 
 
 @pytest.mark.slow
+@pytest.mark.refuses("Training", "FSDP1, tensor parallelism", "each process holds parts that are not rows of a weight")
 def test_an_error_of_one_rank_is_one_of_all_and_other_engines_are_refused_by_name():
     torchrun("failures_worker.py")
 
 
 @pytest.mark.slow
+@pytest.mark.supports(
+    "Training", "FSDP2: state dicts, saving, resuming to the bit, mixed precision, Accelerate's loading"
+)
 def test_what_surrounds_a_training_under_fsdp2(tmp_path):
     torchrun("engine_worker.py", str(tmp_path))

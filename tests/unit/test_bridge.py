@@ -434,6 +434,9 @@ def test_an_optimizer_keeps_no_model_alive(make_model, batches):
     assert subnetwork_of(model).step == 2
 
 
+@pytest.mark.refuses(
+    "Training", "DeepSpeed ZeRO-1, 2 and 3 (by its marks on parameters)", "it steps copies of its own"
+)
 @pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
 def test_deepspeed_zero_is_refused_by_name_in_the_first_forward(mark, make_model, batches):
     model = make_model()

@@ -8,10 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from transformers import AutoConfig
 
-from peft_dps.compare import figure, run
+from peft_dps.compare import demo_run as run
+from peft_dps.compare import figure
 from peft_dps.compare.assets import Assets, fetch_assets
+from peft_dps.compare.demo_run import Run, Settings
 from peft_dps.compare.methods import METHODS as KNOWN_METHODS
-from peft_dps.compare.run import Run, Settings
 from peft_dps.compare.table import results_table
 from peft_dps.compare.task import Task, sentiment_task, user_task
 from peft_dps.compare.timing import step_time_ratios

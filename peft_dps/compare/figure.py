@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from peft_dps.compare.demo_run import Run
 from peft_dps.compare.methods import METHODS
-from peft_dps.compare.run import Run
 
 SMOOTHING_STEPS = 9
 COLORS = ("#4c566a", "#bf5b17", "#386cb0", "#1b9e77", "#7570b3")

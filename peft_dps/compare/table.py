@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from peft_dps.compare.demo_run import Run
 from peft_dps.compare.methods import METHODS
-from peft_dps.compare.run import Run
 from peft_dps.compare.task import Task
 
 

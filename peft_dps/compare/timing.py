@@ -10,11 +10,11 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import AutoTokenizer, DataCollatorWithPadding
 
-from peft_dps.adapters import find_subnetworks
+from peft_dps.compare.demo_run import Settings
 from peft_dps.compare.methods import METHODS
-from peft_dps.compare.run import Settings
 from peft_dps.compare.task import Task, tokenize
 from peft_dps.compare.training import load_model, quieten
+from peft_dps.adapters import find_subnetworks
 
 WARM_UP = 2
 

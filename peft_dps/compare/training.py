@@ -33,11 +33,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from peft_dps.adapters import find_subnetworks
+from peft_dps.compare.demo_run import Run, Settings
 from peft_dps.compare.memory import peak_resident
 from peft_dps.compare.methods import METHODS
-from peft_dps.compare.run import Run, Settings
 from peft_dps.compare.task import Task, tokenize
+from peft_dps.adapters import find_subnetworks
 from peft_dps.schedule import Stage
 from peft_dps.status import DPSStatus, status_of
 

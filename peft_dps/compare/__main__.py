@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -55,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compare(options: argparse.Namespace, console: Console) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "A comparison starts its own processes: start it plainly, not by `accelerate launch` or `torchrun`. With "
+            "`--jobs` it uses all GPUs, each run one of them."
+        )
     comparison = to_comparison(specification_of(options))
     if comparison.imports:
         sys.path.insert(0, "")  # modules in the current folder, as `python -m` finds them

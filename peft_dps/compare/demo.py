@@ -70,7 +70,7 @@ class Demo:
             train_sizes=(size,),
             seeds=(self.seed,),
             settings=Settings(
-                epochs=self.epochs, max_length=64, validation_size=200, test_size=self.test_size, evaluations=6
+                epochs=self.epochs, max_length=64, validation_size=100, test_size=self.test_size, evaluations=5
             ),
             place=Place(cache=self.cache),
         )

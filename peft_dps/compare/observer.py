@@ -38,16 +38,9 @@ class Observer:
     ) -> None:
         self._bars.stop()
 
-    def begin(self, runs: int, finished: int) -> None:
-        """Say how many runs there are.
-
-        Args:
-            runs: Runs to make.
-            finished: Runs that the result file holds already.
-        """
+    def begin(self, runs: int) -> None:
+        """Say how many runs there are."""
         self._runs = runs
-        if finished:
-            self.console.print(f"{finished} runs are finished already and are not repeated.")
         self._all = self._bars.add_task(f"{runs} runs", total=runs * _UNITS, note="")
 
     def start(self, plan: Plan, title: str) -> None:
@@ -80,7 +73,8 @@ class Observer:
             self.console.print(f"{name}: {score:.4f} in {run.seconds:.0f} s", markup=False, highlight=False)
 
     def skip(self, runs: int) -> None:
-        """Say that runs will not be made after all."""
+        """Say that runs need not be made, since the result file has them."""
+        self.console.print(f"{runs} runs are finished already and are not repeated.")
         self._runs -= runs
         if self._all is not None:
             self._bars.update(self._all, total=self._runs * _UNITS, description=f"{self._runs} runs")

@@ -125,7 +125,7 @@ class _Runner:
         tries = sum(len(choice.rates) for choice in self.choices if choice.is_tuned) * len(self._tuning_seeds)
         groups = len(self.tasks) * len(self.comparison.train_sizes)
         runs = groups * (tries + len(self.choices) * len(self.comparison.seeds))
-        self.observer.begin(runs, len(self.finished))
+        self.observer.begin(runs)
 
     @property
     def _tuning_seeds(self) -> Sequence[int]:
@@ -180,13 +180,11 @@ class _Runner:
         self._run_all(assignments)
 
     def _run_all(self, assignments: Iterable[_Assignment]) -> None:
-        missing = []
-        for assignment in assignments:
-            self.planned.append(assignment.plan.key)
-            if assignment.plan.key in self.finished:
-                self.observer.skip(1)
-            else:
-                missing.append(assignment)
+        wanted = list(assignments)
+        self.planned += [assignment.plan.key for assignment in wanted]
+        missing = [assignment for assignment in wanted if assignment.plan.key not in self.finished]
+        if len(missing) < len(wanted):
+            self.observer.skip(len(wanted) - len(missing))
         with ThreadPoolExecutor(self.comparison.jobs) as pool:
             try:
                 for future in as_completed([pool.submit(self._run, assignment) for assignment in missing]):

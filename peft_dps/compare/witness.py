@@ -99,9 +99,9 @@ class Witness(TrainerCallback):
         overlap = {name: _jaccard(self._masks[name], mask) for name, mask in masks.items() if name in self._masks}
         self._masks = masks
         fraction = {
-            name: layer.selected / layer.entries
-            for name, layer in status_of(subnetwork).layers.items()
-            if layer.selected is not None
+            weight.name: weight.selected / weight.weight.numel()
+            for weight in subnetwork.weights
+            if weight.selected is not None
         }
         return Selection(cycle, step, fraction, overlap)
 

@@ -94,6 +94,12 @@ def test_bad_arguments_are_named(arguments, complaint, capsys, tmp_path, monkeyp
     assert complaint in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_launcher_of_processes_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["--tasks", "sentiment"]) == 1
+    assert "start it plainly, not by `accelerate launch`" in " ".join(capsys.readouterr().out.split())
+
+
 def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     def interrupted(*arguments):
         raise KeyboardInterrupt

@@ -76,8 +76,9 @@ class Apart:
 
     def __init__(self, imports: Sequence[str] = ()) -> None:
         self.imports = tuple(imports)
-        if "forkserver" in multiprocessing.get_all_start_methods():
-            # A server imports the libraries once, and each process starts as a copy of it.
+        if "forkserver" in multiprocessing.get_all_start_methods() and torch.cuda.device_count() == 0:
+            # A server imports the libraries once, and each process starts as a copy of it. Not with GPUs: a library
+            # that looks for one while it is imported would leave the copies without.
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["peft_dps.compare.timing"])
             self._context: Any = context

@@ -24,6 +24,7 @@ class PeakMemory:
     def __init__(self) -> None:
         self.kind = "cuda" if torch.cuda.is_available() else "resident"
         if self.kind == "cuda":
+            torch.cuda.init()
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:

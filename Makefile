@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.installed-compare ## Fine-tune a small model in full, with DPS Dense and with DPS Mix, and compare
+demo: $(VENV)/.installed-compare ## Compare full fine-tuning, LoRA, BitFit, DPS Dense and DPS Mix on a small model
 	$(RUN) peft_dps.compare demo $(ARGS)
 
 # Each process computes on one thread: more threads than cores make every test slower.

@@ -206,8 +206,8 @@ def binary(corpus: Corpus, neutral: float = 0.5) -> Examples:
     return Examples(corpus.name, corpus.texts, labels, corpus.groups, ("negative", "positive")).take(kept)
 
 
-def _draw(seed: int, keys: Sequence[Hashable]) -> list[int]:
-    """Indices of `keys` in an order drawn by `seed`: a hash, so the same on every machine and Python version."""
+def draw_order(seed: int, keys: Sequence[Hashable]) -> list[int]:
+    """Return the indices of `keys` in an order drawn by `seed`: a hash, so the same on every machine and Python."""
     return sorted(range(len(keys)), key=lambda i: hashlib.sha256(f"{seed}:{keys[i]}".encode()).digest())
 
 
@@ -234,7 +234,7 @@ def split(examples: Examples, validation: float = 0.1, test: float = 0.2, seed: 
     sizes = Counter(examples.groups)
     names = list(sizes)
     part_of, filled = {}, 0
-    for i in _draw(seed, names):
+    for i in draw_order(seed, names):
         share = (filled + sizes[names[i]] / 2) / len(examples)  # the middle of the group decides
         part_of[names[i]] = "test" if share < test else "validation" if share < test + validation else "train"
         filled += sizes[names[i]]
@@ -271,7 +271,7 @@ def subset(examples: Examples, size: int, seed: int = 0) -> Examples:
         raise ValueError(f"`size` must be in [{max(1, len(classes))}, {len(examples)}], got {size}.")
     ranks: Counter[float] = Counter()
     places: list[tuple[bool, float, int]] = []
-    for i in _draw(seed, range(len(examples))):
+    for i in draw_order(seed, range(len(examples))):
         stratum = strata[i]
         # Places by Sainte-Lague's divisors: proportional to the classes, and a larger draw never takes one back.
         places.append((ranks[stratum] > 0, (ranks[stratum] + 0.5) / classes[stratum], i))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle, groupby
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from peft_dps.compare.methods import METHODS
-from peft_dps.compare.run import Run
+from peft_dps.compare.run import Run, Span
 
 SMOOTHING_STEPS = 9
 COLORS = ("#4c566a", "#bf5b17", "#386cb0", "#1b9e77", "#7570b3")
@@ -22,12 +21,12 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     """Draw the figure and save it as PNG.
 
     Args:
-        runs: The runs; those of DPS have stages and selected fractions.
+        runs: One run of each method; those of DPS have stages and selections.
         path: Where to save it.
     """
-    colors = dict(zip((run.method for run in runs), cycle(COLORS)))
-    dps = [run for run in runs if run.selected]
-    rows = max((len(run.selected) for run in dps), default=0)
+    colors = dict(zip((run.title for run in runs), cycle(COLORS)))
+    dps = [run for run in runs if run.selections]
+    rows = max((len(run.selections[-1].fraction) for run in dps), default=0)
     figure = Figure(figsize=(10, 4 + bool(dps) + 0.15 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     heights = [4, 1 + 0.15 * rows] if dps else [4]
@@ -41,10 +40,11 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 def _draw_losses(axes: Axes, runs: Sequence[Run], colors: Mapping[str, str]) -> None:
     for run in runs:
         steps = np.arange(1, len(run.losses) + 1)
-        axes.plot(steps, _smooth(run.losses), color=colors[run.method], label=METHODS[run.method].title)
-    shaded = next((run.stages for run in runs if run.stages), [])
-    for start, end in _subnetwork_spans(shaded):
-        axes.axvspan(start - 0.5, end + 0.5, color="0.5", alpha=0.15, linewidth=0)
+        axes.plot(steps, _smooth(run.losses), color=colors[run.title], label=run.title)
+    shaded: list[Span] = next((run.stages for run in runs if run.stages), [])
+    for span in shaded:
+        if span.stage == "subnetwork":
+            axes.axvspan(span.first - 0.5, span.last + 0.5, color="0.5", alpha=0.15, linewidth=0)
     axes.set(xlabel="step", ylabel=f"training loss, mean of {SMOOTHING_STEPS} steps", xlim=(0.5, None))
     if shaded:
         axes.set_title("Shaded: SUBNETWORK, where DPS updates only the best-scored entries", fontsize=10)
@@ -52,25 +52,16 @@ def _draw_losses(axes: Axes, runs: Sequence[Run], colors: Mapping[str, str]) -> 
 
 
 def _draw_selected(axes: Axes, runs: Sequence[Run], colors: Mapping[str, str]) -> None:
-    names = list(runs[0].selected)[::-1]
+    names = list(runs[0].selections[-1].fraction)[::-1]
     for run in runs:
-        fractions = [run.selected.get(name, np.nan) for name in names]
-        axes.plot(fractions, range(len(names)), "o", color=colors[run.method], label=METHODS[run.method].title, ms=5)
+        fractions = [run.selections[-1].fraction.get(name, np.nan) for name in names]
+        axes.plot(fractions, range(len(names)), "o", color=colors[run.title], label=run.title, ms=5)
     axes.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=7)
     axes.set(xlim=(0, 1), ylim=(-0.6, len(names) - 0.4), xlabel="fraction of the layer's entries in the subnetwork")
     axes.set_title("The last subnetwork, by layer", fontsize=10)
     axes.grid(axis="both", color="0.9")
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
-
-
-def _subnetwork_spans(stages: Sequence[str]) -> Iterator[tuple[int, int]]:
-    step = 1
-    for stage, group in groupby(stages):
-        length = len(list(group))
-        if stage == "subnetwork":
-            yield step, step + length - 1
-        step += length
 
 
 def _smooth(values: Sequence[float]) -> np.ndarray:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from peft import get_peft_model
+import peft
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from peft_dps.compare.bitfit import apply_bitfit
+from peft_dps.compare.bottleneck import add_houlsby, add_pfeiffer
 from peft_dps.config import DPSConfig
 from peft_dps.dropout import disable_dropout
 
-Prepare = Callable[[PreTrainedModel], nn.Module]
+Prepare = Callable[..., PreTrainedModel | PeftConfig]
+"""Takes the model, and the method's options by keyword. Returns the model ready to train, or a PEFT config to wrap it
+with."""
+
+# A factor of about 3 between neighbours, and as many for every method: more tries would be an advantage.
+FULL_RATES = (3e-5, 1e-4, 3e-4)
+ADAPTER_RATES = (3e-4, 1e-3, 3e-3)
+PEFT_PREFIX = "peft:"
+DROPOUT = "dropout"
+NO_DROPOUT = "-nodropout"
 
 
 @dataclass(frozen=True)
@@ -23,51 +37,178 @@ class Method:
         name: What the command line calls it.
         title: What tables and figures call it.
         prepare: Makes a pretrained model ready to train.
+        learning_rates: Peak learning rates to choose from on the validation split.
+        defaults: Options that hold unless the user sets them otherwise.
+        only_config: Whether `prepare` returns a PEFT config without looking at the model, which lets options be
+            checked before any training.
     """
 
     name: str
     title: str
     prepare: Prepare
+    learning_rates: tuple[float, ...] = FULL_RATES
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    only_config: bool = False
+
+    def apply(self, model: PreTrainedModel, options: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+        """Make a model ready to train.
+
+        Args:
+            model: The pretrained model with a new head; changed in place.
+            options: Options of the method. "dropout": false sets the model's dropout to 0, for every method.
+
+        Returns:
+            The model, and the method's configuration, ready for JSON.
+        """
+        given = {DROPOUT: True, **self.defaults, **options}
+        if not given.pop(DROPOUT):
+            disable_dropout(model)
+        prepared = self.prepare(model, **given)
+        config = {DROPOUT: {**self.defaults, **options}.get(DROPOUT, True), **given}
+        if isinstance(prepared, PeftConfig):
+            config.update(_plain(prepared.to_dict()))
+            return get_peft_model(model, prepared), config
+        return prepared, config
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Check that the options work, as far as can be told without a model.
+
+        Raises:
+            ValueError: They do not.
+        """
+        if not isinstance(options.get(DROPOUT, True), bool):
+            raise ValueError(f"`dropout` of method {self.name!r} must be true or false, got {options[DROPOUT]!r}.")
+        given = {name: value for name, value in {**self.defaults, **options}.items() if name != DROPOUT}
+        try:
+            inspect.signature(self.prepare).bind(None, **given)
+            if self.only_config:
+                self.prepare(None, **given)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"The options of method {self.name!r} do not work, got {dict(options)}: {error}"
+            ) from error
 
 
 METHODS: dict[str, Method] = {}
 
 
-def register_method(name: str, title: str) -> Callable[[Prepare], Prepare]:
+def register_method(
+    name: str,
+    title: str,
+    learning_rates: tuple[float, ...] = FULL_RATES,
+    *,
+    only_config: bool = False,
+    **defaults: Any,
+) -> Callable[[Prepare], Prepare]:
     """Register a function as the method that the command line calls `name`.
+
+    The function takes the pretrained model, and options by keyword. It returns the model ready to train, or a PEFT
+    config to wrap the model with::
+
+        @register_method("rslora", "rank-stabilized LoRA", learning_rates=(1e-4, 3e-4, 1e-3))
+        def rslora(model, r=8):
+            return LoraConfig(r=r, use_rslora=True, target_modules="all-linear", task_type="SEQ_CLS")
 
     Args:
         name: The name; a method that has it already is replaced.
         title: What tables and figures call it.
+        learning_rates: Peak learning rates to choose from.
+        only_config: As in `Method`.
+        **defaults: Options that hold unless the user sets them otherwise.
 
     Returns:
         A decorator that returns its function unchanged.
     """
 
     def register(prepare: Prepare) -> Prepare:
-        METHODS[name] = Method(name, title, prepare)
+        METHODS[name] = Method(name, title, prepare, learning_rates, defaults, only_config)
         return prepare
 
     return register
 
 
+def find_method(name: str) -> Method:
+    """Return the method of that name; "peft:LoraConfig" stands for any configuration class of PEFT.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name.startswith(PEFT_PREFIX):
+        return _peft_method(name)
+    if name in METHODS:
+        return METHODS[name]
+    if name.endswith(NO_DROPOUT) and (known := METHODS.get(name.removesuffix(NO_DROPOUT))):
+        defaults = {**known.defaults, DROPOUT: False}
+        return Method(
+            name, f"{known.title}, no dropout", known.prepare, known.learning_rates, defaults, known.only_config
+        )
+    raise ValueError(
+        f"`methods` must be among {', '.join(METHODS)}, any of them with {NO_DROPOUT!r} after it, or "
+        f'{PEFT_PREFIX}<class>:<JSON> for any of PEFT\'s, as peft:LoraConfig:{{"r": 8}}, got {name!r}.'
+    )
+
+
+def _peft_method(name: str) -> Method:
+    class_name = name.removeprefix(PEFT_PREFIX)
+    kind = getattr(peft, class_name, None)
+    if not (isinstance(kind, type) and issubclass(kind, PeftConfig)):
+        raise ValueError(f"`methods`: PEFT has no configuration class {class_name!r}; write it as in peft:LoraConfig.")
+
+    def prepare(model: PreTrainedModel | None, **fields: Any) -> PeftConfig:
+        return kind(**{"task_type": "SEQ_CLS", **fields})
+
+    return Method(name, class_name.removesuffix("Config"), prepare, ADAPTER_RATES, only_config=True)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is not set, and make the rest fit for JSON."""
+    return {name: _plain_value(value) for name, value in config.items() if value is not None}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, Mapping):
+        return {str(name): _plain_value(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain_value(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str)) or value is None else str(value)
+
+
 @register_method("full", "full fine-tuning")
-def full(model: PreTrainedModel) -> nn.Module:
+def full(model: PreTrainedModel) -> PreTrainedModel:
     """Train every parameter of the model."""
     return model
 
 
-@register_method("dps-dense", "DPS Dense")
-def dps_dense(model: PreTrainedModel) -> nn.Module:
-    """Train every parameter, the weights of linear layers by DPS Dense with its default density and stages.
-
-    The subnetwork is chosen over all weights together, so that the figure can show which layers it falls on.
-    """
-    return get_peft_model(model, DPSConfig(task_type="SEQ_CLS", scope="model", train_remaining=True))
+@register_method("lora", "LoRA", ADAPTER_RATES, only_config=True)
+def lora(model: PreTrainedModel, **fields: Any) -> PeftConfig:
+    """Train low-rank updates of all linear layers, and the head (Hu et al., arXiv:2106.09685)."""
+    defaults = {"task_type": "SEQ_CLS", "target_modules": "all-linear", "r": 8, "lora_alpha": 16}
+    return LoraConfig(**{**defaults, **fields})
 
 
-@register_method("dps-mix", "DPS Mix")
-def dps_mix(model: PreTrainedModel) -> nn.Module:
-    """Train like DPS Dense, but by DPS Mix and without dropout, as the paper does."""
-    disable_dropout(model)
-    return get_peft_model(model, DPSConfig(variant="mix", task_type="SEQ_CLS", scope="model", train_remaining=True))
+@register_method("bitfit", "BitFit", ADAPTER_RATES)
+def bitfit(model: PreTrainedModel) -> PreTrainedModel:
+    """Train every bias term and the head."""
+    return apply_bitfit(model)
+
+
+@register_method("houlsby", "Houlsby adapters", ADAPTER_RATES)
+def houlsby(model: PreTrainedModel, size: int = 64) -> PreTrainedModel:
+    """Train two bottleneck adapters a layer, the layer normalizations and the head."""
+    return add_houlsby(model, size)
+
+
+@register_method("pfeiffer", "Pfeiffer adapters", ADAPTER_RATES)
+def pfeiffer(model: PreTrainedModel, size: int | None = None) -> PreTrainedModel:
+    """Train one bottleneck adapter a layer, and the head."""
+    return add_pfeiffer(model, size)
+
+
+@register_method("random-mask", "random mask", only_config=True, score="random")
+@register_method("dps-mix", "DPS Mix", only_config=True, variant="mix")
+@register_method("dps-dense", "DPS Dense", only_config=True)
+def dps(model: PreTrainedModel, **fields: Any) -> PeftConfig:
+    """Train every parameter, the weights of linear layers in turns: all entries, then a subnetwork."""
+    return DPSConfig(**{"task_type": "SEQ_CLS", "train_remaining": True, **fields})

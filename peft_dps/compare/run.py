@@ -1,72 +1,259 @@
-"""The record of one training run, and the file of all of them: one JSON line per run."""
+"""The record of one training run: what was planned, what was measured, what went wrong."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from typing import Any
+
+from peft_dps.compare.plan import PROTOCOL, Plan, Settings
+
+Scores = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How every method is trained.
+class Candidate:
+    """A learning rate that was tried.
 
     Attributes:
-        model: Path or Hub id of the pretrained model.
-        batch_size: Examples a step.
-        epochs: Passes over the training examples.
-        learning_rate: Peak learning rate of AdamW, after linear warm-up over a tenth of the steps.
-        weight_decay: Decoupled weight decay.
-        max_length: Longest sequence, in tokens.
-        seed: Seed of the classifier's initial weights and of the order of the data.
+        learning_rate: The rate.
+        seeds: The seeds it was tried with.
+        score: Mean score on the validation split; NaN if a training failed or gave no number.
+        chosen: Whether the reported run uses it.
     """
 
-    model: str
-    batch_size: int = 16
-    epochs: int = 3
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.01
-    max_length: int = 64
-    seed: int = 0
+    learning_rate: float
+    seeds: list[int]
+    score: float
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A look at the validation split during training.
+
+    Attributes:
+        step: After which step.
+        seconds: Training time until then, without that of the evaluations.
+        loss: Mean loss.
+        score: Mean of the task's metrics.
+    """
+
+    step: int
+    seconds: float
+    loss: float
+    score: float
+
+
+@dataclass(frozen=True)
+class Span:
+    """Steps in one stage of DPS.
+
+    Attributes:
+        stage: "accumulate" or "subnetwork".
+        cycle: Number of the cycle, from 1.
+        first: Its first step, from 1.
+        last: Its last step, included.
+    """
+
+    stage: str
+    cycle: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A subnetwork that DPS selected.
+
+    Attributes:
+        cycle: Number of the cycle, from 1.
+        step: First step of its SUBNETWORK stage.
+        fraction: Per layer, the fraction of entries selected.
+        overlap: Per layer, the Jaccard index of this mask and that of the cycle before; empty in the first cycle. Of
+            two random masks of density d it is d / (2 - d) on average.
+    """
+
+    cycle: int
+    step: int
+    fraction: dict[str, float]
+    overlap: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one training gave.
+    """One training, finished or failed. What a failed one did not get to know keeps its default.
 
     Attributes:
-        method: Name of the method.
-        settings: How it was trained.
-        scores: Per domain, the figure of merit on its test examples.
-        trainable: Number of trainable entries.
-        peak_memory: Peak resident memory during training above that before the model was built, in bytes.
-        file_size: Size of the saved model or adapter, in bytes.
-        seconds: Wall time of the training.
+        plan: What it was to do.
+        title: What tables call the method.
+        error: The last line of the traceback; empty for a finished run.
+        metrics: Names of the metrics whose mean is the score of the task.
+        scores: Per test domain and metric, in the order of the task: the first domain is the one trained on. Empty in
+            phase "tune".
+        validation: Per metric, on the validation split at the end.
+        candidates: The learning rates tried on the validation split before this run; empty in phase "tune".
+        config: The method's configuration, ready for JSON.
+        examples: Number of examples by split: "train", "validation", and each test domain as "test/<domain>".
+        order: Fingerprint of the training examples in the order they were fed: equal for all methods of one seed.
         losses: Training loss of every step.
-        stages: DPS stage of every step; empty for other methods.
-        selected: Per layer, the fraction of entries selected at the latest selection; empty for other methods.
-        status: What DPS said of itself at the end of the last SUBNETWORK stage; empty for other methods.
-        frozen_moved: Whether a frozen entry moved in the last SUBNETWORK stage; None for other methods.
-        versions: Versions of the packages in use.
+        evaluations: Looks at the validation split.
+        stages: DPS: the stages in order.
+        selections: DPS: the subnetworks in order.
+        status: DPS: what it said of itself at the end of the last SUBNETWORK stage.
+        frozen_moved: DPS: whether a frozen entry had moved then; None without DPS.
+        entries: Entries of the model, adapters not counted.
+        trainable: Entries that are trained.
+        selected: Entries that are updated while the subnetwork is: those selected, and trained ones DPS does not
+            mask. None without DPS.
+        seconds: Wall time of the training, without evaluations.
+        step_seconds: Median wall time of a step in this run. For ratios use `Timing`, which is measured interleaved.
+        peak_memory: Peak during training above what was held before the model was built, in bytes.
+        memory_kind: "resident" for the process's memory, "cuda" for the device's.
+        file_size: Size of the saved weights, in bytes.
+        started: When it began, ISO 8601 in UTC.
+        versions: Versions of Python and the packages.
+        hardware: What it ran on.
     """
 
-    method: str
-    settings: Settings
-    scores: dict[str, float]
-    trainable: int
-    peak_memory: int
-    file_size: int
-    seconds: float
-    losses: list[float]
-    stages: list[str] = field(default_factory=list)
-    selected: dict[str, float] = field(default_factory=dict)
+    plan: Plan
+    title: str = ""
+    error: str = ""
+    metrics: list[str] = field(default_factory=list)
+    scores: dict[str, Scores] = field(default_factory=dict)
+    validation: Scores = field(default_factory=dict)
+    candidates: list[Candidate] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
+    order: str = ""
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    stages: list[Span] = field(default_factory=list)
+    selections: list[Selection] = field(default_factory=list)
     status: str = ""
     frozen_moved: bool | None = None
+    entries: int = 0
+    trainable: int = 0
+    selected: int | None = None
+    seconds: float = 0.0
+    step_seconds: float = 0.0
+    peak_memory: int = 0
+    memory_kind: str = ""
+    file_size: int = 0
+    started: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended in an error."""
+        return bool(self.error)
+
+    def score(self, domain: str | None = None) -> float:
+        """Return the mean of the task's metrics on a test domain, NaN for a failed run.
+
+        Args:
+            domain: Name of the domain; None for the first one, which is trained on.
+        """
+        if not self.scores:
+            return math.nan
+        return mean_score(self.scores[domain or next(iter(self.scores))], self.metrics)
+
+    @property
+    def validation_score(self) -> float:
+        """The mean of the task's metrics on the validation split, NaN if it was not reached."""
+        return mean_score(self.validation, self.metrics) if self.validation else math.nan
 
 
-def append(run: Run, path: Path) -> None:
-    """Append a run to the file, as one JSON line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(run)) + "\n")
+@dataclass(frozen=True)
+class Timing:
+    """Step times of several methods, measured one step of each in turn in one process.
+
+    Attributes:
+        model: As in `Plan`.
+        task: The task whose batch was trained on.
+        batch_size: Examples a step.
+        tokens: Tokens of an example, padding included.
+        seconds: Per variant (see `Plan.variant`), the time of its step in each round; rounds are comparable. The
+            first variant is the reference.
+        stages: Per variant of DPS, the stage of each round.
+        protocol: Version of the protocol.
+        versions: As in `Run`.
+        hardware: As in `Run`.
+    """
+
+    model: str
+    task: str
+    batch_size: int
+    tokens: int
+    seconds: dict[str, list[float]]
+    stages: dict[str, list[str]] = field(default_factory=dict)
+    protocol: int = PROTOCOL
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+
+
+def mean_score(values: Mapping[str, float], metrics: list[str]) -> float:
+    """Return the mean of the named metrics."""
+    return sum(values[name] for name in metrics) / len(metrics)
+
+
+def to_json(record: Run | Timing) -> str:
+    """Write a record as one line of JSON, in which numbers that are not finite are null."""
+    content = {"record": type(record).__name__.lower(), **asdict(record)}
+    if isinstance(record, Run):
+        content["key"] = record.plan.key
+    return json.dumps(_without_nan(content), allow_nan=False, separators=(",", ":"))
+
+
+def from_json(line: str) -> Run | Timing:
+    """Read a record from its line.
+
+    Raises:
+        ValueError: The line is no record.
+    """
+    content = json.loads(line)
+    kind = content.get("record") if isinstance(content, dict) else None
+    if kind not in ("run", "timing"):
+        raise ValueError(f"`record` must be 'run' or 'timing', got {kind!r}.")
+    try:
+        return _run(content) if kind == "run" else Timing(**_known(Timing, _with_nan(content)))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"This is no complete {kind}: {error}.") from error
+
+
+def _run(content: dict[str, Any]) -> Run:
+    plan = _known(Plan, content["plan"])
+    plan["settings"] = Settings(**_known(Settings, plan["settings"]))
+    parts = {"candidates": Candidate, "evaluations": Evaluation, "stages": Span, "selections": Selection}
+    values = _known(Run, content)
+    for name in ("scores", "validation", "losses", *parts):
+        values[name] = _with_nan(values.get(name, {} if name in ("scores", "validation") else []))
+    for name, kind in parts.items():
+        values[name] = [kind(**_known(kind, item)) for item in values[name]]
+    return Run(**{**values, "plan": Plan(**plan)})
+
+
+def _known(kind: type, content: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what a later version may have added."""
+    names = {item.name for item in dataclasses.fields(kind)}
+    return {name: value for name, value in content.items() if name in names}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _without_nan(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else value

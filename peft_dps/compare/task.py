@@ -1,31 +1,43 @@
-"""A task: what to train on, and what to test on, in domain and out of it."""
+"""A task: what to train on, what to choose by, and what to test on, in domain and out of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets.arrow_dataset import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from peft_dps.compare.corpora import DataError, Examples, binary, load_corpora, split, subset
-from peft_dps.compare.user_data import load_user_data
+from peft_dps.compare.corpora import DataError, Examples, draw_order, split, subset
+from peft_dps.compare.metrics import check_metrics
+from peft_dps.compare.plan import Settings
+
+VALIDATION_SHARE = 5  # at most one in five training examples is held out
 
 
 @dataclass(frozen=True)
 class Task:
-    """Training and test examples.
+    """Examples to train on, to choose by and to test on.
 
     Attributes:
-        name: Name of the domain that is trained on.
-        train: What to train on.
+        name: What the command line and the tables call it.
+        train: What to train on, or to draw training examples from.
+        validation: Held out of the training data; hyper-parameters are chosen on it, and nothing is reported of it.
         tests: Per domain, what to test on; the first is the domain that is trained on.
+        metrics: Names of the metrics; the score is their mean.
+        merged: Per domain with coarser classes than the training data: the domain's class of each class trained on.
     """
 
     name: str
     train: Examples
+    validation: Examples
     tests: dict[str, Examples]
+    metrics: tuple[str, ...]
+    merged: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def is_regression(self) -> bool:
@@ -38,75 +50,120 @@ class Task:
         return max(1, len(self.train.label_names))
 
     @property
-    def metric(self) -> str:
-        """Name of the figure of merit."""
-        return "correlation" if self.is_regression else "accuracy"
+    def sizes(self) -> dict[str, int]:
+        """Number of examples by split, test domains as "test/<domain>"."""
+        tests = {f"test/{name}": len(test) for name, test in self.tests.items()}
+        return {"train": len(self.train), "validation": len(self.validation), **tests}
+
+    def draw(self, size: int | None, seed: int) -> Task:
+        """Draw training examples, stratified; validation and tests stay.
+
+        Args:
+            size: How many; None for all.
+            seed: Draws them.
+
+        Raises:
+            ValueError: There are not that many.
+        """
+        if size is None:
+            return self
+        try:
+            return replace(self, train=subset(self.train, size, seed))
+        except ValueError as error:
+            raise ValueError(
+                f"`train_size` {size} does not fit task {self.name!r}, which has {len(self.train)} training examples "
+                f"beside {len(self.validation)} for validation: {error}"
+            ) from error
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits of a hash over all examples of all splits."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.validation, *self.tests.values()):
+            digest.update(json.dumps([part.texts, part.pairs, part.labels, part.label_names]).encode())
+        return digest.hexdigest()[:16]
 
 
-def sentiment_task(corpora: Path, train_size: int, test_size: int, seed: int) -> Task:
-    """Positive or negative: trained on sentences of movie reviews, tested on four domains.
-
-    Args:
-        corpora: Folder of the four corpora.
-        train_size: Training sentences, drawn stratified.
-        test_size: Test sentences per domain at most, drawn stratified.
-        seed: Seed of the draw of training sentences; the test sentences are always the same.
-    """
-    examples = {name: binary(corpus) for name, corpus in load_corpora(corpora).items()}
-    movie = split(examples.pop("movie"))
-    tests = {"movie": movie.test, **examples}
-    return Task(
-        name="movie",
-        train=subset(movie.train, train_size, seed=seed),
-        tests={name: _at_most(test, test_size) for name, test in tests.items()},
-    )
-
-
-def user_task(
-    source: str,
-    text_columns: list[str],
-    label_column: str,
-    others: dict[str, str],
-    train_size: int | None,
-    test_size: int,
-    seed: int,
+def build_task(
+    name: str,
+    training: Examples,
+    tests: Mapping[str, Examples],
+    settings: Settings,
+    metrics: Sequence[str] = (),
+    merged: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Task:
-    """Build a task from the user's own data.
-
-    A split named "test", else "validation", is tested on; without either a fifth of the data is split off.
+    """Build a task: hold out the validation split, and draw the test examples.
 
     Args:
-        source: Hub id or path of the data to train on.
-        text_columns: One column of texts, or two for pairs.
-        label_column: The column to predict.
-        others: Per name of a further domain, the Hub id or path of its test data, with the same columns and labels.
-        train_size: Training examples, drawn stratified; None for all.
-        test_size: Test examples per domain at most, drawn stratified.
-        seed: Seed of the draws.
+        name: Name of the task.
+        training: All examples that may be trained on.
+        tests: Per domain, all test examples; the first is the domain that is trained on.
+        settings: Sizes of the validation split and the tests.
+        metrics: Names of metrics; by default accuracy, or Pearson's correlation for a regression.
+        merged: As in `Task`.
 
     Raises:
-        DataError: If the data cannot be read, or a further domain has other labels.
+        ValueError: A metric does not fit, or there are too few examples.
+        DataError: A test has other labels than the training data.
     """
-    parts = load_user_data(source, text_columns, label_column)
-    name = Path(source).stem
-    if "train" not in parts:
-        raise DataError(f"The data {source!r} has no split 'train', only {sorted(parts)}.")
-    train, test = parts["train"], parts.get("test", parts.get("validation"))
-    if test is None:
-        halves = split(train)
-        train, test = halves.train, halves.test
-    tests = {name: test}
-    for other, other_source in others.items():
-        loaded = load_user_data(other_source, text_columns, label_column)
-        tests[other] = loaded.get("test", loaded.get("validation", next(iter(loaded.values()))))
-        if tests[other].label_names != train.label_names:
+    merged = dict(merged or {})
+    for domain, test in tests.items():
+        if domain not in merged and test.label_names != training.label_names:
             raise DataError(
-                f"The data {other!r} has the labels {tests[other].label_names}, the training data has "
-                f"{train.label_names}. Give both the same labels."
+                f"The data {domain!r} has the labels {test.label_names}, the training data has "
+                f"{training.label_names}. Give both the same labels."
             )
-    if train_size is not None:
-        train = subset(train, train_size, seed=seed)
-    return Task(name, train, {key: _at_most(value, test_size) for key, value in tests.items()})
+    metrics = tuple(metrics) or (("accuracy",) if training.label_names else ("pearson",))
+    check_metrics(metrics, len(training.label_names))
+    train, validation = hold_out(training, settings.validation_size)
+    drawn = {domain: _at_most(test, settings.test_size) for domain, test in tests.items()}
+    return Task(name, train, validation, drawn, metrics, merged)
+
+
+def hold_out(examples: Examples, size: int) -> tuple[Examples, Examples]:
+    """Split examples in two, whole groups at a time and always the same way.
+
+    Args:
+        examples: What to split.
+        size: Examples to hold out, met up to a group, but at most a fifth of all.
+
+    Returns:
+        The rest, and what is held out.
+
+    Raises:
+        ValueError: A part would be empty or the rest would lack a class.
+    """
+    aim = min(size, len(examples) // VALIDATION_SHARE)
+    sizes = Counter(examples.groups)
+    names = list(sizes)
+    held: set[str] = set()
+    filled = 0
+    for i in draw_order(0, names):
+        if filled + sizes[names[i]] / 2 <= aim:  # the middle of the group decides
+            held.add(names[i])
+            filled += sizes[names[i]]
+    rest = examples.take([i for i, group in enumerate(examples.groups) if group not in held])
+    validation = examples.take([i for i, group in enumerate(examples.groups) if group in held])
+    lacking = set(range(len(examples.label_names))) - set(rest.labels)
+    if not held or lacking:
+        raise ValueError(
+            f"{len(examples)} examples of {examples.name!r} in {len(sizes)} groups are too few: a fifth is held out "
+            "for validation, and the rest needs every class."
+        )
+    return rest, validation
+
+
+def train_and_test(examples: Examples) -> tuple[Examples, Examples]:
+    """Split a fifth off for testing, whole groups at a time and always the same way.
+
+    Args:
+        examples: What to split.
+
+    Returns:
+        What may be trained on, and what is tested on.
+    """
+    test = split(examples).test
+    held = set(test.groups)
+    return examples.take([i for i, group in enumerate(examples.groups) if group not in held]), test
 
 
 def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -128,5 +185,5 @@ def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length:
     return tokenized
 
 
-def _at_most(examples: Examples, size: int) -> Examples:
-    return subset(examples, size) if len(examples) > size else examples
+def _at_most(examples: Examples, size: int | None) -> Examples:
+    return subset(examples, size) if size is not None and len(examples) > size else examples

@@ -4,61 +4,106 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.optim import AdamW
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers import DataCollatorWithPadding
 
 from peft_dps.adapters import find_subnetworks
-from peft_dps.compare.methods import METHODS
-from peft_dps.compare.run import Settings
+from peft_dps.compare.machine import hardware, versions
+from peft_dps.compare.methods import find_method
+from peft_dps.compare.plan import Plan
+from peft_dps.compare.run import Timing
 from peft_dps.compare.task import Task, tokenize
-from peft_dps.compare.training import load_model, quieten
+from peft_dps.compare.training import load_model, load_tokenizer, quieten
+from peft_dps.compare.witness import Report
 
 WARM_UP = 2
 
 
-def step_time_ratios(methods: list[str], task: Task, settings: Settings, steps: int = 16) -> dict[str, float]:
-    """Measure the time of a training step of each method, relative to the first.
+def time_steps(plans: Sequence[Plan], task: Task, model_path: str, steps: int, report: Report) -> Timing:
+    """Measure the time of a training step of each method.
 
     Args:
-        methods: Names of registered methods; the first is the reference.
+        plans: A plan of each method, of the same task and budget; the first is the reference.
         task: Where the batch comes from.
-        settings: How to train.
+        model_path: Where the pretrained model is loaded from.
         steps: Timed steps of each method; half of DPS's are in each stage.
-
-    Returns:
-        Per method, the median over the steps of its time divided by that of the reference in the same round.
+        report: Told of every round.
     """
     quieten()
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    data = tokenize(task.train, tokenizer, settings.max_length)
-    batch = DataCollatorWithPadding(tokenizer)([data[index] for index in range(settings.batch_size)])
-    steppers = [_Stepper(METHODS[name].prepare(load_model(task, settings)), steps) for name in methods]
-    times: list[list[float]] = [[] for _ in methods]
-    for _ in range(WARM_UP + steps):
-        for stepper, measured in zip(steppers, times, strict=True):
-            measured.append(stepper.step(batch))
-    reference = times[0][WARM_UP:]
+    plan = plans[0]
+    tokenizer = load_tokenizer(model_path)
+    data = tokenize(task.train, tokenizer, plan.settings.max_length)
+    size = min(plan.settings.batch_size, len(data))
+    batch = DataCollatorWithPadding(tokenizer)([data[index] for index in range(size)])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    steppers = {
+        each.variant: _Stepper(
+            find_method(each.method).apply(load_model(task, model_path, plan.seed, tokenizer), each.options)[0],
+            steps,
+            device,
+        )
+        for each in plans
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+    stages: dict[str, list[str]] = {}
+    for number in range(WARM_UP + steps):
+        for name, stepper in steppers.items():
+            taken = stepper.step(batch)
+            if number >= WARM_UP:
+                seconds[name].append(taken)
+                if stage := stepper.stage():
+                    stages.setdefault(name, []).append(stage)
+        report(number + 1, WARM_UP + steps, "")
+    return Timing(
+        model=plan.model,
+        task=plan.task,
+        batch_size=size,
+        tokens=int(batch["input_ids"].shape[1]),
+        seconds=seconds,
+        stages=stages,
+        versions=versions(),
+        hardware=hardware(),
+    )
+
+
+def ratios(timing: Timing) -> dict[str, float]:
+    """Return per variant the median over the rounds of its step time divided by that of the first variant."""
+    reference = next(iter(timing.seconds.values()))
     return {
-        name: statistics.median(own / first for own, first in zip(measured[WARM_UP:], reference, strict=True))
-        for name, measured in zip(methods, times, strict=True)
+        name: statistics.median(own / first for own, first in zip(times, reference, strict=True))
+        for name, times in timing.seconds.items()
     }
 
 
 class _Stepper:
-    def __init__(self, model: nn.Module, steps: int) -> None:
-        self.model = model.train()
-        for subnetwork in find_subnetworks(model).values():
+    def __init__(self, model: nn.Module, steps: int, device: str) -> None:
+        self.model = model.to(device).train()
+        self.subnetworks = list(find_subnetworks(model).values())
+        for subnetwork in self.subnetworks:
             # One switch, in the middle of the timed steps.
             subnetwork.config.stage_steps = WARM_UP + steps // 2
             subnetwork.restart(None)
         self.optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-5)
 
     def step(self, batch: dict[str, torch.Tensor]) -> float:
+        _wait()
         start = time.perf_counter()
         self.optimizer.zero_grad()
         self.model(**batch).loss.backward()
         self.optimizer.step()
+        _wait()
         return time.perf_counter() - start
+
+    def stage(self) -> str | None:
+        positions = [subnetwork.position for subnetwork in self.subnetworks]
+        return next((position.stage.value for position in positions if position is not None), None)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,24 +1,23 @@
-"""One training run with the HF Trainer, in a process of its own so that its peak memory is its own."""
+"""One training run with the HF Trainer."""
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
+import hashlib
+import statistics
 import tempfile
-import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
+from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
+from datasets.arrow_dataset import Dataset
 from datasets.utils.logging import disable_progress_bar
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -27,90 +26,143 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging as transformers_logging
 
-from peft_dps.adapters import find_subnetworks
-from peft_dps.compare.memory import peak_resident
-from peft_dps.compare.methods import METHODS
-from peft_dps.compare.run import Run, Settings
+from peft_dps.compare.machine import hardware, versions
+from peft_dps.compare.memory import PeakMemory
+from peft_dps.compare.methods import find_method
+from peft_dps.compare.metrics import measure
+from peft_dps.compare.plan import Plan, Settings
+from peft_dps.compare.run import Candidate, Run
 from peft_dps.compare.task import Task, tokenize
-from peft_dps.schedule import Stage
-from peft_dps.status import DPSStatus, status_of
-
-PACKAGES = ("peft", "torch", "transformers", "accelerate")
+from peft_dps.compare.witness import Report, Witness, selected_entries
 
 
-def train_apart(method: str, task: Task, settings: Settings) -> Run:
-    """Train one method in a fresh process, and test it on every domain of the task.
+def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[Candidate], report: Report) -> Run:
+    """Train as planned, and test on every domain of the task if the run is to be reported.
 
     Args:
-        method: Name of a registered method.
-        task: What to train and test on.
-        settings: How to train.
-    """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(train, method, task, settings).result()
+        plan: What to train and how.
+        title: What tables call the method.
+        task: The task, with the training examples that the plan draws.
+        model_path: Where the pretrained model is loaded from.
+        candidates: The learning rates that were tried before.
+        report: Told of every step.
 
-
-def train(method: str, task: Task, settings: Settings) -> Run:
-    """Train one method in this process, and test it on every domain of the task.
-
-    Args:
-        method: Name of a registered method.
-        task: What to train and test on.
-        settings: How to train.
+    Returns:
+        The finished run.
     """
     quieten()
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    data = tokenize(task.train, tokenizer, settings.max_length)
-    memory_before = psutil.Process().memory_info().rss
-    model = METHODS[method].prepare(load_model(task, settings))
-    witness = _Witness()
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    tokenizer = load_tokenizer(model_path)
+    data = tokenize(task.train, tokenizer, plan.settings.max_length)
+    data = data.add_column("row", list(range(len(data))))
+    memory = PeakMemory()
+    base = load_model(task, model_path, plan.seed, tokenizer)
+    entries = sum(parameter.numel() for parameter in base.parameters())
+    model, config = find_method(plan.method).apply(base, plan.options)
+    is_test = plan.phase == "test"
+    witness = Witness(task.metrics, plan.settings.evaluations if is_test else 1, report)
+    collator = _Collator(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
-            args=_arguments(settings, folder),
+            args=_arguments(plan, folder),
             train_dataset=data,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=_correlation if task.is_regression else _accuracy,
-            callbacks=[_ProgressBar(METHODS[method].title), witness],
+            eval_dataset=_by_length(tokenize(task.validation, tokenizer, plan.settings.max_length)),
+            data_collator=collator,
+            compute_metrics=_metrics(task),
+            callbacks=[witness],
         )
         trainer.remove_callback(PrinterCallback)
-        start = time.monotonic()
         trainer.train()
-        seconds = time.monotonic() - start
-        peak_memory = peak_resident() - memory_before
-        _save(model, folder)
-        file_size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-        scores = _test(trainer, task, tokenizer, settings)
-    log: list[dict[str, Any]] = [entry for entry in trainer.state.log_history if "loss" in entry]
+        peak = memory.peak()
+        size = _saved_size(model, folder) if is_test else 0
+        scores = _test(trainer, task, tokenizer, plan.settings) if is_test else {}
     return Run(
-        method=method,
-        settings=settings,
+        plan=plan,
+        title=title,
+        metrics=list(task.metrics),
         scores=scores,
+        validation=witness.validation,
+        candidates=candidates,
+        config=config,
+        examples=task.sizes,
+        order=collator.fingerprint(),
+        losses=[float(f"{loss:.5g}") for loss in witness.losses],
+        evaluations=witness.evaluations,
+        stages=witness.stages,
+        selections=witness.selections,
+        status="" if witness.status is None else str(witness.status),
+        frozen_moved=None if witness.status is None else witness.status.frozen_moved,
+        entries=entries,
         trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        peak_memory=peak_memory,
-        file_size=file_size,
-        seconds=seconds,
-        losses=[entry["loss"] for entry in log],
-        stages=[entry["dps_stage"] for entry in log if "dps_stage" in entry],
-        versions={"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}},
-        **_proof(witness.status),
+        selected=selected_entries(model, witness.status),
+        seconds=sum(witness.step_seconds),
+        step_seconds=statistics.median(witness.step_seconds),
+        peak_memory=peak,
+        memory_kind=memory.kind,
+        file_size=size,
+        started=started,
+        versions=versions(),
+        hardware=hardware(),
     )
 
 
-def load_model(task: Task, settings: Settings) -> PreTrainedModel:
-    """Load the pretrained model with a new head for the task; the same seed gives the same head."""
-    set_seed(settings.seed)
+def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; where it has no padding token, the end of the text pads."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes where there are no files
+        raise OSError("There is no vocabulary.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(task: Task, model_path: str, seed: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load the pretrained model; a head that it lacks, or that has another size, is drawn by the seed."""
+    set_seed(seed)
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-        settings.model, num_labels=task.num_labels, problem_type="regression" if task.is_regression else None
+        model_path,
+        num_labels=task.num_labels,
+        problem_type="regression" if task.is_regression else None,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
     )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def check_model(model_path: str) -> None:
+    """Check that a model and its tokenizer exist and that it can get a head for the tasks.
+
+    Raises:
+        ValueError: It cannot.
+        OSError: It cannot be found.
+    """
+    remedy = "it must be a Hub id that can be reached, or a folder with a model and its tokenizer."
+    try:
+        config = AutoConfig.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        raise OSError(f"`model` {model_path!r} cannot be loaded, {remedy} {error}") from error
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ValueError(
+            f"`model` must be one that transformers can give a classification head, got {model_path!r}, whose type is "
+            f"{config.model_type!r}."
+        )
+    try:
+        load_tokenizer(model_path)
+    except (OSError, ValueError) as error:
+        raise OSError(f"The tokenizer of `model` {model_path!r} cannot be loaded, {remedy} {error}") from error
+
+
+def longest_input(model_path: str, wanted: int) -> int:
+    """Return the longest sequence up to `wanted` tokens that a model takes."""
+    return min(wanted, getattr(AutoConfig.from_pretrained(model_path), "max_position_embeddings", wanted))
 
 
 def quieten() -> None:
@@ -121,93 +173,88 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|datasets)\.")
 
 
-def _arguments(settings: Settings, folder: str) -> TrainingArguments:
+class _Collator:
+    """Pads batches, and takes the fingerprint of the training examples as they come by."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._pad = DataCollatorWithPadding(tokenizer)
+        self._digest = hashlib.sha256()
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [feature.pop("row", None) for feature in features]
+        if rows[0] is not None:
+            self._digest.update(repr(rows).encode())
+        padded: dict[str, Any] = self._pad(features)
+        return padded
+
+    def fingerprint(self) -> str:
+        return self._digest.hexdigest()[:16]
+
+
+def _arguments(plan: Plan, folder: str) -> TrainingArguments:
+    settings = plan.settings
     return TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=2 * settings.batch_size,
         num_train_epochs=settings.epochs,
-        learning_rate=settings.learning_rate,
+        learning_rate=plan.learning_rate,
         weight_decay=settings.weight_decay,
-        warmup_steps=0.1,
+        warmup_steps=settings.warmup,
         train_sampling_strategy="random",
+        remove_unused_columns=False,
+        label_names=["labels"],
         logging_steps=1,
+        logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
-        seed=settings.seed,
+        seed=plan.seed,
+        data_seed=plan.seed,
     )
 
 
-def _test(trainer: Trainer, task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> dict[str, float]:
+def _metrics(task: Task, merged: tuple[int, ...] | None = None) -> Callable[[EvalPrediction], dict[str, float]]:
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        outputs = prediction.predictions
+        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+        if task.is_regression:
+            return measure(task.metrics, np.squeeze(outputs, axis=-1), np.asarray(prediction.label_ids))
+        classes = np.argmax(outputs, axis=-1)
+        classes = classes if merged is None else np.asarray(merged)[classes]
+        return measure(task.metrics, classes, np.asarray(prediction.label_ids))
+
+    return compute
+
+
+def _test(
+    trainer: Trainer, task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> dict[str, dict[str, float]]:
     scores = {}
     for name, examples in task.tests.items():
-        by_length = tokenize(examples, tokenizer, settings.max_length)
-        lengths = [len(ids) for ids in by_length["input_ids"]]
-        by_length = by_length.select(sorted(range(len(lengths)), key=lengths.__getitem__))
-        scores[name] = float(trainer.evaluate(by_length)["eval_score"])
+        trainer.compute_metrics = None  # by default it would know nothing of merged classes
+        data: Any = _by_length(tokenize(examples, tokenizer, settings.max_length))
+        prediction: Any = trainer.predict(data)
+        compute = _metrics(task, task.merged.get(name))
+        scores[name] = compute(EvalPrediction(prediction.predictions, prediction.label_ids))
     return scores
 
 
-def _save(model: torch.nn.Module, folder: str) -> None:
+def _by_length(data: Dataset) -> Dataset:
+    lengths = [len(ids) for ids in data["input_ids"]]
+    sorted_data: Dataset = data.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+    return sorted_data
+
+
+def _saved_size(model: nn.Module, folder: str) -> int:
+    """Size of the weights that have to be kept: of a model trained in part, that part."""
     save_pretrained: Any = model.save_pretrained  # of a PreTrainedModel and of a PeftModel alike
-    save_pretrained(folder)
-
-
-def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"score": float((np.argmax(prediction.predictions, axis=-1) == prediction.label_ids).mean())}
-
-
-def _correlation(prediction: EvalPrediction) -> dict[str, float]:
-    return {"score": float(np.corrcoef(np.squeeze(prediction.predictions), prediction.label_ids)[0, 1])}
-
-
-def _proof(status: DPSStatus | None) -> dict[str, Any]:
-    if status is None:
-        return {}
-    selected = {
-        name: layer.selected / layer.entries for name, layer in status.layers.items() if layer.selected is not None
-    }
-    return {"selected": selected, "status": str(status), "frozen_moved": status.frozen_moved}
-
-
-class _Witness(TrainerCallback):
-    """Keeps what DPS says of itself at the end of each SUBNETWORK stage."""
-
-    def __init__(self) -> None:
-        self.status: DPSStatus | None = None
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        for subnetwork in find_subnetworks(kwargs["model"]).values():
-            position, schedule = subnetwork.position, subnetwork.schedule
-            if position is None or schedule is None or position.stage is not Stage.SUBNETWORK:
-                continue
-            if schedule.stage_steps == position.step_in_stage or state.global_step == state.max_steps:
-                self.status = status_of(subnetwork)
-
-
-class _ProgressBar(TrainerCallback):
-    """Shows steps, stage, loss and time left."""
-
-    def __init__(self, title: str) -> None:
-        columns = TextColumn("{task.description:<18}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps")
-        self.bar = Progress(
-            *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=Console(stderr=True)
-        )
-        self.task = self.bar.add_task(title, total=None, note="")
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(self.task, total=state.max_steps)
-        self.bar.start()
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step)
-
-    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            stage = f", {logs['dps_stage']}" if "dps_stage" in logs else ""
-            self.bar.update(self.task, note=f"loss {float(logs['loss']):.2f}{stage}")
-
-    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.stop()
+    if isinstance(model, PreTrainedModel):
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        state = model.state_dict()
+        part = {name: tensor for name, tensor in state.items() if name in trained}
+        save_pretrained(folder, state_dict=part if len(trained) < len(list(model.parameters())) else None)
+    else:
+        save_pretrained(folder)
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))

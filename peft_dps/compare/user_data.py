@@ -15,7 +15,7 @@ from datasets.load import load_dataset
 
 from peft_dps.compare.corpora import DataError, Examples
 
-_FORMATS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FORMATS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 _Paths = str | Path | Sequence[str | Path]
 Source = _Paths | Mapping[str, _Paths]
@@ -58,14 +58,16 @@ def load_user_data(
     columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
     if len(columns) not in (1, 2):
         raise ValueError(f"`text_columns` must name 1 or 2 columns, got {columns}.")
-    loaded = _load(source, splits, name=config, revision=revision, cache_dir=None if cache is None else str(cache))
+    loaded = load_splits(
+        source, splits, name=config, revision=revision, cache_dir=None if cache is None else str(cache)
+    )
     asked = {"text_columns": columns, "label_column": [label_column], "group_column": [group_column or label_column]}
-    _require(loaded, asked)
+    require_columns(loaded, asked)
     labels, label_names = _labels({part: data.select_columns([label_column]) for part, data in loaded.items()})
     title = source if isinstance(source, str) else "user data"
     result = {}
     for part, data in loaded.items():
-        texts = [_strings(data, column, part) for column in columns]
+        texts = [strings(data, column, part) for column in columns]
         keys = data[group_column][:] if group_column else zip(*texts, strict=True)
         first: dict[str, int] = {}
         groups = tuple(str(first.setdefault(repr(key), i)) for i, key in enumerate(keys))
@@ -73,11 +75,21 @@ def load_user_data(
     return result
 
 
-def _load(source: Source, splits: Mapping[str, str] | None, **options: Any) -> dict[str, Dataset]:
+def load_splits(source: Source, splits: Mapping[str, str] | None, **options: Any) -> dict[str, Dataset]:
+    """Load from the Hub or from files as they are.
+
+    Args:
+        source: As in `load_user_data`.
+        splits: As in `load_user_data`.
+        **options: For `datasets.load_dataset`.
+
+    Raises:
+        DataError: It cannot be loaded or is empty.
+    """
     given = source if isinstance(source, Mapping) else {"train": source}
     files = {part: [paths] if isinstance(paths, (str, Path)) else list(paths) for part, paths in given.items()}
     paths = [Path(path) for group in files.values() for path in group]
-    if isinstance(source, str) and paths[0].suffix not in _FORMATS and not paths[0].exists():
+    if isinstance(source, str) and paths[0].suffix not in FORMATS and not paths[0].exists():
         where = source
     else:
         where = _file_format(paths)
@@ -104,15 +116,24 @@ def _file_format(paths: Sequence[Path]) -> str:
     absent = [str(path) for path in paths if not path.is_file()]
     if absent or not paths:
         raise DataError(f"`source` must be a Hub id or files that exist, got {absent}: no such file (or a folder).")
-    formats = {_FORMATS.get(path.suffix) for path in paths}
+    formats = {FORMATS.get(path.suffix) for path in paths}
     found = formats.pop()
     if formats or found is None:
         got = ", ".join(sorted({path.name for path in paths}))
-        raise ValueError(f"`source` must be files of one format, of {', '.join(_FORMATS)}, got {got}.")
+        raise ValueError(f"`source` must be files of one format, of {', '.join(FORMATS)}, got {got}.")
     return found
 
 
-def _require(loaded: Mapping[str, Dataset], asked: Mapping[str, Sequence[str]]) -> None:
+def require_columns(loaded: Mapping[str, Dataset], asked: Mapping[str, Sequence[str]]) -> None:
+    """Check that all splits have the columns.
+
+    Args:
+        loaded: The splits.
+        asked: Per argument of the user, the columns it names.
+
+    Raises:
+        ValueError: One is missing.
+    """
     for part, data in loaded.items():
         for argument, names in asked.items():
             if absent := [name for name in names if name not in data.column_names]:
@@ -122,7 +143,17 @@ def _require(loaded: Mapping[str, Dataset], asked: Mapping[str, Sequence[str]]) 
                 )
 
 
-def _strings(data: Dataset, column: str, part: str) -> tuple[str, ...]:
+def strings(data: Dataset, column: str, part: str) -> tuple[str, ...]:
+    """Return a column of texts.
+
+    Args:
+        data: The split.
+        column: The column.
+        part: Name of the split.
+
+    Raises:
+        DataError: A row holds no text.
+    """
     values = data[column][:]
     if wrong := [i for i, value in enumerate(values) if not isinstance(value, str)]:
         raise DataError(

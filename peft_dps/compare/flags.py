@@ -1,0 +1,130 @@
+"""The flags of the command line, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft_dps.compare.demo import Demo
+from peft_dps.compare.own import OwnData
+from peft_dps.compare.specification import read_specification
+
+_GIVEN = argparse.SUPPRESS  # a flag that is not given leaves the word to the file
+
+
+def add_compare_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `compare`. Their names are those of the specification file."""
+    add = parser.add_argument
+    add("--file", type=Path, default=_GIVEN, help="specification, .toml or .yaml; flags go before it")
+    add("--methods", nargs="+", default=_GIVEN, metavar="METHOD", help='names, as lora or dps-dense:{"density":0.3}')
+    add("--tasks", nargs="+", default=_GIVEN, metavar="TASK", help="names, as sentiment or glue/cola")
+    _add_data_flags(parser, default=_GIVEN)
+    add("--model", default=_GIVEN, help="path or Hub id of the model (default: a 22M one from the package index)")
+    add("--train-sizes", "--train-size", nargs="+", default=_GIVEN, metavar="N", help="training examples, or all")
+    add("--seeds", nargs="+", default=_GIVEN, metavar="SEED", help="seeds, as 0 1 2 or 0-4 (default: 0-4)")
+    add("--tuning-seeds", type=int, default=_GIVEN, metavar="N", help="seeds each learning rate is tried with")
+    add("--learning-rates", nargs="+", default=_GIVEN, metavar="RATE", help="for all, or METHOD=RATE,RATE")
+    for name, kind in (("epochs", float), ("weight-decay", float), ("warmup", float)):
+        add(f"--{name}", type=kind, default=_GIVEN, help="see Settings")
+    for name in ("batch-size", "max-length", "validation-size", "test-size", "evaluations"):
+        add(f"--{name}", type=int, default=_GIVEN, metavar="N", help="see Settings")
+    add("--jobs", type=int, default=_GIVEN, metavar="N", help="runs at the same time, on GPUs in turn (default: 1)")
+    add("--no-timing", dest="timing", action="store_false", default=_GIVEN, help="measure no step times in the end")
+    add("--imports", nargs="+", default=_GIVEN, metavar="MODULE", help="modules that register methods or tasks")
+    add("--data-folder", type=Path, default=_GIVEN, help="local folder of data sets, as cola/train.parquet")
+    add("--cache", type=Path, default=_GIVEN, help="folder for the fetched assets (default: the user's cache folder)")
+    add("--output", type=Path, default=_GIVEN, help="result file (default: runs/compare.jsonl)")
+
+
+def add_demo_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `demo`."""
+    add = parser.add_argument
+    add("--model", help="path or Hub id of a model (default: a 22M one from the package index)")
+    _add_data_flags(parser, default=None)
+    add("--train-size", type=int, help="training examples (default: 1000, or all of --data)")
+    add("--test-size", type=int, default=500, help="test examples per domain at most")
+    add("--epochs", type=float, default=3, help="passes over the training examples")
+    add("--learning-rate", type=float, help="peak learning rate of all methods (default: each method's own)")
+    add("--seed", type=int, default=0, help="seed of everything that is drawn")
+    add("--output", type=Path, default=Path("runs/demo"), help="folder for results and figure")
+    add("--cache", type=Path, help="folder for the fetched assets (default: the user's cache folder)")
+
+
+def _add_data_flags(parser: argparse.ArgumentParser, default: Any) -> None:
+    add = parser.add_argument
+    add("--data", default=default, help="Hub id, or csv, tsv, json, jsonl or parquet file (default: movie reviews)")
+    add("--test", default=default, help="the same for the test data (default: a split of --data)")
+    add("--text-column", action="append", default=default, help="column of texts in --data; twice for pairs")
+    add("--label-column", default=default, help="column to predict in --data (default: label)")
+    add("--metrics", nargs="+", default=default, metavar="METRIC", help="metrics of --data; their mean is the score")
+    add("--other", action="append", default=default, metavar="NAME=DATA", help="a further domain; repeatable")
+
+
+def specification_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the specification that the flags of `compare` make, together with the file they name.
+
+    Raises:
+        ValueError: A flag or the file cannot work.
+        OSError: The file cannot be read.
+    """
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    content = read_specification(given.pop("file")) if "file" in given else {}
+    own = _own(given)
+    for name in ("data", "test", "text_column", "label_column", "metrics", "other"):
+        given.pop(name, None)
+    if own is not None:
+        content["data"] = [own]
+    if "learning_rates" in given:
+        given["learning_rates"] = _rates(given["learning_rates"])
+    content.setdefault("output", Path("runs/compare.jsonl"))
+    return {**content, **given}
+
+
+def demo_of(options: argparse.Namespace) -> Demo:
+    """Return the demo that the flags of `demo` make.
+
+    Raises:
+        ValueError: A flag cannot work.
+    """
+    own = _own({name: value for name, value in vars(options).items() if value is not None})
+    return Demo(
+        output=options.output,
+        model=options.model,
+        data=None if own is None else OwnData(**own),
+        train_size=options.train_size,
+        test_size=options.test_size,
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+        cache=options.cache,
+    )
+
+
+def _own(given: Mapping[str, Any]) -> dict[str, Any] | None:
+    others = dict(other.split("=", 1) for other in given.get("other", []) if "=" in other)
+    if len(others) != len(given.get("other", [])):
+        raise ValueError(f"`--other` must be NAME=DATA with different names, got {given['other']}.")
+    names = {"test": "test", "text_column": "text_columns", "label_column": "label_column", "metrics": "metrics"}
+    own = {field: given[flag] for flag, field in names.items() if flag in given}
+    if others:
+        own["others"] = others
+    if "data" not in given:
+        if own:
+            flags = ", ".join(f"`--{flag.replace('_', '-')}`" for flag in (*names, "other") if flag in given)
+            raise ValueError(f"{flags} goes with `--data`, the data to train on.")
+        return None
+    return {"source": given["data"], **own}
+
+
+def _rates(items: Sequence[str]) -> Any:
+    try:
+        if not any("=" in item for item in items):
+            return [float(item) for item in items]
+        named = (item.split("=", 1) for item in items)
+        return {method: [float(rate) for rate in rates.split(",")] for method, rates in named}
+    except ValueError as error:
+        raise ValueError(
+            f"`--learning-rates` must be numbers, or METHOD=NUMBER,NUMBER for each method, got {' '.join(items)}."
+        ) from error

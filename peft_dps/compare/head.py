@@ -1,0 +1,28 @@
+"""The head of a model: what comes after the pretrained part, and is new for the task."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+
+def head_parameters(model: PreTrainedModel) -> set[str]:
+    """Return the names of the parameters outside the pretrained part.
+
+    Args:
+        model: A model with a head, as `AutoModelForSequenceClassification` loads it.
+
+    Raises:
+        ValueError: It has none.
+    """
+    prefix = f"{model.base_model_prefix}."
+    every = {name for name, _ in model.named_parameters()}
+    names = {name for name in every if not name.startswith(prefix)}
+    if names in (set(), every):
+        raise ValueError(f"{type(model).__name__} has no head beside {prefix[:-1]!r}: load it with one for the task.")
+    return names
+
+
+def train_only(model: PreTrainedModel, names: set[str]) -> None:
+    """Freeze every parameter but the named ones."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+
+from peft_dps.compare import apart as module
+from peft_dps.compare.apart import Apart, Seat, WorkError, seats
+
+SEAT = Seat()
+
+
+def double(number, report):
+    report(1, 2, "half way")
+    return 2 * number
+
+
+def fail(report):
+    raise RuntimeError("first line\nit is broken")
+
+
+def die(report):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave(report):
+    os._exit(3)
+
+
+def wait(report):
+    report(1, 1, "waiting")
+    threading.Event().wait(60)
+
+
+def where(report):
+    return os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES"), torch.get_num_threads()
+
+
+@pytest.mark.slow
+def test_work_apart():
+    workers, messages = Apart(), []
+    assert workers.run(double, (21,), SEAT, lambda *content: messages.append(content)) == 42
+    assert messages == [(1, 2, "half way")]
+    identity, device, threads = workers.run(where, (), Seat("7", 3))
+    assert identity != os.getpid()
+    assert (device, threads) == ("7", 3)
+    with pytest.raises(WorkError, match=r"^it is broken$") as caught:
+        workers.run(fail, (), SEAT)
+    assert "in fail" in caught.value.details
+    with pytest.raises(WorkError, match=r"ended by SIGKILL\. The system was probably out of memory"):
+        workers.run(die, (), SEAT)
+    with pytest.raises(WorkError, match="ended early with exit code 3"):
+        workers.run(leave, (), SEAT)
+    thread = threading.Timer(0, lambda: None)
+
+    def stop(*content):
+        nonlocal thread
+        thread = threading.Thread(target=workers.close)
+        thread.start()
+
+    with pytest.raises(WorkError, match="ended by SIGTERM"):
+        workers.run(wait, (), SEAT, stop)
+    thread.join()
+    with pytest.raises(WorkError, match="Stopped before it began"):
+        workers.run(double, (1,), SEAT)
+
+
+def test_modules_of_the_user_are_imported_first(tmp_path, monkeypatch):
+    (tmp_path / "registers.py").write_text("import os\nos.environ['REGISTERED'] = 'yes'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("REGISTERED", "no")
+    received = []
+
+    class Sender:
+        send = staticmethod(received.append)
+        close = staticmethod(lambda: None)
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        module._work(Sender(), lambda report: os.environ["REGISTERED"], (), SEAT, ["registers"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert received == [("done", "yes")]
+
+
+@pytest.mark.parametrize(
+    ("devices", "visible", "expected"),
+    [(0, None, [None] * 3), (2, None, ["0", "1", "0"]), (2, "4,5", ["4", "5", "4"])],
+)
+def test_gpus_are_taken_in_turn(devices, visible, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [seat.device for seat in seats(3)] == expected
+
+
+def test_jobs_share_the_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(module, "usable_cores", lambda: 8)
+    assert seats(1)[0].threads is None
+    assert {seat.threads for seat in seats(3)} == {2}
+    assert {seat.threads for seat in seats(16)} == {1}
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert {seat.threads for seat in seats(3)} == {None}

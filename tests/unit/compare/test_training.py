@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, EvalPrediction
+
+from peft_dps.compare import training as module
+from peft_dps.compare.plan import Plan, Settings
+from peft_dps.compare.run import Candidate, to_json
+from peft_dps.compare.task import build_task
+from peft_dps.compare.training import check_model, load_model, longest_input, train
+
+SETTINGS = Settings(epochs=2, batch_size=8, max_length=16, validation_size=8, evaluations=3)
+CANDIDATES = [Candidate(1e-2, [0], 0.5, chosen=True)]
+
+
+@pytest.fixture
+def task(examples):
+    return build_task("mine", examples(), {"here": examples(18), "there": examples(12, "there")}, SETTINGS)
+
+
+@pytest.fixture
+def run(task, model_folder):
+    def run(method="full", seed=0, reports=None, task=task, **fields):
+        values = {"method": method, "learning_rate": 1e-2, "task": task.name, "seed": seed, "model": "tiny"}
+        plan = Plan(**{**values, "settings": SETTINGS, **fields})
+        report = (lambda *content: None) if reports is None else lambda *content: reports.append(content)
+        return train(plan, method, task, str(model_folder), CANDIDATES, report)
+
+    return run
+
+
+def test_the_record_of_full_fine_tuning(run, task):
+    reports = []
+    record = run(reports=reports)
+    assert list(record.scores) == ["here", "there"]
+    assert all(set(scores) == {"accuracy"} and 0 <= scores["accuracy"] <= 1 for scores in record.scores.values())
+    steps = 2 * math.ceil(52 / 8)
+    assert len(record.losses) == steps
+    assert [evaluation.step for evaluation in record.evaluations] == [5, 9, steps]
+    assert record.evaluations[-1].score == record.validation_score
+    seconds = [evaluation.seconds for evaluation in record.evaluations]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] == record.seconds
+    assert record.trainable == record.entries > 0
+    assert record.file_size > 4 * record.entries
+    assert record.peak_memory > 0
+    assert (record.memory_kind, record.selected, record.frozen_moved, record.status) == ("resident", None, None, "")
+    assert record.examples == task.sizes
+    assert record.candidates == CANDIDATES
+    assert record.hardware["cores"] >= 1
+    assert record.versions["torch"]
+    assert reports[-1][:2] == (steps, steps)
+    assert not record.failed
+    json.loads(to_json(record))
+
+
+def test_methods_of_one_seed_see_the_same_data_in_the_same_order(run):
+    records = [run(method) for method in ("full", "bitfit", "dps-mix", "full-nodropout")]
+    assert len({record.order for record in records}) == 1
+    assert run(seed=1).order != records[0].order
+    assert [record.trainable < record.entries for record in records] == [False, True, False, False]
+    assert records[1].file_size < records[0].file_size
+
+
+def test_the_same_plan_gives_the_same_run(run):
+    one, other = run("dps-dense"), run("dps-dense")
+    assert one.losses == other.losses
+    assert one.scores == other.scores
+    assert one.losses != run("dps-dense", seed=1).losses
+
+
+def test_dps_tells_stages_subnetworks_and_their_overlap(run):
+    record = run("dps-dense", options={"density": 0.3, "stage_steps": 3})
+    spans = [(span.stage, span.cycle, span.first, span.last) for span in record.stages]
+    assert spans == [
+        ("accumulate", 1, 1, 3),
+        ("subnetwork", 1, 4, 6),
+        ("accumulate", 2, 7, 9),
+        ("subnetwork", 2, 10, 12),
+        ("accumulate", 3, 13, 14),
+    ]
+    first, second = record.selections
+    assert (first.cycle, first.step, second.cycle, second.step) == (1, 4, 2, 10)
+    assert set(first.fraction) == set(second.fraction) == set(second.overlap)
+    assert first.overlap == {}
+    assert all(value == pytest.approx(0.3, abs=0.01) for value in first.fraction.values())
+    assert all(0 < value < 1 for value in second.overlap.values())
+    assert record.frozen_moved is False
+    assert "subnetwork 3/3" in record.status
+    assert record.config["density"] == 0.3
+    weights = [32 * 32] * 9 + [32 * 64] * 4  # attention and pooler, feed-forward
+    assert record.trainable == record.entries
+    assert record.trainable - record.selected == sum(n - math.ceil(0.3 * n) for n in weights)
+
+
+def test_random_masks_overlap_as_chance_has_it(run):
+    record = run("random-mask", options={"density": 0.3, "stage_steps": 3})
+    for value in record.selections[1].overlap.values():
+        assert value == pytest.approx(0.3 / 1.7, abs=0.04)
+
+
+def test_density_one_selects_all(run):
+    record = run("dps-dense", options={"density": 1.0, "stage_steps": 3})
+    assert set(record.selections[1].overlap.values()) == {1.0}
+    assert record.selected == record.trainable
+
+
+def test_a_try_looks_at_the_validation_split_alone(run):
+    record = run(phase="tune")
+    assert record.scores == {}
+    assert len(record.evaluations) == 1
+    assert 0 <= record.validation_score <= 1
+    assert record.file_size == 0
+
+
+def test_regression(run, examples):
+    numbers = examples(regression=True)
+    task = build_task("numbers", numbers, {"here": numbers}, SETTINGS, ["pearson", "spearman"])
+    record = run(task=task)
+    assert -1 <= record.score() <= 1
+    assert set(record.scores["here"]) == {"pearson", "spearman"}
+
+
+def test_merged_classes_are_merged_in_the_predictions(task):
+    logits = np.array([[9.0, 0, 0], [0, 9, 0], [0, 0, 9]])
+    compute = module._metrics(task, (0, 1, 1))
+    assert compute(EvalPrediction(logits, np.array([0, 1, 1]))) == {"accuracy": 1.0}
+    assert module._metrics(task)(EvalPrediction((logits, None), np.array([0, 1, 1]))) == {"accuracy": 2 / 3}
+
+
+def test_a_head_of_another_size_gives_way_to_a_new_one_drawn_by_the_seed(examples, model_folder):
+    numbers = examples(regression=True)
+    task = build_task("numbers", numbers, {"here": numbers}, SETTINGS)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    heads = [load_model(task, str(model_folder), seed, tokenizer).classifier.weight for seed in (0, 0, 1)]
+    assert heads[0].shape == (1, 32)
+    assert heads[0].equal(heads[1])
+    assert not heads[0].equal(heads[2])
+
+
+def test_models_that_cannot_get_a_head_are_named(model_folder, tmp_path):
+    check_model(str(model_folder))
+    assert longest_input(str(model_folder), 64) == 16
+    assert longest_input(str(model_folder), 8) == 8
+    with pytest.raises(OSError, match=r"`model` '.*nowhere' cannot be loaded"):
+        check_model(str(tmp_path / "nowhere"))
+    config = (model_folder / "config.json").read_text()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text(config)
+    with pytest.raises(OSError, match=r"The tokenizer of `model` '.*bare' cannot be loaded"):
+        check_model(str(tmp_path / "bare"))
+    vision = tmp_path / "vision"
+    vision.mkdir()
+    (vision / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(ValueError, match=r"`model` must be one .* a classification head, got '.*vision'.*'vit'"):
+        check_model(str(vision))

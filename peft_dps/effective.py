@@ -5,7 +5,9 @@ They are computed anew in the backward pass, so that no second copy of a weight 
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -208,16 +210,16 @@ def _weight_gradient(
         return effective.gradient_(rows.t() @ columns if input_axis == 1 else columns.t() @ rows)
     # Columns without a gradient are left out of the product and read from a column of zeros behind it.
     inputs, count = columns.shape[-1], active.numel()
-    columns = columns.index_select(1, active)
+    taken = _scratch.empty((columns.shape[0], count), columns.dtype, "columns")
+    columns = torch.index_select(columns, 1, active, out=taken)
     place = torch.full((inputs,), count, device=active.device)
     place[active] = torch.arange(count, device=active.device)
     outputs = rows.shape[-1]
-    if input_axis == 1:
-        product = rows.new_zeros(outputs, count + 1)
-        torch.mm(rows.t(), columns, out=product[:, :-1])
-    else:
-        product = rows.new_zeros(count + 1, outputs)
-        torch.mm(columns.t(), rows, out=product[:-1])
+    shape = (outputs, count + 1) if input_axis == 1 else (count + 1, outputs)
+    product = _scratch.empty(shape, rows.dtype, "product")
+    product.select(input_axis, count).zero_()
+    factors = (rows.t(), columns) if input_axis == 1 else (columns.t(), rows)
+    torch.mm(*factors, out=product.narrow(input_axis, 0, count))
     return product.index_select(input_axis, place)
 
 
@@ -233,18 +235,22 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 class _Scratch(threading.local):
-    """Memory for effective weights that are used at once, on the CPU: reused, it stays in the cache."""
+    """Memory on the CPU for what is used at once: new memory of that size costs more than computing what is in it."""
 
     def __init__(self) -> None:
-        self.buffers: dict[torch.dtype, torch.Tensor] = {}
+        self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
     def like(self, weight: torch.Tensor) -> torch.Tensor | None:
         if weight.device.type != "cpu" or not weight.is_contiguous() or torch.compiler.is_compiling():
             return None
-        buffer = self.buffers.get(weight.dtype)
-        if buffer is None or buffer.numel() < weight.numel():
-            buffer = self.buffers[weight.dtype] = torch.empty(weight.numel(), dtype=weight.dtype)
-        return buffer[: weight.numel()].view(weight.shape)
+        return self.empty(weight.shape, weight.dtype, "weight")
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, use: str) -> torch.Tensor:
+        size = math.prod(shape)
+        buffer = self.buffers.get((use, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = self.buffers[use, dtype] = torch.empty(size, dtype=dtype)
+        return buffer[:size].view(shape)
 
 
 _scratch = _Scratch()

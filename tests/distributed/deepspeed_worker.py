@@ -41,10 +41,10 @@ def main(zero_stage: int, dtype: str) -> None:
             engine.backward(nn.functional.cross_entropy(output.float(), y))
             engine.step()
     except EngineError as error:
-        print(f"refused: {error}")
+        sys.stdout.write(f"refused: {error}\n")
         return
     status = model.dps_status()
-    print(f"trained: {status.steps} steps, engaged {status.engaged}, frozen moved {status.frozen_moved}")
+    sys.stdout.write(f"trained: {status.steps} steps, engaged {status.engaged}, frozen moved {status.frozen_moved}\n")
 
 
 if __name__ == "__main__":

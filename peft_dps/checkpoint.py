@@ -40,7 +40,8 @@ def save(subnetwork: Subnetwork, path: str | os.PathLike[str]) -> str:
     if not world:
         return statefile.write(path, state_of(subnetwork))
     ranks = world[0]
-    name = _common_name(ranks, Path(path))
+    _check_path(ranks, Path(path))
+    name = f"{common_number(ranks):016x}"
     with together(world, _SAVING, StateError):
         state = state_of(subnetwork)
         statefile.write_part(path, state, name, ranks.rank, ranks.size)
@@ -84,13 +85,15 @@ def processes_of(subnetwork: Subnetwork) -> list[Ranks]:
     return world_of(weight.ranks for weight in alive_in(subnetwork))
 
 
-def _common_name(ranks: Ranks, path: Path) -> str:
-    """Agree on a name for a save."""
-    own = torch.tensor([secrets.randbits(63), zlib.crc32(str(path).encode())])
-    found = ranks.gather(own)
-    if not bool((found[:, 1] == found[0, 1]).all()):
+def common_number(ranks: Ranks) -> int:
+    """Agree on a random number below 2**63."""
+    return int(ranks.gather(torch.tensor([secrets.randbits(63)]))[0])
+
+
+def _check_path(ranks: Ranks, path: Path) -> None:
+    found = ranks.gather(torch.tensor([zlib.crc32(str(path).encode())]))
+    if not bool((found == found[0]).all()):
         raise StateError(
             f"The processes were told to save the training state under different names, this one as '{path}'. Give "
             "all the same one: each adds what tells its own file."
         )
-    return f"{int(found[0, 0]):016x}"

@@ -60,11 +60,11 @@ def write_part(path: str | os.PathLike[str], state: Mapping[str, Any], save: str
     Args:
         path: Name that stands for the files of all processes.
         state: What `state_of` returned on this process.
-        save: Name of the save, which no other has.
+        save: Name of the save, which no other has, 16 hexadecimal digits.
         rank: The process.
         size: How many there are.
     """
-    write(_part_of(Path(path), save, rank, size), {**state, "header": {**state["header"], "save": save}})
+    write(part_of(Path(path), save, rank, size), {**state, "header": {**state["header"], "save": save}})
 
 
 def write_index(path: str | os.PathLike[str], header: Mapping[str, Any], save: str, size: int) -> str:
@@ -88,6 +88,18 @@ def write_index(path: str | os.PathLike[str], header: Mapping[str, Any], save: s
         if found and found[1] != save:
             entry.unlink(missing_ok=True)
     return digest
+
+
+def part_of(path: Path, save: str, rank: int, size: int) -> Path:
+    """Return where the training state of one process of several lies.
+
+    Args:
+        path: Name that stands for the files of all processes.
+        save: Name of the save, 16 hexadecimal digits.
+        rank: The process.
+        size: How many there are.
+    """
+    return path.with_name(f"{path.stem}.{save}-{rank:05d}-of-{size:05d}{path.suffix}")
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,7 @@ def find_save(path: str | os.PathLike[str]) -> Save:
     if "size" not in header:
         return Save(header.get("save"), [path])
     save, size = header["save"], header["size"]
-    return Save(save, [_part_of(path, save, rank, size) for rank in range(size)])
+    return Save(save, [part_of(path, save, rank, size) for rank in range(size)])
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -220,10 +232,6 @@ def _labels(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> tu
     if not metadata or _HEADER not in metadata or _DIGEST not in metadata:
         raise StateError(f"'{path}' holds no training state of peft_dps.")
     return metadata[_HEADER], metadata[_DIGEST]
-
-
-def _part_of(path: Path, save: str, rank: int, size: int) -> Path:
-    return path.with_name(f"{path.stem}.{save}-{rank:05d}-of-{size:05d}{path.suffix}")
 
 
 def _digest(header: str, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
+from ddp_worker import Collectives
 from fsdp_worker import (
     batches,
     everything,
@@ -150,6 +151,18 @@ def refused(work, match: str) -> None:
     with pytest.raises(StateError, match=match):
         work()
     dist.barrier()
+
+
+def a_save_and_a_load_communicate_little(folder: Path) -> None:
+    place, plan = plans(folder)[0]
+    training = Training(plan["fields"])
+    training.load(place, plan["stop"])
+    with Collectives() as collectives:
+        load_dps_state(training.model, place / STATE)
+    assert len(collectives.sent) == 4, collectives.sent
+    with Collectives() as collectives:
+        save_dps_state(training.model, place / "counted.safetensors")
+    assert len(collectives.sent) == 4, collectives.sent
 
 
 def what_does_not_belong_together_is_refused_on_all(folder: Path) -> None:

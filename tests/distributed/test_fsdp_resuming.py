@@ -59,6 +59,7 @@ def test_fsdp2_resumes_bitwise_and_refuses_what_does_not_belong_together(folder)
         WORKER,
         str(folder),
         "resume=two",
+        "a_save_and_a_load_communicate_little=two",
         "what_does_not_belong_together_is_refused_on_all=two",
         "accelerate_resumes=accelerate",
     )
@@ -138,3 +139,14 @@ def test_a_process_killed_while_it_saves_leaves_the_previous_state(folder, tmp_p
     assert any(name.endswith(".part") for name in left), left  # it was killed in the middle
     assert statefile.find_save(place / "dps.safetensors") == before
     put_together(place, PLANS[3], PLANS[3]["stop"])
+
+
+@pytest.mark.supports("Training", "resuming to the bit, Trainer with FSDP2 (`resume_from_checkpoint`)")
+def test_the_trainer_resumes_bitwise_under_fsdp2(tmp_path):
+    torchrun("fsdp_trainer_worker.py", "train", str(tmp_path))
+    torchrun("fsdp_trainer_worker.py", "resume", str(tmp_path))
+    for place in (tmp_path / "0", tmp_path / "1"):
+        for rank in range(2):
+            ours, theirs = (load_file(place / f"{mode}{rank}") for mode in ("resume", "train"))
+            assert any("/keep/" in name for name in theirs)
+            assert_same(ours, theirs)

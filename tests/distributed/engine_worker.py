@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ddp_worker import Collectives
 from fsdp_worker import (
     batches,
     compare,
@@ -33,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from benchmarks.traffic import Collectives
 from peft_dps import EngineError, check_ranks_agree
 
 MIX = {"variant": "mix"}

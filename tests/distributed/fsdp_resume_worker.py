@@ -15,7 +15,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
-from ddp_worker import Collectives
 from fsdp_worker import (
     batches,
     everything,
@@ -37,6 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from benchmarks.traffic import Collectives
 from peft_dps import (
     StateError,
     load_dps_state,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,7 +90,7 @@ def target(variant: str, figure: str) -> float:
         variant: Name of the variant.
         figure: One of `FIGURES`, or `MEMORY`.
     """
-    return (MIX_TARGETS if variant.startswith("mix") else DENSE_TARGETS)[figure]
+    return (MIX_TARGETS if "mix" in variant else DENSE_TARGETS)[figure]
 
 
 def seconds(run: Run, variant: str, figure: str, read: Callable[[StepTimes], float]) -> list[float]:
@@ -98,10 +98,10 @@ def seconds(run: Run, variant: str, figure: str, read: Callable[[StepTimes], flo
     return [read(each.times[variant]) for each in run.rounds if each.figure == figure and not each.warmup]
 
 
-def step_ratios(run: Run) -> list[Ratio]:
+def step_ratios(run: Run, comparisons: Sequence[tuple[str, str]] = COMPARISONS) -> list[Ratio]:
     """Compare step times within rounds, for each comparison whose variants were run."""
     ratios = []
-    for variant, against in _comparisons(run):
+    for variant, against in _of(run, comparisons):
         for figure in FIGURES:
             pairs = [
                 (each.times[variant], each.times[against])
@@ -127,7 +127,7 @@ def step_ratios(run: Run) -> list[Ratio]:
 def memory_ratios(run: Run) -> list[MemoryRatio]:
     """Compare peak memory, for each comparison whose variants were run."""
     ratios = []
-    for variant, against in _comparisons(run):
+    for variant, against in _of(run, COMPARISONS):
         ours, theirs = run.summaries[variant], run.summaries[against]
         tensors = [max(sum(kinds.values()) for kinds in each.tensors.values()) for each in (ours, theirs)]
         ratios.append(
@@ -138,5 +138,5 @@ def memory_ratios(run: Run) -> list[MemoryRatio]:
     return ratios
 
 
-def _comparisons(run: Run) -> list[tuple[str, str]]:
-    return [pair for pair in COMPARISONS if set(pair) <= set(run.summaries)]
+def _of(run: Run, comparisons: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [pair for pair in comparisons if set(pair) <= set(run.summaries)]

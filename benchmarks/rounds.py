@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from benchmarks.settings import Settings
 from benchmarks.worker import FINISH, STEP, StepTimes, Summary, work
 from peft_dps import StageSchedule
+from peft_dps.schedule import Position
 
 ACCUMULATE, SELECTING, SUBNETWORK = FIGURES = ("accumulate", "selecting", "subnetwork")
 
@@ -71,13 +72,11 @@ def run_rounds(names: Sequence[str], settings: Settings, progress: Callable[[Rou
         rounds = []
         for number in range(1, settings.rounds + 1):
             position = schedule.at(number)
-            selecting = position.stage.value == SUBNETWORK and position.step_in_stage == 1
             times = {}
-            for name in _turned(names, number):
+            for name in turned(names, number):
                 connections[name].send((STEP, position.stage.value))
                 times[name] = connections[name].recv()
-            figure = SELECTING if selecting else position.stage.value
-            rounds.append(Round(number, figure, number <= settings.warmup, times))
+            rounds.append(Round(number, figure_of(position), number <= settings.warmup, times))
             progress(rounds[-1])
         summaries = {}
         for name, connection in connections.items():
@@ -86,7 +85,13 @@ def run_rounds(names: Sequence[str], settings: Settings, progress: Callable[[Rou
     return Run(threads, rounds, summaries)
 
 
-def _turned(names: Sequence[str], by: int) -> list[str]:
+def figure_of(position: Position) -> str:
+    """Tell what a step counts for, one of `FIGURES`."""
+    selecting = position.stage.value == SUBNETWORK and position.step_in_stage == 1
+    return SELECTING if selecting else position.stage.value
+
+
+def turned(names: Sequence[str], by: int) -> list[str]:
     """Let another variant begin in each round, so that none has a fixed neighbour before it."""
     by %= len(names)
     return [*names[by:], *names[:by]]

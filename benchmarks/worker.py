@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -75,9 +76,12 @@ class Trainee:
     Args:
         name: Name of the variant.
         settings: Settings of the run.
+        wrap: What makes the model ready for several processes, all of which train on this batch.
     """
 
-    def __init__(self, name: str, settings: Settings) -> None:
+    def __init__(
+        self, name: str, settings: Settings, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
+    ) -> None:
         config = bert_config(settings)
         generator = torch.Generator().manual_seed(settings.seed)
         shape = (settings.batch, settings.tokens)
@@ -87,7 +91,7 @@ class Trainee:
             "labels": torch.randint(2, (settings.batch,), generator=generator),
         }
         self.rss_before = rss()
-        self.model: nn.Module = VARIANTS[name].build(settings)
+        self.model: nn.Module = wrap(VARIANTS[name].build(settings))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=2e-5, weight_decay=0.01, **OPTIMIZERS[settings.optimizer])
         self.tensors: dict[str, dict[str, int]] = {}
@@ -122,6 +126,11 @@ class Trainee:
         )
 
 
+def quieten() -> None:
+    """Silence what PEFT brings about: it asks transformers for the old name of a property."""
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
 def work(connection: Connection, name: str, settings: Settings) -> None:
     """Serve the requests of the other end: (STEP, stage) or (FINISH, "").
 
@@ -130,8 +139,7 @@ def work(connection: Connection, name: str, settings: Settings) -> None:
         name: Name of the variant.
         settings: Settings of the run.
     """
-    # PEFT asks transformers for the old name of the property.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    quieten()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     trainee = Trainee(name, settings)

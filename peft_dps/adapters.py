@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from peft_dps import statefile
+from peft_dps import checkpoint
 from peft_dps.errors import ConfigError
 from peft_dps.layer import DPSLayer
 from peft_dps.state import load_state, state_of
@@ -53,7 +53,8 @@ def check_ranks_agree(model: nn.Module, adapter_name: str | None = None) -> None
 def dps_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
     """Take down the training state of an adapter: what an exact resume needs besides weights and optimizer.
 
-    It is the same on all processes of a data-parallel training.
+    It is the same on all processes of a data-parallel training. Where FSDP2 has sharded the weights, it is that of the
+    rows that the process has.
 
     Args:
         model: A PEFT model, or any module into which DPS adapters were injected.
@@ -72,7 +73,8 @@ def dps_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[st
 def load_dps_state_dict(model: nn.Module, state: Mapping[str, Any], adapter_name: str | None = None) -> None:
     """Go on where the training was whose state was taken down: every later weight and mask has the same bits.
 
-    Load the adapter's weights first. Everything is checked before anything is changed.
+    Load the adapter's weights first. Everything is checked before anything is changed. Where FSDP2 has sharded the
+    weights, all processes have to call it, each with the state of the same rows.
 
     Args:
         model: A PEFT model, or any module into which DPS adapters were injected.
@@ -90,7 +92,8 @@ def save_dps_state(model: nn.Module, path: str | os.PathLike[str], adapter_name:
     """Save the training state of an adapter to a safetensors file.
 
     The file appears whole or not at all, also if the process is killed meanwhile. In a data-parallel training one
-    process has to save; where FSDP2 has sharded the weights, each saves a file of its own.
+    process has to save. Where FSDP2 has sharded the weights, all have to call it, with the same path in a folder that
+    they share: each writes a file beside it, and the one at `path` comes last and says which belong together.
 
     Args:
         model: A PEFT model, or any module into which DPS adapters were injected.
@@ -99,15 +102,16 @@ def save_dps_state(model: nn.Module, path: str | os.PathLike[str], adapter_name:
 
     Raises:
         ConfigError: If there is no such adapter, or several and none is named.
+        StateError: If it failed on another process.
     """
-    statefile.write(path, dps_state_dict(model, adapter_name))
+    checkpoint.save(find_subnetwork(model, adapter_name), path)
 
 
 def load_dps_state(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
     """Go on where the training was whose state is in a file; see `load_dps_state_dict`.
 
-    In a data-parallel training every process loads, however many there are now; where FSDP2 has sharded the weights,
-    each loads its own file.
+    Every process loads, however many there are now and however many there were: a state can be cut anew, over another
+    number of processes, over several from one, or put together for one.
 
     Args:
         model: A PEFT model, or any module into which DPS adapters were injected.
@@ -118,7 +122,7 @@ def load_dps_state(model: nn.Module, path: str | os.PathLike[str], adapter_name:
         ConfigError: If there is no such adapter, or several and none is named.
         StateError: If the file is missing or damaged, or not that of this adapter, these settings and these weights.
     """
-    load_dps_state_dict(model, statefile.read(path), adapter_name)
+    checkpoint.load(find_subnetwork(model, adapter_name), path)
 
 
 def find_subnetwork(model: nn.Module, adapter_name: str | None = None) -> Subnetwork:

@@ -83,7 +83,7 @@ def restore_from_snapshot_(weight: torch.Tensor, keep: torch.Tensor, snapshot: t
 
 
 @torch.no_grad()
-def frozen_checksum(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+def frozen_checksum(weight: torch.Tensor, keep: torch.Tensor, first: int = 0) -> torch.Tensor:
     """Add up the bits of the frozen entries, each weighted by its place, modulo 2**64.
 
     It tells whether frozen entries moved where no copy of them is kept: surely if one did, and almost surely if
@@ -92,12 +92,13 @@ def frozen_checksum(weight: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     Args:
         weight: Any floating dtype.
         keep: int8, same shape.
+        first: Place of the first entry in the whole weight. The checksums of all parts add up to that of the whole.
 
     Returns:
         An int64 scalar on the weight's device.
     """
     total = torch.zeros((), dtype=torch.int64, device=weight.device)
-    start = 3
+    start = 3 + 2 * first
     bits, kept = bits_of(weight).reshape(-1), keep.reshape(-1)  # row-major, so that the value depends on no layout
     for piece, piece_kept in zip(bits.split(_CHECKSUM_CHUNK), kept.split(_CHECKSUM_CHUNK), strict=True):
         frozen = piece.bitwise_and(~piece_kept)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from peft_dps.config import DPSConfig
-from peft_dps.errors import ConfigError
+from peft_dps.errors import ConfigError, EngineError
 from peft_dps.scores import Evidence, find_score, relax_by_participation_, score_dtype
 from peft_dps.selection import select, select_across, selected_count
 from peft_dps.sharded_selection import WEIGHTS_AT_ONCE, check_scores, select_sharded
@@ -113,7 +113,7 @@ def masks_of(
     density, across = config.density, config.scope == "model"
     places = {id(weight): index for index, weight in enumerate(among)}
     ranks = weights[0].ranks
-    with together([] if ranks is None else [ranks]):
+    with together([] if ranks is None else [ranks], "Selecting a subnetwork", EngineError):
         scores = [
             scores_of(weight, config, index=places[id(weight)], step=step, stage_steps=stage_steps)
             for weight in weights

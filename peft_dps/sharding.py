@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from peft_dps.errors import EngineError
+from peft_dps.errors import DPSError, EngineError
 
 
 class Ranks:
@@ -157,15 +157,28 @@ def distinct(ranks: Iterable[Ranks | None]) -> list[Ranks]:
     return list(dict.fromkeys(each for each in ranks if each is not None))
 
 
+def world_of(ranks: Iterable[Ranks | None]) -> list[Ranks]:
+    """Return all processes of the training as one set if any weight is cut over some of them, else nothing.
+
+    Args:
+        ranks: Per weight, the processes that it is cut over; None if it is whole.
+    """
+    cut = distinct(ranks)
+    group = dist.group.WORLD
+    return [Ranks(group, cut[0].device)] if cut and group is not None else []
+
+
 @contextmanager
-def together(everyone: list[Ranks]) -> Iterator[None]:
+def together(everyone: list[Ranks], doing: str, error: type[DPSError]) -> Iterator[None]:
     """Make an exception on one process one on all, so that none waits for it in the next communication.
 
     Args:
         everyone: The sets of processes, in one order on all of them. With none nothing is communicated.
+        doing: What is being done, for the message; the processes do not communicate meanwhile.
+        error: What to raise where nothing failed.
 
     Raises:
-        EngineError: If another process failed.
+        DPSError: Of the type `error`, if another process failed.
     """
     try:
         yield
@@ -175,6 +188,4 @@ def together(everyone: list[Ranks]) -> Iterator[None]:
         raise
     failed = [ranks.any(False) for ranks in everyone]
     if any(failed):
-        raise EngineError(
-            "Selecting a subnetwork failed on another process, whose error says why. This one is as before the step."
-        )
+        raise error(f"{doing} failed on another process, whose error says why. This one is as before.")

@@ -7,15 +7,19 @@ is a function of the step, nor the held bits of frozen entries, which are the we
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from peft_dps.bits import pack, unpack
 from peft_dps.errors import StateError
 from peft_dps.freezing import frozen_checksum
 from peft_dps.schedule import Stage
 from peft_dps.scores import score_dtype
+from peft_dps.sharding import Ranks, together, world_of
 from peft_dps.subnetwork import Subnetwork
 from peft_dps.tracked import TrackedWeight
 
@@ -24,12 +28,16 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 # What makes two trainings the same method. Only the length of the training may change.
 SETTINGS = ("variant", "density", "stage_steps", "scope", "frozen", "score", "participation_decay", "seed")
+LOADING = "Loading the training state"
+OTHER_VALUES = (
+    "The values of the weight of {!r} are not those with which the training state was saved. Load the adapter's "
+    "weights of the same moment first, then the training state."
+)
 _STAGES = (None, *(stage.value for stage in Stage))
-_CHUNK = 1 << 20  # bits are packed piece by piece: their temporaries are large
 
 
 def state_of(subnetwork: Subnetwork) -> dict[str, Any]:
-    """Take down the training state of an adapter.
+    """Take down the training state of an adapter; where FSDP2 has cut the weights, that of this process's rows.
 
     Args:
         subnetwork: The adapter's weights and stages.
@@ -51,7 +59,7 @@ def state_of(subnetwork: Subnetwork) -> dict[str, Any]:
             continue
         held = _tensors_of(weight, exact=subnetwork.config.frozen == "exact")
         tensors.update({f"{weight.name}.{kind}": tensor for kind, tensor in held.items()})
-        weights[weight.name] = {**_place_of(weight), **_facts_of(weight), "tensors": sorted(held)}
+        weights[weight.name] = {**place_of(weight), **_facts_of(weight), "tensors": sorted(held)}
     config = subnetwork.config
     header = {
         "format": FORMAT,
@@ -66,32 +74,49 @@ def state_of(subnetwork: Subnetwork) -> dict[str, Any]:
 def load_state(subnetwork: Subnetwork, state: Mapping[str, Any]) -> None:
     """Go on where the training was whose state was taken down. The weights have to be loaded before.
 
-    Everything is checked before anything is changed.
+    Everything is checked, on all processes, before anything is changed on any. Where FSDP2 has cut the weights all
+    processes have to call it, each with the state of its rows.
 
     Args:
         subnetwork: The adapter's weights and stages.
         state: What `state_of` returned.
 
     Raises:
-        StateError: If the state is not complete, or not that of this adapter, these settings and these weights.
+        StateError: If the state is not complete, or not that of this adapter, these settings and these weights; or if
+            that is so on another process.
     """
-    alive = [weight for weight in subnetwork.weights if weight.exists()]
-    try:
+    alive = alive_in(subnetwork)
+    world = world_of(weight.ranks for weight in alive)
+    with together(world, LOADING, StateError), damage_told(subnetwork):
         header, tensors = state["header"], state["tensors"]
-        _check_header(subnetwork, header, {weight.name for weight in alive})
+        check_header(subnetwork, header)
         progress = _check_progress(subnetwork, header["progress"])
         masks = {
             weight.name: _check_weight(weight, header["weights"][weight.name], header["settings"], tensors)
             for weight in alive
         }
         _check_names(header["weights"], tensors)
+    for ranks in world:
+        _check_moment(ranks, header)
+    subnetwork.resume(progress)
+    for weight in alive:
+        _fill(subnetwork, weight, header["weights"][weight.name], tensors, masks[weight.name])
+
+
+def alive_in(subnetwork: Subnetwork) -> list[TrackedWeight]:
+    """Return the weights that still exist."""
+    return [weight for weight in subnetwork.weights if weight.exists()]
+
+
+@contextmanager
+def damage_told(subnetwork: Subnetwork) -> Iterator[None]:
+    """Turn what a malformed state brings about into an error that says so."""
+    try:
+        yield
     except (KeyError, TypeError, AttributeError) as error:
         raise StateError(
             f"The training state for adapter {subnetwork.adapter!r} is damaged, or is none: {error!r}."
         ) from error
-    subnetwork.resume(progress)
-    for weight in alive:
-        _fill(subnetwork, weight, header["weights"][weight.name], tensors, masks[weight.name])
 
 
 def _tensors_of(weight: TrackedWeight, *, exact: bool) -> dict[str, torch.Tensor]:
@@ -107,31 +132,40 @@ def _tensors_of(weight: TrackedWeight, *, exact: bool) -> dict[str, torch.Tensor
     return held
 
 
-def _place_of(weight: TrackedWeight) -> dict[str, Any]:
-    """Describe which part of which whole the weight is."""
+def place_of(weight: TrackedWeight) -> dict[str, Any]:
+    """Describe which part of which whole the weight is, and of which dtype."""
     shape, whole, sharding = list(weight.weight.shape), list(weight.parameter.shape), weight.sharding
     offset = [0 if sharding is None else sharding.first, *[0] * (len(shape) - 1)]
     return {"shape": shape, "global_shape": whole, "offset": offset, "dtype": str(weight.weight.dtype)}
 
 
 def _facts_of(weight: TrackedWeight) -> dict[str, Any]:
+    moved = weight.frozen_moved()
     return {
         "observed": weight.observed,
         "selected": weight.selected,
         # With the policy "gradient" the checksum below tells.
-        "changed_outside": weight.changed_outside or (weight.checksum is None and weight.frozen_moved()),
+        "changed_outside": weight.changed_outside or (weight.checksum is None and moved),
+        "frozen_moved": moved,
         "frozen_checksum": None if weight.checksum is None else int(weight.checksum),
-        "weight_checksum": _checksum(weight),
+        "weight_checksum": checksum_of(weight),
     }
 
 
-def _checksum(weight: TrackedWeight) -> int:
+def checksum_of(weight: TrackedWeight) -> int:
+    """Return a checksum of the bits of the weight's values. Those of all parts add up to that of the whole."""
     nothing_kept = torch.zeros((), dtype=torch.int8, device=weight.weight.device).expand(weight.weight.shape)
-    return int(frozen_checksum(weight.weight, nothing_kept))
+    first = 0 if weight.sharding is None else weight.sharding.first * weight.weight[:1].numel()
+    return int(frozen_checksum(weight.weight, nothing_kept, first))
 
 
-def _check_header(subnetwork: Subnetwork, header: Mapping[str, Any], names: set[str]) -> None:
-    adapter = subnetwork.adapter
+def check_header(subnetwork: Subnetwork, header: Mapping[str, Any]) -> None:
+    """Check that a state is that of an adapter with these settings and layers.
+
+    Raises:
+        StateError: If it is not.
+    """
+    adapter, names = subnetwork.adapter, {weight.name for weight in alive_in(subnetwork)}
     if header["format"] != FORMAT:
         raise StateError(
             f"The training state has format {header['format']!r}, and this version of peft_dps reads format {FORMAT}. "
@@ -162,17 +196,15 @@ def _check_weight(
     weight: TrackedWeight, facts: Mapping[str, Any], settings: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> torch.Tensor | None:
     """Check what the state has of one weight, and return its mask if there is one."""
-    for name, now in _place_of(weight).items():
+    for name, now in place_of(weight).items():
         if facts[name] != now:
             raise StateError(
                 f"The training state of {weight.name!r} is that of a weight with {name} {facts[name]}, and this one "
-                f"has {now}. Resume with the same model, dtype and sharding."
+                f"has {now}. Resume with the same model and dtype, and the same sharding too where it was not "
+                "`save_dps_state` that saved."
             )
-    if facts["weight_checksum"] != _checksum(weight):
-        raise StateError(
-            f"The values of the weight of {weight.name!r} are not those with which the training state was saved. Load "
-            "the adapter's weights of the same moment first, then the training state."
-        )
+    if facts["weight_checksum"] != checksum_of(weight):
+        raise StateError(OTHER_VALUES.format(weight.name))
     parameter = weight.weight
     expected: dict[str, tuple[torch.dtype, list[int]]] = {
         "total": (score_dtype(parameter), list(parameter.shape)),
@@ -229,6 +261,15 @@ def _check_progress(subnetwork: Subnetwork, progress: Mapping[str, Any]) -> dict
     return {**progress, "total_steps": before if now is None else now}
 
 
+def _check_moment(ranks: Ranks, header: Mapping[str, Any]) -> None:
+    moment = zlib.crc32(repr((header.get("save"), sorted(header["progress"].items()))).encode())
+    if bool((ranks.gather(torch.tensor([moment])) != moment).any()):
+        raise StateError(
+            f"The processes were given training states of adapter {header['adapter']!r} from different saves. Give "
+            "each its own of the same save."
+        )
+
+
 def _fill(
     subnetwork: Subnetwork,
     weight: TrackedWeight,
@@ -253,39 +294,3 @@ def _fill(
     weight.total, weight.participation = held.get("total"), held.get("participation")
     weight.observed, weight.selected = facts["observed"], facts["selected"]
     weight.changed_outside = facts["changed_outside"]
-
-
-def pack(mask: torch.Tensor) -> torch.Tensor:
-    """Pack a mask into bits, the first entry of each eight into the lowest bit.
-
-    Args:
-        mask: Any shape; an entry counts as True unless it is 0.
-
-    Returns:
-        uint8, flat, `ceil(n / 8)` bytes.
-    """
-    flat = mask.reshape(-1)
-    packed = torch.empty(-(-flat.numel() // 8), dtype=torch.uint8, device=mask.device)
-    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    for piece, bytes_ in zip(flat.split(_CHUNK), packed.split(_CHUNK // 8), strict=True):
-        bits = torch.zeros(bytes_.numel() * 8, dtype=torch.uint8, device=mask.device)
-        bits[: piece.numel()] = piece != 0
-        torch.sum(bits.view(-1, 8) << places, 1, dtype=torch.uint8, out=bytes_)
-    return packed
-
-
-def unpack(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Undo `pack`.
-
-    Args:
-        packed: What `pack` returned.
-        shape: Shape of the mask.
-
-    Returns:
-        A bool mask.
-    """
-    mask = torch.empty(shape.numel(), dtype=torch.bool, device=packed.device)
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    for piece, bytes_ in zip(mask.split(_CHUNK), packed.split(_CHUNK // 8), strict=True):
-        piece.copy_(((bytes_.unsqueeze(1) >> places) & 1).view(-1)[: piece.numel()])
-    return mask.view(shape)

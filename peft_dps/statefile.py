@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -51,8 +54,99 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> str:
     return digest
 
 
+def write_part(path: str | os.PathLike[str], state: Mapping[str, Any], save: str, rank: int, size: int) -> None:
+    """Write the training state of one process of several, beside what earlier saves have left there.
+
+    Args:
+        path: Name that stands for the files of all processes.
+        state: What `state_of` returned on this process.
+        save: Name of the save, which no other has, 16 hexadecimal digits.
+        rank: The process.
+        size: How many there are.
+    """
+    write(part_of(Path(path), save, rank, size), {**state, "header": {**state["header"], "save": save}})
+
+
+def write_index(path: str | os.PathLike[str], header: Mapping[str, Any], save: str, size: int) -> str:
+    """Make the parts of a save the training state at `path`, when all are written, and delete those of earlier ones.
+
+    Args:
+        path: Name that stands for the files of all processes.
+        header: That of any part.
+        save: Name of the save.
+        size: How many processes there are.
+
+    Returns:
+        Digest of the index, by which the state can be told from others.
+    """
+    path = Path(path)
+    index = {**header, "weights": {}, "save": save, "size": size}
+    digest = write(path, {"header": index, "tensors": {}})
+    own = re.compile(rf"\.?{re.escape(path.stem)}\.([0-9a-f]{{16}})-\d+-of-\d+{re.escape(path.suffix)}(\.part)?")
+    for entry in path.parent.iterdir():
+        found = own.fullmatch(entry.name)
+        if found and found[1] != save:
+            entry.unlink(missing_ok=True)
+    return digest
+
+
+def part_of(path: Path, save: str, rank: int, size: int) -> Path:
+    """Return where the training state of one process of several lies.
+
+    Args:
+        path: Name that stands for the files of all processes.
+        save: Name of the save, 16 hexadecimal digits.
+        rank: The process.
+        size: How many there are.
+    """
+    return path.with_name(f"{path.stem}.{save}-{rank:05d}-of-{size:05d}{path.suffix}")
+
+
+@dataclass(frozen=True)
+class Save:
+    """The files of one save.
+
+    Attributes:
+        name: Name of the save; None if one process has saved.
+        paths: Its files, in the order of the processes.
+    """
+
+    name: str | None
+    paths: list[Path]
+
+    def part(self, rank: int) -> StateFile:
+        """Open the file of a process.
+
+        Raises:
+            StateError: If it is missing, damaged, or of another save.
+        """
+        part = StateFile(self.paths[rank])
+        if part.header.get("save") != self.name:
+            raise StateError(
+                f"'{part.path}' is of another save than the files beside it. Resume from another checkpoint."
+            )
+        return part
+
+
+def find_save(path: str | os.PathLike[str]) -> Save:
+    """Find the files of a training state.
+
+    Args:
+        path: Where it was saved.
+
+    Raises:
+        StateError: If there is no state, or it is damaged.
+    """
+    path = Path(path)
+    header = StateFile(path).header
+    if "size" not in header:
+        return Save(header.get("save"), [path])
+    save, size = header["save"], header["size"]
+    return Save(save, [part_of(path, save, rank, size) for rank in range(size)])
+
+
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a training state.
+    """Read a training state that is in one file.
 
     Args:
         path: Name of the file.
@@ -63,19 +157,66 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         StateError: If there is no such file, or it is damaged, or holds no training state.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header, digest = _labels(path, file.metadata())
+    return StateFile(path).read()
+
+
+class StateFile:
+    """A training state in a file, which may be read piece by piece.
+
+    Args:
+        path: Name of the file.
+
+    Raises:
+        StateError: If there is no such file, or it is damaged, or holds no training state.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        with self._open() as file:
+            self._header, self._written = _labels(path, file.metadata())
+        try:
+            self.header: dict[str, Any] = json.loads(self._header)
+        except ValueError as error:
+            raise self._damaged() from error
+
+    def read(self) -> dict[str, Any]:
+        """Read everything, as `state_of` returned it."""
+        with self._open() as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise StateError(f"There is no training state at '{path}'.") from error
-    except (SafetensorError, OSError) as error:
-        raise StateError(
-            f"The training state at '{path}' is cut off or damaged ({error}). Resume from an earlier checkpoint."
-        ) from error
-    if _digest(header, tensors) != digest:
-        raise StateError(f"The training state at '{path}' is damaged. Resume from an earlier checkpoint.")
-    return {"header": json.loads(header), "tensors": tensors}
+        if _digest(self._header, tensors) != self._written:
+            raise self._damaged()
+        return {"header": self.header, "tensors": tensors}
+
+    def check(self) -> None:
+        """Compare the contents with their digest, one tensor at a time."""
+        with self._open() as file:
+            digest = hashlib.sha256(self._header.encode())
+            for name in sorted(file.keys()):
+                _add(digest, name, file.get_tensor(name))
+        if digest.hexdigest() != self._written:
+            raise self._damaged()
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Read some rows of a tensor, on the CPU; all of them by default."""
+        with self._open() as file:
+            tensor: torch.Tensor = file.get_slice(name)[start:stop]
+        return tensor
+
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                yield file
+        except FileNotFoundError as error:
+            raise StateError(f"There is no training state at '{self.path}'.") from error
+        except (SafetensorError, OSError) as error:
+            raise StateError(
+                f"The training state at '{self.path}' is cut off or damaged ({error}). Resume from an earlier "
+                "checkpoint."
+            ) from error
+
+    def _damaged(self) -> StateError:
+        return StateError(f"The training state at '{self.path}' is damaged. Resume from an earlier checkpoint.")
 
 
 def digest_of(path: str | os.PathLike[str]) -> str | None:
@@ -96,9 +237,13 @@ def _labels(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> tu
 def _digest(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+        _add(digest, name, tensors[name])
     return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    digest.update(name.encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _flush(path: Path) -> None:

@@ -248,7 +248,8 @@ class Subnetwork:
         if position.stage is not self._entered:
             self._forget_dead()
             if position.stage is Stage.SUBNETWORK:
-                with together(distinct(weight.ranks for weight in self.weights)):
+                everyone = distinct(weight.ranks for weight in self.weights)
+                with together(everyone, "Selecting a subnetwork", EngineError):
                     self._check_observed()
                 self._select()
             else:

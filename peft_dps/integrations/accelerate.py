@@ -8,10 +8,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from peft_dps import statefile
+from peft_dps import checkpoint, statefile
 from peft_dps.adapters import find_trained
 from peft_dps.errors import ConfigError
-from peft_dps.state import load_state, state_of
 
 
 def register_for_checkpointing(accelerator: Accelerator, model: nn.Module) -> None:
@@ -47,9 +46,10 @@ class _Mark:
     def save(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
         accelerator = self._accelerator
         every_node = accelerator.project_configuration.save_on_each_node
-        if accelerator.is_local_main_process if every_node else accelerator.is_main_process:
-            for adapter, subnetwork in find_trained(self._model).items():
-                statefile.write(statefile.path_in(folder, adapter), state_of(subnetwork))
+        saves = accelerator.is_local_main_process if every_node else accelerator.is_main_process
+        for adapter, subnetwork in find_trained(self._model).items():
+            if saves or checkpoint.processes_of(subnetwork):  # which all save their rows
+                checkpoint.save(subnetwork, statefile.path_in(folder, adapter))
 
     def locate(self, models: list[nn.Module], folder: str) -> None:
         self._folder = Path(folder)
@@ -61,4 +61,4 @@ class _Mark:
         if self._folder is None:
             raise ConfigError("Load the training state of DPS with `accelerator.load_state(folder)`.")
         for adapter, subnetwork in find_trained(self._model).items():
-            load_state(subnetwork, statefile.read(statefile.path_in(self._folder, adapter)))
+            checkpoint.load(subnetwork, statefile.path_in(self._folder, adapter))

@@ -12,8 +12,10 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from peft_dps import statefile
-from peft_dps.errors import StateError
+from peft_dps import checkpoint, statefile
+from peft_dps.errors import EngineError, StateError
+from peft_dps.state import state_of
+from peft_dps.subnetwork import Subnetwork
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,77 @@ def find_state(adapter: str, saved: Mapping[str, str], args: TrainingArguments, 
         f"belongs to its checkpoint is not at {places}. If the checkpoint lies elsewhere than in `output_dir`, name "
         "its folder in the arguments too: `TrainingArguments(..., resume_from_checkpoint='<the folder>')`."
     )
+
+
+class PartsSaver:
+    """Saves the training states of sharded weights into a Trainer's checkpoints, each process that of its rows.
+
+    A Trainer asks only one process for the state of a callback. But all processes take part in collecting the
+    optimizer's state, when the checkpoint's folder is there and before `trainer_state.json` is: each writes its part
+    then. Collecting it makes them wait for each other, so that all parts are there before that file.
+
+    Args:
+        subnetworks: The adapters in training, sharded or not.
+        optimizer: The Trainer's optimizer.
+        args: The Trainer's arguments.
+        state: Its state.
+    """
+
+    def __init__(
+        self, subnetworks: list[Subnetwork], optimizer: Any, args: TrainingArguments, state: TrainerState
+    ) -> None:
+        self._sharded = {each.adapter: each for each in subnetworks if checkpoint.processes_of(each)}
+        self._args, self._state = args, state
+        self._hook: Any = None
+        if self._sharded:
+            self._ranks = checkpoint.processes_of(next(iter(self._sharded.values())))[0]
+            self._training = checkpoint.common_number(self._ranks) >> 31  # 32 bits, and 32 for the step
+            inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper passes it on
+            self._hook = inner.register_state_dict_pre_hook(self._write_parts)
+
+    def __contains__(self, adapter: str) -> bool:
+        return adapter in self._sharded
+
+    def finish(self, adapter: str) -> str:
+        """Make the parts that the processes have written one training state.
+
+        Args:
+            adapter: Name of the adapter.
+
+        Returns:
+            Its digest.
+        """
+        path, part = self._paths(adapter)
+        size = self._ranks.size
+        missing = [rank for rank in range(size) if not statefile.part_of(path, self._save, rank, size).exists()]
+        if missing:
+            raise EngineError(
+                f"The training state of the sharded adapter {adapter!r} is not complete: in '{path.parent}' there is "
+                f"none of the processes {missing}. They need a folder that all share, and an optimizer whose state "
+                "the Trainer saves. Or save with Accelerate or in a loop of your own, and train with "
+                "`save_only_model=True`."
+            )
+        return statefile.write_index(path, statefile.StateFile(part).header, self._save, size)
+
+    def close(self) -> None:
+        """Write no more."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    @property
+    def _save(self) -> str:
+        return f"{self._training:08x}{self._state.global_step:08x}"
+
+    def _paths(self, adapter: str) -> tuple[Path, Path]:
+        path = statefile.path_in(checkpoint_folder(self._args, self._state), adapter)
+        return path, statefile.part_of(path, self._save, self._ranks.rank, self._ranks.size)
+
+    def _write_parts(self, optimizer: Any) -> None:
+        # It communicates nothing: who else asks for the optimizer's state may do so on one process.
+        for adapter, subnetwork in self._sharded.items():
+            path, part = self._paths(adapter)
+            if path.parent.is_dir() and not part.exists() and not self._args.save_only_model:
+                statefile.write_part(path, state_of(subnetwork), self._save, self._ranks.rank, self._ranks.size)
 
 
 def warn_of_incomplete_checkpoint(output_dir: Path) -> None:

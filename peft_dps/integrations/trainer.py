@@ -13,17 +13,17 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from peft_dps import statefile
+from peft_dps import checkpoint, statefile
 from peft_dps.adapters import find_subnetworks, find_trained
 from peft_dps.errors import ConfigError, EngineError
 from peft_dps.integrations.checkpoints import (
+    PartsSaver,
     checkpoint_folder,
     find_state,
     saved_digests,
     warn_of_incomplete_checkpoint,
 )
 from peft_dps.schedule import Stage, StageSchedule
-from peft_dps.state import load_state, state_of
 from peft_dps.status import selected_fraction_of
 from peft_dps.subnetwork import Subnetwork
 
@@ -43,6 +43,7 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
         self._first_step = 0
         self._begun_at: dict[str, int] = {}
         self._training: tuple[TrainingArguments, TrainerState] | None = None
+        self._parts: PartsSaver | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -70,11 +71,13 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
         for subnetwork in self._subnetworks:
             subnetwork.restart(subnetwork.config.total_steps or state.max_steps)
             if resumed:
-                load_state(subnetwork, statefile.read(find_state(subnetwork.adapter, saved, args, state)))
+                checkpoint.load(subnetwork, find_state(subnetwork.adapter, saved, args, state))
             else:
                 _check_that_it_fits(subnetwork, state)
         self._begun_at = {subnetwork.adapter: subnetwork.step for subnetwork in self._subnetworks}
         self._training = args, state
+        self._close_parts()
+        self._parts = PartsSaver(self._subnetworks, kwargs.get("optimizer"), args, state)
 
     def state(self) -> dict[str, Any]:
         """Save the training state into the checkpoint that is being written, and tell the Trainer its digest.
@@ -88,12 +91,7 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
             folder = checkpoint_folder(*self._training)
             # The folder is another one in a hyperparameter search, whose trials are not resumed.
             wanted = folder.is_dir() and not self._training[0].save_only_model
-            self.saved = {
-                subnetwork.adapter: statefile.write(
-                    statefile.path_in(folder, subnetwork.adapter), state_of(subnetwork)
-                )
-                for subnetwork in (self._subnetworks if wanted else [])
-            }
+            self.saved = {each.adapter: self._save(each, folder) for each in (self._subnetworks if wanted else [])}
         return {"args": {}, "attributes": {"saved": self.saved}}
 
     def on_step_end(
@@ -116,6 +114,7 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
             if selected_fraction_of(subnetwork) is None and subnetwork.step > 0:
                 logger.warning("Adapter %r: training ended before a subnetwork was selected.", subnetwork.adapter)
         self._subnetworks, self._training = [], None
+        self._close_parts()
 
     def on_log(
         self,
@@ -144,6 +143,16 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
                 entry[f"dps_cycle{suffix}"] = subnetwork.position.cycle
                 entry[f"dps_stage{suffix}"] = stage.value
                 entry[f"dps_selected{suffix}"] = selected
+
+    def _save(self, subnetwork: Subnetwork, folder: Path) -> str:
+        if self._parts is not None and subnetwork.adapter in self._parts:
+            return self._parts.finish(subnetwork.adapter)
+        return checkpoint.save(subnetwork, statefile.path_in(folder, subnetwork.adapter))
+
+    def _close_parts(self) -> None:
+        if self._parts is not None:
+            self._parts.close()
+        self._parts = None
 
     def _check_engaged(self, state: TrainerState) -> None:
         for subnetwork in self._subnetworks:

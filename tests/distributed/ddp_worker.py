@@ -10,9 +10,8 @@ import torch.distributed as dist
 from peft import get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.traffic import Collectives
 from peft_dps import DPSConfig, EngineError, check_ranks_agree
 
 
@@ -26,20 +25,6 @@ def state_of(model: nn.Module) -> list[torch.Tensor]:
     layers = [model.base_model.model[index] for index in (0, 2)]
     weights = layers[0].dps_subnetworks["default"].weights
     return [*(weight.weight.detach() for weight in weights), *(weight.keep.float() for weight in weights)]
-
-
-class Collectives(TorchDispatchMode):
-    """Counts the bytes of what is communicated."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-            self.sent.append((function.__name__, sum(tensor.nbytes for tensor in tensors)))
-        return function(*args, **(kwargs or {}))
 
 
 def a_difference_is_named(model: nn.Module, rank: int) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ddp_worker import Collectives
 from fsdp_worker import (
     batches,
     compare,
@@ -33,7 +32,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from peft_dps import EngineError, StateError, check_ranks_agree, load_dps_state, save_dps_state
+from benchmarks.traffic import Collectives
+from peft_dps import EngineError, check_ranks_agree
 
 MIX = {"variant": "mix"}
 
@@ -68,37 +68,6 @@ def state_dicts_make_no_steps_and_load(full: bool) -> None:
     steps(model, optimizer, batches(1))
     for weight, keep, tensor in zip(tracked(model), keeps, loaded, strict=True):
         assert torch.equal(weight.weight[keep == 0], tensor[keep == 0])
-
-
-def each_rank_resumes_from_its_own_state(folder: Path, at: int) -> None:
-    """The state of the training is that of the rows at hand."""
-    path = folder / f"state.{dist.get_rank()}.safetensors"
-    folder.mkdir(exist_ok=True)
-    for fields in ({}, MIX):
-        model, other = (shard(make_model(fields), mesh=mesh_of(dist.get_world_size())) for _ in range(2))
-        optimizer, optimizer_of_other = optimizer_of(model), optimizer_of(other)
-        data = batches(8)
-        steps(model, optimizer, data[:at])
-        save_dps_state(model, path)
-        saved = copy.deepcopy((get_model_state_dict(model), get_optimizer_state_dict(model, optimizer)))
-        steps(model, optimizer, data[at:])
-        set_model_state_dict(other, saved[0])
-        set_optimizer_state_dict(other, optimizer_of_other, saved[1])
-        load_dps_state(other, path)
-        assert other.dps_status().steps == at
-        steps(other, optimizer_of_other, data[at:])
-        for weight, twin in zip(tracked(model), tracked(other), strict=True):
-            assert torch.equal(weight.weight, twin.weight), weight.name
-        path_of_another = folder / f"state.{1 - dist.get_rank()}.safetensors"
-        dist.barrier()
-        try:
-            load_dps_state(other, path_of_another)
-        except StateError as error:
-            if "sharding" not in str(error):
-                raise
-        else:
-            raise AssertionError("the state of another process was taken")
-        dist.barrier()
 
 
 def the_adapter_is_saved_from_shards(folder: Path) -> None:
@@ -221,8 +190,6 @@ def main(folder: Path) -> None:
     os.environ["PEFT_DPS_CHECK_RANKS"] = "1"
     state_dicts_make_no_steps_and_load(full=False)
     state_dicts_make_no_steps_and_load(full=True)
-    each_rank_resumes_from_its_own_state(folder / "states", at=2)
-    each_rank_resumes_from_its_own_state(folder / "states", at=4)
     the_adapter_is_saved_from_shards(folder / "plain")
     mixed_precision_keeps_whole_precision_in_the_shards()
     replicas_are_compared()

@@ -19,8 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dps import DPSConfig
 from peft_dps.adapters import find_subnetworks
+from tests.resuming import as_bits
 
 LAYERS = ("0", "2", "4", "6")
+KINDS = ("total", "participation", "keep", "held", "snapshot")
 
 
 class Net(nn.Sequential):
@@ -132,6 +134,18 @@ def whole_keeps(model: nn.Module) -> list[torch.Tensor | None]:
 
 def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+def everything(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights, and all that DPS holds, as bits and whole, whatever they are cut into."""
+    held = dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    for weight in tracked(model):
+        for kind in KINDS:
+            tensor = getattr(weight, kind)
+            if tensor is not None:
+                cut = weight.sharding is not None and kind != "participation"
+                held[f"{kind}/{weight.name}"] = weight.sharding.whole_of(tensor) if cut else tensor
+    return {name: as_bits(tensor).contiguous().clone() for name, tensor in held.items()}
 
 
 def compare(sharded: nn.Module, alone: nn.Module) -> None:

@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from tests.launching import torchrun
 from tests.resuming import Training, assert_same
 
-HERE = Path(__file__).parent
 MIX = {"variant": "mix"}
-
-
-def torchrun(worker: str, *arguments: str, processes: int = 2) -> str:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)),
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
-        *(str(HERE / worker), *arguments),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr[-6000:]
-    return run.stdout
 
 
 @pytest.mark.supports("Training", "DDP: as one process")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import scaling
 from benchmarks.__main__ import main
 from benchmarks.memory import KINDS
 from benchmarks.ratio import Spread
@@ -85,3 +86,36 @@ def test_output_names_no_host_and_no_path(output, document):
 
 def test_spread():
     assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(median=3.0, lower=2.0, upper=4.0, count=5)
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scaling") / "scaling.json"
+    scaling.main(
+        "--size toy --batch 2 --tokens 8 --stage-steps 2 --cycles 1 --warmup 1 --entries 1000 2000 4000 --repeats 2 "
+        f"--out {path}".split()
+    )
+    return json.loads(path.read_text())
+
+
+def test_dps_on_engines_is_held_against_the_engines(scaled):
+    found = {(each["variant"], each["against"], each["figure"]) for each in scaled["step_ratios"]}
+    assert found == {(*pair, figure) for pair, figure in product(scaling.COMPARISONS, FIGURES)}
+    assert [each["figure"][:2] for each in scaled["rounds"]] == ["ac", "ac", "se", "su"]
+    assert all(set(each["times"]) == set(scaling.NAMES) for each in scaled["rounds"])
+    assert [each["entries"] for each in scaled["selection"]] == [1000, 2000, 4000]
+    assert all(each["seconds"]["count"] == 2 for each in scaled["selection"])
+
+
+def test_what_engines_communicate_is_counted(scaled):
+    traffic = {
+        name: {figure: sum(by_collective.values()) for figure, by_collective in figures.items()}
+        for name, figures in scaled["traffic_bytes"].items()
+    }
+    for figure in FIGURES:
+        assert traffic["ddp-dense"][figure] == traffic["ddp-mix"][figure] == traffic["ddp-plain"][figure] > 0
+    plain, dense, mix = (traffic[f"fsdp2-{method}"] for method in scaling.METHODS)
+    assert dense["accumulate"] == dense["subnetwork"] + 4  # was any gradient not finite?
+    assert dense["selecting"] > dense["accumulate"] > plain["accumulate"]  # W0 is collected beside W
+    assert mix["accumulate"] == dense["accumulate"]
+    assert mix["subnetwork"] > dense["subnetwork"]  # W_eff is collected too

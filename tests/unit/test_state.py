@@ -19,8 +19,8 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from peft_dps import Stage, StateError, dps_state_dict, load_dps_state_dict
+from peft_dps.bits import pack, unpack
 from peft_dps.errors import ConfigError
-from peft_dps.state import pack, unpack
 from tests.resuming import Plan, Training, assert_same
 from tests.unit.conftest import layers_of, subnetwork_of, train, trainable, weights_of
 

@@ -175,3 +175,44 @@ def test_a_save_killed_at_each_point_leaves_the_previous_state_or_the_new_one(tm
             resumed = Training.resumed(folder)
             resumed.run(14)
             assert_same(resumed.everything(), whole[variant].everything())
+
+
+def test_parts_belong_together_when_their_index_is_there(training, tmp_path):
+    path, state = tmp_path / "state.x", training.model.dps_state_dict()
+    first, second = "0" * 16, "f" * 16
+    for rank in range(2):
+        statefile.write_part(path, state, first, rank, 2)
+    with pytest.raises(StateError, match="no training state at"):
+        statefile.find_save(path)
+    statefile.write_index(path, state["header"], first, 2)
+    statefile.write_part(path, state, second, 0, 3)  # a save that is cut off
+    (tmp_path / f".state.{second}-00001-of-00003.x.part").touch()
+    (tmp_path / f"state.y.{first}-00000-of-00002.x").touch()  # of another name
+    before = statefile.find_save(path)
+    assert before.name == first
+    assert [before.part(rank).read()["header"]["save"] for rank in range(2)] == [first] * 2
+
+    third = "a" * 16
+    statefile.write_part(path, state, third, 0, 1)
+    statefile.write_index(path, state["header"], third, 1)
+    names = {entry.name for entry in tmp_path.iterdir()}
+    assert names == {"state.x", f"state.{third}-00000-of-00001.x", f"state.y.{first}-00000-of-00002.x"}
+    statefile.find_save(path).paths[0].write_bytes(path.read_bytes())
+    assert statefile.find_save(path).part(0).header["size"] == 1
+    with pytest.raises(StateError, match="is of another save"):
+        statefile.Save(first, [path]).part(0)
+
+
+def test_pieces_are_read_and_checked_one_by_one(training, path):
+    file, state = statefile.StateFile(path), training.model.dps_state_dict()
+    name = next(name for name in state["tensors"] if name.endswith("mask"))
+    assert torch.equal(file.rows(name, 1, 3), state["tensors"][name][1:3])
+    assert torch.equal(file.rows(name), state["tensors"][name])
+    file.check()
+    with pytest.raises(StateError, match="cut off or damaged"):
+        file.rows("nothing")
+    whole = bytearray(path.read_bytes())
+    whole[-3] ^= 4
+    path.write_bytes(whole)
+    with pytest.raises(StateError, match="is damaged"):
+        file.check()

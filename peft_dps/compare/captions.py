@@ -40,20 +40,20 @@ CAPTIONS = {
         "than one on the Pareto front."
     ),
     "seeds": (
-        "The score of every run. A thin line joins the runs of one seed; the bar below the points is the mean with its "
-        "95% interval."
+        "The score of every run. A thin line joins the runs of one seed; the bar below the points is the mean with "
+        "its 95% interval."
     ),
     "curves": (
         "Training loss and validation score by step, means over the seeds. Shaded: SUBNETWORK, in which DPS updates "
         "only the best-scored entries."
     ),
     "selection": (
-        "The fraction of each weight's entries that DPS selects, by layer and cycle, mean over the seeds. Methods that "
-        "select the same fraction of every weight, as their scope demands, are left out."
+        "The fraction of each weight's entries that DPS selects, by layer and cycle, mean over the seeds. Methods "
+        "that select the same fraction of every weight, as their scope demands, are left out."
     ),
     "overlap": (
-        "How much of the mask stays from one cycle to the next: entries in both masks over entries in either. Dotted: "
-        "what two independent random masks of the same sizes share."
+        "How much of the mask stays from one cycle to the next: entries in both masks over entries in either. "
+        "Dotted: what two independent random masks of the same sizes share."
     ),
     "overlap-by-layer": "The same overlap, by layer and cycle, mean over the seeds.",
 }

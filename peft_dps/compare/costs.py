@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peft_dps.compare.contest import REFERENCE, Contender, Contest
@@ -23,8 +24,8 @@ class Costs:
         peak_memory: In bytes.
         file_size: In bytes.
         seconds: Training time.
-        time_to_reference: Training time until the validation score reaches what the reference ends with, as the median
-            over the seeds; infinite if half of them or more never do. None without a reference.
+        time_to_reference: Training time until the validation score reaches that with which the reference ends on the
+            same seed, as the median over the seeds; infinite if half of them or more never do. None without pairs.
         reached: In how many runs it does.
         runs: Of how many.
     """
@@ -48,17 +49,16 @@ def costs_of(contest: Contest) -> list[Costs]:
     Args:
         contest: The contest.
     """
-    target = reference_score(contest)
+    targets = reference_ends(contest)
     ratios = step_ratios(contest.timing) if contest.timing else {}
-    return [_costs(each, target, ratios.get(each.variant)) for each in contest.contenders]
+    return [_costs(each, targets, ratios.get(each.variant)) for each in contest.contenders]
 
 
-def reference_score(contest: Contest) -> float | None:
-    """Return the mean over the seeds of the reference's validation score at the end of training, if there is one."""
+def reference_ends(contest: Contest) -> dict[int, float]:
+    """Return per seed the reference's validation score at the end of training, where there is one."""
     runs = contest.reference.finished if contest.reference else []
-    ends = [run.evaluations[-1].score for run in runs if run.evaluations]
-    numbers = [score for score in ends if not math.isnan(score)]
-    return statistics.fmean(numbers) if numbers else None
+    ends = {run.plan.seed: run.evaluations[-1].score for run in runs if run.evaluations}
+    return {seed: score for seed, score in ends.items() if not math.isnan(score)}
 
 
 def timed_against(timing: Timing) -> str:
@@ -77,13 +77,13 @@ def step_ratios(timing: Timing) -> dict[str, float]:
     return {name: statistics.median(own / other for own, other in pairs) for name, pairs in rounds.items() if pairs}
 
 
-def _costs(contender: Contender, target: float | None, step_ratio: float | None) -> Costs:
+def _costs(contender: Contender, targets: Mapping[int, float], step_ratio: float | None) -> Costs:
     runs = contender.finished
     rates = tuple(sorted({run.plan.learning_rate for run in contender.runs.values()}))
     if not runs:
         return Costs(contender, rates, step_ratio=step_ratio)
     selected = [run.selected for run in runs if run.selected is not None]
-    times = [] if target is None else [_time_to(target, run) for run in runs if run.evaluations]
+    times = [_time_to(targets[run.plan.seed], run) for run in runs if run.plan.seed in targets and run.evaluations]
     return Costs(
         contender=contender,
         learning_rates=rates,

@@ -12,11 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from peft_dps.compare.contest import Contender, Contest
-from peft_dps.compare.palette import Style, canvas, label, legend
+from peft_dps.compare.palette import Style, canvas, headline, label, legend
 from peft_dps.compare.plots import WIDTH
 from peft_dps.compare.run import Selection
 
 OTHER = "other"
+_PREFIX = "base_model.model."  # what PEFT puts before the path in the model
+_BESIDE = 0.06  # of a cycle, so that methods do not hide each other
 _FLAT = 0.005  # shares that differ by less are equal up to rounding
 
 Values = Callable[[Selection], Mapping[str, float]]
@@ -49,7 +51,7 @@ def draw_selection(contest: Contest) -> Figure | None:
         The figure; None if no method selects more of one weight than of another.
     """
     uneven = [(each, grid) for each, grid in _grids(contest, fraction) if not is_flat(grid)]
-    title = f"{contest.name}: fraction of each weight's entries in the subnetwork, by layer (down) and cycle (right)"
+    title = f"{contest.name}: fraction of each weight's entries in the subnetwork"
     return _draw_maps(uneven, title, "fraction selected") if uneven else None
 
 
@@ -63,7 +65,7 @@ def draw_overlap_by_layer(contest: Contest) -> Figure | None:
         The figure; None if no method has two cycles.
     """
     known = _grids(contest, overlap)
-    title = f"{contest.name}: overlap of masks with those of the cycle before, by layer (down) and cycle (right)"
+    title = f"{contest.name}: overlap of masks with those of the cycle before"
     return _draw_maps(known, title, "overlap (Jaccard index)") if known else None
 
 
@@ -82,21 +84,21 @@ def draw_overlap(contest: Contest, styles: Mapping[str, Style]) -> Figure | None
         return None
     with canvas(WIDTH, 3.6) as figure:
         axes = figure.subplots()
-        for each, grid in known:
+        for place, (each, grid) in enumerate(known):
             style = styles[each.variant]
-            low, high = np.nanmin(grid.values, axis=0), np.nanmax(grid.values, axis=0)
-            axes.fill_between(grid.cycles, low, high, color=style.color, alpha=0.12, linewidth=0)
             mean = np.nanmean(grid.values, axis=0)
-            axes.plot(grid.cycles, mean, label=label(each.title), markersize=5, **{**style.point, **style.curve})
+            low, high = np.nanmin(grid.values, axis=0), np.nanmax(grid.values, axis=0)
+            ends = np.maximum(0, [mean - low, high - mean])  # the mean of equal numbers may be off by a rounding
+            beside = np.asarray(grid.cycles) + _BESIDE * (place - (len(known) - 1) / 2)
+            look = {**style.point, **style.curve}
+            axes.errorbar(beside, mean, yerr=ends, elinewidth=1, markersize=6, label=label(each.title), **look)
             expected = chance(each)
             axes.plot(list(expected), list(expected.values()), ":", color=style.color, linewidth=1.2)
-        axes.plot([], [], ":", color="0.3", label="two random masks")
-        axes.fill_between([], [], color="0.5", alpha=0.3, label="from the least to the\nmost overlapping weight")
+        axes.plot([], [], ":", color="0.3", label="two random masks\nof the same sizes")
+        axes.plot([], [], "|", color="0.3", markersize=12, label="from the least to the\nmost overlapping weight")
         axes.set(xlabel="cycle", ylabel="overlap with the cycle before\n(Jaccard index)", ylim=(0, 1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.suptitle(
-            label(f"{contest.name}: how much of a mask stays, mean over weights and seeds", 100), fontsize=11
-        )
+        headline(figure, f"{contest.name}: how much of a mask stays, mean over weights and seeds")
         legend(figure, axes, [each for each, _ in known])
     return figure
 
@@ -179,16 +181,17 @@ def places(names: Sequence[str]) -> dict[str, Place]:
         if first is not None and first + 1 < len(parts):
             split[name] = tuple("*" if part.isdigit() else part for part in parts[first + 1 :]), int(parts[first])
     short = _shorten({matrix for matrix, _ in split.values()})
-    others = _shorten({tuple(name.split(".")) for name in names if name not in split})
+    outside = {name: tuple(name.removeprefix(_PREFIX).split(".")) for name in names if name not in split}
+    others = _shorten(set(outside.values()), least=2)
     return {
-        name: (short[split[name][0]], split[name][1]) if name in split else (OTHER, others[tuple(name.split("."))])
+        name: (short[split[name][0]], split[name][1]) if name in split else (OTHER, others[outside[name]])
         for name in names
     }
 
 
-def _shorten(paths: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+def _shorten(paths: set[tuple[str, ...]], least: int = 1) -> dict[tuple[str, ...], str]:
     def shortest(path: tuple[str, ...]) -> str:
-        for length in range(1, len(path)):
+        for length in range(least, len(path)):
             if sum(other[-length:] == path[-length:] for other in paths) == 1:
                 return ".".join(path[-length:])
         return ".".join(path)
@@ -210,13 +213,17 @@ def _draw_maps(grids: Sequence[tuple[Contender, Grid]], title: str, quantity: st
         for (each, grid), line in zip(grids, panels, strict=True):
             for axes, matrix in zip(line, matrices, strict=True):
                 _draw_map(axes, grid, layout, matrix, rows[matrix], highest)
-            line[0].set_ylabel(label(each.title, 16))
+            line[0].set_ylabel(f"{label(each.title, 20)}\nlayer")
+            for axes, matrix in zip(line[1:], matrices[1:], strict=True):
+                if matrix != OTHER and rows[matrix] == rows[matrices[0]]:
+                    axes.set_yticklabels([])
         for axes, matrix in zip(panels[0], matrices, strict=True):
             axes.set_title(matrix.replace(".", ".\n"), fontsize=8)
         for axes in panels[:-1].flat:
             axes.set_xticklabels([])
         figure.colorbar(panels[0, 0].images[0], ax=panels, label=quantity, fraction=0.03, pad=0.01)
-        figure.suptitle(label(title, 110), fontsize=11)
+        figure.supxlabel("cycle", fontsize=9)
+        headline(figure, title)
     return figure
 
 
@@ -244,6 +251,7 @@ def _draw_map(
     axes.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]], fontsize=7)
     if matrix == OTHER:
         axes.yaxis.tick_right()
+        axes.spines[["left", "right"]].set_visible(False)
 
 
 def _order(layer: int | str) -> tuple[bool, int, str]:

@@ -132,6 +132,12 @@ def label(text: str, width: int = 30) -> str:
     return "\n".join(textwrap.wrap(text, width)).replace("$", r"\$")
 
 
+def headline(figure: Figure, text: str) -> None:
+    """Put a title above the whole figure, in as many lines as it needs."""
+    width = round(11 * figure.get_figwidth())
+    figure.suptitle(label(text, width), x=0.01, horizontalalignment="left", fontsize=11)
+
+
 def legend(figure: Figure, axes: Axes, contenders: Sequence[Contender]) -> None:
     """Put one legend for the whole figure to the right of it.
 
@@ -143,4 +149,4 @@ def legend(figure: Figure, axes: Axes, contenders: Sequence[Contender]) -> None:
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     order = [label(each.title) for each in contenders if label(each.title) in handles]
     names = [*order, *(name for name in handles if name not in order)]
-    figure.legend([handles[name] for name in names], names, loc="outside right upper")
+    figure.legend([handles[name] for name in names], names, loc="outside right center")

@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from peft_dps.compare.contest import Contest
-from peft_dps.compare.costs import costs_of, reference_score
-from peft_dps.compare.palette import Style, canvas, label, legend
+from peft_dps.compare.contest import Contender, Contest
+from peft_dps.compare.costs import costs_of, reference_ends
+from peft_dps.compare.palette import Style, canvas, headline, label, legend
 from peft_dps.compare.run import Run
 from peft_dps.compare.standing import Standing, standings
 
@@ -39,7 +39,7 @@ def draw_costs(contest: Contest, styles: Styles) -> Figure:
         left.set(xlabel="peak memory, MiB", ylabel=f"{contest.domains[0]}: 100 x {contest.metric}")
         _draw_front(right, [(costs.seconds or 0, own) for costs, own in places], styles)
         right.set(xlabel="training time, s")
-        figure.suptitle(label(f"{contest.name}: better is up and to the left", 100), fontsize=11)
+        headline(figure, f"{contest.name}: better is up and to the left")
         legend(figure, left, contest.contenders)
     return figure
 
@@ -51,10 +51,10 @@ def draw_seeds(contest: Contest, styles: Styles) -> Figure:
         contest: The contest.
         styles: Per variant, how it looks.
     """
-    rows = math.ceil(len(contest.domains) / _COLUMNS)
-    columns = min(_COLUMNS, len(contest.domains))
+    columns = min(_COLUMNS, len(contest.domains)) if len(contest.domains) != 4 else 2
+    rows = math.ceil(len(contest.domains) / columns)
     count = len(contest.contenders)
-    with canvas(max(6.5, 1.7 + 2.9 * columns), rows * (1.1 + 0.3 * count)) as figure:
+    with canvas(WIDTH, rows * (1.1 + 0.3 * count)) as figure:
         grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
         for axes in grid.flat[len(contest.domains) :]:
             axes.set_visible(False)
@@ -62,12 +62,7 @@ def draw_seeds(contest: Contest, styles: Styles) -> Figure:
             _draw_strip(axes, contest, domain, styles)
         grid[0, 0].set_yticks(range(count), [label(each.title, 34) for each in contest.contenders])
         grid[0, 0].set_ylim(count - 0.4, -0.6)
-        figure.suptitle(
-            label(
-                f"{contest.name}: every run a point, bars: mean and its 95% interval, lines: one seed", 45 * columns
-            ),
-            fontsize=11,
-        )
+        headline(figure, f"{contest.name}: every run a point; bars: mean and its 95% interval; lines: one seed")
     return figure
 
 
@@ -99,13 +94,19 @@ def draw_curves(contest: Contest, styles: Styles) -> Figure | None:
                 steps = [look.step for look in min(looks, key=len)]
                 scores = _mean([[100 * look.score for look in run] for run in looks])
                 bottom.plot(steps, scores, label=label(each.title), markersize=4, **{**style.point, **style.curve})
-        if (target := reference_score(contest)) is not None:
-            bottom.axhline(100 * target, color="0.4", linestyle=":", linewidth=1.2, label="end of the reference")
+        if ends := reference_ends(contest):
+            bottom.axhline(
+                100 * float(np.mean(list(ends.values()))),
+                color="0.4",
+                linestyle=":",
+                linewidth=1.2,
+                label="full fine-tuning at its end",
+            )
         top.set(ylabel=f"training loss, mean of {SMOOTHING_STEPS} steps")
-        bottom.set(xlabel="step", ylabel=f"validation: 100 x {contest.metric}", xlim=(0.5, None))
+        bottom.set(xlabel="step", ylabel=f"validation: 100 x {contest.metric}", xlim=(0.5, _last_step(found) + 0.5))
         _from_percentile(bottom)
         shaded = "" if staged is None else f"; shaded: SUBNETWORK of {staged.title}"
-        figure.suptitle(label(f"{contest.name}: means over seeds{shaded}", 100), fontsize=11)
+        headline(figure, f"{contest.name}: means over seeds{shaded}")
         legend(figure, bottom, found)
     return figure
 
@@ -135,7 +136,7 @@ def _draw_front(axes: Axes, places: Sequence[tuple[float, Standing]], styles: St
     front = [points[index] for index in pareto(points)]
     if front:
         costs, scores = zip(*front, strict=True)
-        axes.step(costs, scores, where="post", color="0.6", linewidth=1.5, zorder=0, label="Pareto front")
+        axes.step(costs, scores, where="post", color="0.6", linewidth=1.5, zorder=1, label="Pareto front")
     known = [cost for cost, _ in points if cost > 0]
     if known and max(known) > _LOG_FROM * min(known):
         axes.set_xscale("log")
@@ -161,12 +162,17 @@ def _draw_strip(axes: Axes, contest: Contest, domain: str, styles: Styles) -> No
         if own.failed:
             note = f"{own.failed} failed"
             axes.annotate(
-                note, (1, row), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=8, color="0.3"
+                note, (0.98, row), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=8, color="0.3"
             )
     axes.xaxis.set_major_locator(MaxNLocator(5))
     place = f"{domain} (in domain)" if domain == contest.domains[0] and len(contest.domains) > 1 else domain
     axes.set_title(label(place, 34))
     axes.set_xlabel(f"100 x {contest.metric}")
+
+
+def _last_step(contenders: Sequence[Contender]) -> int:
+    runs = [run for each in contenders for run in each.finished]
+    return max(max(len(run.losses), *(look.step for look in run.evaluations), 1) for run in runs)
 
 
 def _shade(axes: Axes, run: Run) -> None:

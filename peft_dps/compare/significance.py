@@ -14,7 +14,7 @@ RESAMPLES = 9_999
 FLIPS = 2**14
 """Up to this many sign patterns are gone through one by one; of more, as many are drawn."""
 
-_DECIMALS = 12  # differences of equal scores are equal, whatever the rounding of the subtraction
+_UNIT = 1e-12  # differences are counted in these, so that sums are exact and ties are ties
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -56,9 +56,11 @@ def sign_flip_p(differences: Sequence[float]) -> float | None:
     """
     if not differences:
         return None
+    if len(differences) == 1:  # either sign is as extreme as the other; scipy wants two
+        return 1.0
     test = stats.permutation_test(
-        (np.round(np.asarray(differences, dtype=float), _DECIMALS),),
-        np.mean,
+        (np.rint(np.asarray(differences, dtype=float) / _UNIT),),
+        np.sum,
         permutation_type="samples",
         vectorized=True,
         n_resamples=FLIPS,

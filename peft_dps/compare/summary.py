@@ -70,8 +70,8 @@ def cost_sheet(contest: Contest) -> Sheet:
         )
     if any(each.time_to_reference is not None for each in costs):
         notes.append(
-            f"Time to score: training time until the validation score first reaches what {base} ends with, median "
-            "over the runs; in brackets, how many runs reach it."
+            f"Time to score: training time until the validation score first reaches that with which {base} "
+            "ends on the same seed, median over the runs; in brackets, how many runs reach it."
         )
     memory = sorted({run.memory_kind for run in contest.runs if run.memory_kind})
     return Sheet(
@@ -182,19 +182,20 @@ def _plain(name: str, value: Any) -> str:
 
 
 def _verdict(found: Sequence[Standing], base: str) -> list[str]:
-    known = [each for each in found if each.values]
-    if not known:
+    highest = [found[index] for index in sorted(_highest(found))]
+    if not highest:
         return ["No run finished."]
-    top = max(known, key=lambda each: each.mean)
-    said = f"Highest mean: {top.contender.title}, {_points(top.mean)}."
+    said = f"Highest mean: {' and '.join(each.contender.title for each in highest)}, {_points(highest[0].mean)}."
     tested = [each for each in found if each.corrected_p is not None]
     if not tested:
         return [said]
     clear = [each for each in tested if each.corrected_p is not None and each.corrected_p <= LEVEL]
     if clear:
         names = ", ".join(f"{each.contender.title} ({_points(each.difference, sign=True)})" for each in clear)
-        return [f"{said} Significantly different from {base}: {names}.", *_resolution(found)]
-    return [f"{said} No method differs significantly from {base}.", *_resolution(found)]
+        said += f" Significantly different from {base}: {names}."
+    elif least_p(max(each.pairs for each in tested)) * len(tested) <= LEVEL:
+        said += f" Nothing differs significantly from {base}."
+    return [said, *_resolution(found)]
 
 
 def _resolution(found: Sequence[Standing] | Sequence[Overall]) -> list[str]:
@@ -206,11 +207,12 @@ def _resolution(found: Sequence[Standing] | Sequence[Overall]) -> list[str]:
     least = least_p(pairs)
     corrected = min(1.0, least * count)
     said = (
-        f"With {pairs} pairs p is at best {_p(least)}, and {_p(corrected)} after correction over {count} comparisons"
+        f"With {pairs} pair{'s' * (pairs > 1)} p is at best {_p(least)}, and {_p(corrected)} after correction over "
+        f"{count} comparison{'s' * (count > 1)}"
     )
     if corrected <= LEVEL:
         return [f"{said}."]
-    return [f"{said}: nothing could have been significant here. {pairs_needed(count)} seeds are enough for that."]
+    return [f"{said}: no difference, however large, could be significant here. It takes {pairs_needed(count)} pairs."]
 
 
 def _highest(found: Sequence[Standing]) -> frozenset[int]:
@@ -235,7 +237,7 @@ def _points(score: float | None, *, sign: bool = False) -> str:
 def _p(value: float | None) -> str:
     if value is None:
         return NONE
-    return "<0.001" if value < 0.0005 else f"{value:.3f}"
+    return "<0.0001" if value < 0.00005 else f"{value:.4f}"
 
 
 def _count(value: int | None) -> str:

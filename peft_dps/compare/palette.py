@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from peft_dps.compare.contest import Contender, Contest
+from peft_dps.compare.methods import DROPOUT, NO_DROPOUT
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, GREY = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"),
@@ -78,7 +79,6 @@ _KNOWN = {
     "random-mask": Style(GREY, "h"),
 }
 _OTHERS = [Style(color, marker) for marker, color in product("<>p*d8", (GREEN, ORANGE, SKY, PURPLE, RED, BLUE, GREY))]
-_WITHOUT_DROPOUT = "-nodropout"
 
 
 def styles_of(contests: Sequence[Contest]) -> dict[str, Style]:
@@ -90,16 +90,26 @@ def styles_of(contests: Sequence[Contest]) -> dict[str, Style]:
     Returns:
         Per variant, its style.
     """
-    free = iter(_OTHERS * (1 + sum(len(contest.contenders) for contest in contests) // len(_OTHERS)))
-    bases: dict[str, Style] = dict(_KNOWN)
+    contenders = {each.variant: each for contest in contests for each in contest.contenders}
+    known = dict(_KNOWN)
+    free = cycle(_OTHERS)
+    bases: dict[str, Style] = {}
     styles: dict[str, Style] = {}
-    for contender in (each for contest in contests for each in contest.contenders):
-        base = contender.variant.replace(_WITHOUT_DROPOUT, "", 1)
+    for variant, contender in contenders.items():
+        method, base, drops = _base(contender)
         if base not in bases:
-            bases[base] = next(free)
-        plain = base == contender.variant
-        styles[contender.variant] = bases[base] if plain else replace(bases[base], line="--", filled=False)
+            bases[base] = known.pop(method) if method in known else next(free)
+        styles[variant] = bases[base] if drops else replace(bases[base], line="--", filled=False)
     return styles
+
+
+def _base(contender: Contender) -> tuple[str, str, bool]:
+    """The method with dropout, the same with its options, and whether there is dropout."""
+    plan = next(iter(contender.runs.values())).plan
+    method = plan.method.removesuffix(NO_DROPOUT)
+    options = {name: value for name, value in plan.options.items() if name != DROPOUT}
+    drops = method == plan.method and plan.options.get(DROPOUT, True) is not False
+    return method, replace(plan, method=method, options=options).variant, drops
 
 
 @contextmanager

@@ -93,7 +93,8 @@ def draw_curves(contest: Contest, styles: Styles) -> Figure | None:
             if looks := [run.evaluations for run in each.finished if run.evaluations]:
                 steps = [look.step for look in min(looks, key=len)]
                 scores = _mean([[100 * look.score for look in run] for run in looks])
-                bottom.plot(steps, scores, label=label(each.title), markersize=4, **{**style.point, **style.curve})
+                bottom.plot(steps, scores, markersize=4, **{**style.point, **style.curve})
+            bottom.plot([], [], label=label(each.title), markersize=4, **{**style.point, **style.curve})
         if ends := reference_ends(contest):
             bottom.axhline(
                 100 * float(np.mean(list(ends.values()))),

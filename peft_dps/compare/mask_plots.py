@@ -206,13 +206,13 @@ def _draw_maps(grids: Sequence[tuple[Contender, Grid]], title: str, quantity: st
     rows = {
         matrix: sorted({layer for own, layer in layout.values() if own == matrix}, key=_order) for matrix in matrices
     }
-    highest = max(float(np.nanmax(grid.values)) for _, grid in grids)
+    limits = min(np.nanmin(grid.values) for _, grid in grids), max(np.nanmax(grid.values) for _, grid in grids)
     tallest = min(4.0, 0.55 + 0.17 * max(map(len, rows.values())))
     with canvas(max(WIDTH, 2.2 + 1.15 * len(matrices)), 1.1 + len(grids) * tallest) as figure:
         panels = figure.subplots(len(grids), len(matrices), squeeze=False)
         for (each, grid), line in zip(grids, panels, strict=True):
             for axes, matrix in zip(line, matrices, strict=True):
-                _draw_map(axes, grid, layout, matrix, rows[matrix], highest)
+                _draw_map(axes, grid, layout, matrix, rows[matrix], limits)
             line[0].set_ylabel(f"{label(each.title, 20)}\nlayer")
             for axes, matrix in zip(line[1:], matrices[1:], strict=True):
                 if matrix != OTHER and rows[matrix] == rows[matrices[0]]:
@@ -228,7 +228,12 @@ def _draw_maps(grids: Sequence[tuple[Contender, Grid]], title: str, quantity: st
 
 
 def _draw_map(
-    axes: Axes, grid: Grid, layout: Mapping[str, Place], matrix: str, layers: Sequence[int | str], highest: float
+    axes: Axes,
+    grid: Grid,
+    layout: Mapping[str, Place],
+    matrix: str,
+    layers: Sequence[int | str],
+    limits: tuple[float, float],
 ) -> None:
     values = np.full((len(layers), len(grid.cycles)), np.nan)
     for row, layer in enumerate(layers):
@@ -239,8 +244,8 @@ def _draw_map(
     axes.imshow(
         values,
         cmap="cividis",
-        vmin=0,
-        vmax=highest,
+        vmin=limits[0],
+        vmax=limits[1],
         aspect="auto",
         interpolation="nearest",
         extent=(grid.cycles[0] - 0.5, grid.cycles[-1] + 0.5, len(layers) - 0.5, -0.5),

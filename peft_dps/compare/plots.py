@@ -17,7 +17,7 @@ from peft_dps.compare.run import Run
 from peft_dps.compare.standing import Standing, standings
 
 WIDTH = 10.0
-SMOOTHING_STEPS = 9
+_SMOOTHED = 9, 1 / 12  # steps, and fraction of all steps: whichever is less
 _COLUMNS = 3
 _LOG_FROM = 20  # largest over smallest cost, from which a linear axis would crowd the small ones
 
@@ -79,6 +79,7 @@ def draw_curves(contest: Contest, styles: Styles) -> Figure | None:
     found = [each for each in contest.contenders if any(run.losses or run.evaluations for run in each.finished)]
     if not found:
         return None
+    window = max(1, round(min(_SMOOTHED[0], _SMOOTHED[1] * _last_step(found))))
     with canvas(WIDTH, 6.4) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True)
         staged = next((each for each in found if any(run.stages for run in each.finished)), None)
@@ -89,7 +90,7 @@ def draw_curves(contest: Contest, styles: Styles) -> Figure | None:
             style = styles[each.variant]
             if losses := [run.losses for run in each.finished if run.losses]:
                 mean = _mean(losses)
-                top.plot(np.arange(1, len(mean) + 1), _smooth(mean), **style.curve)
+                top.plot(np.arange(1, len(mean) + 1), _smooth(mean, window), **style.curve)
             if looks := [run.evaluations for run in each.finished if run.evaluations]:
                 steps = [look.step for look in min(looks, key=len)]
                 scores = _mean([[100 * look.score for look in run] for run in looks])
@@ -103,7 +104,8 @@ def draw_curves(contest: Contest, styles: Styles) -> Figure | None:
                 linewidth=1.2,
                 label="full fine-tuning at its end",
             )
-        top.set(ylabel=f"training loss, mean of {SMOOTHING_STEPS} steps")
+        top.set(ylabel="training loss" + (f", mean of {window} steps" if window > 1 else ""))
+        top.xaxis.set_major_locator(MaxNLocator(integer=True))
         bottom.set(xlabel="step", ylabel=f"validation: 100 x {contest.metric}", xlim=(0.5, _last_step(found) + 0.5))
         _from_percentile(bottom)
         shaded = "" if staged is None else f"; shaded: SUBNETWORK of {staged.title}"
@@ -158,7 +160,6 @@ def _draw_strip(axes: Axes, contest: Contest, domain: str, styles: Styles) -> No
         if own.interval:
             low, high = own.interval
             axes.plot([100 * low, 100 * high], [row + 0.28] * 2, color=style.color, linewidth=2, zorder=2)
-        if values:
             axes.plot(100 * own.mean, row + 0.28, marker="|", color=style.color, markersize=9, markeredgewidth=2)
         if own.failed:
             note = f"{own.failed} failed"
@@ -188,8 +189,8 @@ def _mean(rows: Sequence[Sequence[float]]) -> np.ndarray:
     return mean
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
-    width = min(SMOOTHING_STEPS, len(values))
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+    width = min(window, len(values))
     padded = np.pad(values, (width - 1, 0), mode="edge")
     return np.convolve(padded, np.ones(width) / width, mode="valid")
 

@@ -42,7 +42,7 @@ def score_sheet(contest: Contest, domain: str) -> Sheet:
                 _points(each.difference, sign=True),
                 _p(each.p),
                 _p(each.corrected_p),
-                f"{each.rank:.1f}",
+                f"{each.rank:.2f}",
             )
             for each in found
         ),

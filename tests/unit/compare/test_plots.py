@@ -9,6 +9,7 @@ from peft_dps.compare.contest import contests_of
 from peft_dps.compare.mask_plots import (
     chance,
     draw_overlap,
+    draw_overlap_by_layer,
     draw_selection,
     fraction,
     grid_of,
@@ -89,6 +90,12 @@ def test_equal_shares_are_not_drawn():
     assert draw_selection(contest(run())) is None
     assert draw_overlap(contest(run()), {}) is None
     assert draw_curves(contest(run()), {}) is None
+
+
+def test_a_map_of_equal_numbers_is_drawn(tmp_path):
+    figure = draw_overlap_by_layer(contest(run("dps", selections=selections(0.2, later=0.4))))
+    save(figure, tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 1000
 
 
 def test_styles_are_told_apart_without_colour():

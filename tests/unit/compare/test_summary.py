@@ -42,7 +42,7 @@ def test_scores():
         "vs full": "-",
         "p": "-",
         "p (Holm)": "-",
-        "mean rank": "1.6",
+        "mean rank": "1.60",
     }
     own = cells(sheet, "lora")
     assert (own["seeds"], own["mean"], own["vs full"]) == ("3 (1 failed, 1 missing)", "62.00", "+10.00")

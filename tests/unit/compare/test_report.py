@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from peft_dps.compare import export
+from peft_dps.compare.__main__ import main
 from peft_dps.compare.contest import contests_of
 from peft_dps.compare.corpora import DataError
 from peft_dps.compare.plan import Plan
@@ -182,6 +183,16 @@ def test_failures_alone_give_a_report(tmp_path):
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(DataError, match=r"none\.jsonl' does not exist"):
         write_report(tmp_path / "none.jsonl", tmp_path)
+
+
+def test_the_command_line_makes_a_report(tmp_path, capsys):
+    source = tmp_path / "runs.jsonl"
+    append(Run(Plan("full", 1e-4, "cola", 0, "tiny"), "full", "", ["m"], {"cola": {"m": 0.5}}), source)
+    assert main(["report", str(source)]) == 0
+    assert "cola (in domain), 100 x m" in capsys.readouterr().out
+    assert (tmp_path / "report" / "report.html").is_file()
+    assert main(["report", str(tmp_path / "none.jsonl")]) == 1
+    assert "does not exist" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_a_file_without_runs_is_named(tmp_path):

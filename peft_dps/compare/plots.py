@@ -138,6 +138,7 @@ def _draw_front(axes: Axes, places: Sequence[tuple[float, Standing]], styles: St
         axes.plot([], [], linestyle="none", markersize=7, label=label(own.contender.title), **point)
     front = [points[index] for index in pareto(points)]
     if front:
+        front.append((max(cost for cost, _ in points), front[-1][1]))  # whoever costs more has to be better
         costs, scores = zip(*front, strict=True)
         axes.step(costs, scores, where="post", color="0.6", linewidth=1.5, zorder=1, label="Pareto front")
     known = [cost for cost, _ in points if cost > 0]

@@ -1,4 +1,4 @@
-"""The command line: `peft-dps compare`, `peft-dps demo`; `python -m peft_dps.compare` is the same."""
+"""The command line: `peft-dps compare`, `demo` and `report`; `python -m peft_dps.compare` is the same."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from peft_dps.compare.demo import run_demo
 from peft_dps.compare.flags import add_compare_flags, add_demo_flags, demo_of, specification_of
 from peft_dps.compare.methods import METHODS
 from peft_dps.compare.observer import Observer
+from peft_dps.compare.report import add_report_arguments, run_report
 from peft_dps.compare.runner import compare
 from peft_dps.compare.specification import to_comparison
 from peft_dps.compare.table import show
@@ -98,6 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_demo_flags(demo)
     demo.set_defaults(run=_demo)
+    report = commands.add_parser(
+        "report",
+        help="tables, figures and one HTML page from a result file",
+        description="Make a report from the result file of a comparison, without training anything.",
+    )
+    add_report_arguments(report)
+    report.set_defaults(run=run_report)
     return parser
 
 

@@ -1,0 +1,174 @@
+"""A contest: all methods on one task, with one training size, model and budget."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from peft_dps.compare.results import Results
+from peft_dps.compare.run import Run, Timing
+
+REFERENCE = "full"
+"""Variant of the method that the others are tested against."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method in a contest.
+
+    Attributes:
+        variant: The method with its options, see `Plan.variant`.
+        title: What tables and figures call it.
+        runs: Its run per seed, failed ones included.
+    """
+
+    variant: str
+    title: str
+    runs: Mapping[int, Run]
+
+    @property
+    def finished(self) -> list[Run]:
+        """The runs that did not fail, by seed."""
+        return [self.runs[seed] for seed in sorted(self.runs) if not self.runs[seed].failed]
+
+    def scores(self, domain: str) -> dict[int, float]:
+        """Return the score per seed on a test domain; NaN for a run that failed or gave no number."""
+        return {seed: _score(self.runs[seed], domain) for seed in sorted(self.runs)}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """All methods on one task, with one training size, model and budget.
+
+    Attributes:
+        name: What tables and figures call it.
+        slug: The same for file names; unique in a report.
+        task: Name of the task.
+        train_size: Training examples drawn; None for all there are.
+        model: The pretrained model.
+        contenders: The methods, the reference first.
+        seeds: All seeds that any of them ran with.
+        domains: Test domains; the first is the one trained on.
+        metrics: Names of the metrics whose mean is the score.
+        timing: Step times, measured interleaved, if they were.
+        superseded: Runs of which a later one, or one that finished, has the same method and seed.
+    """
+
+    name: str
+    slug: str
+    task: str
+    train_size: int | None
+    model: str
+    contenders: tuple[Contender, ...]
+    seeds: tuple[int, ...]
+    domains: tuple[str, ...]
+    metrics: tuple[str, ...]
+    timing: Timing | None = None
+    superseded: tuple[Run, ...] = ()
+
+    @property
+    def reference(self) -> Contender | None:
+        """The contender that the others are tested against, if it is there."""
+        return next((each for each in self.contenders if each.variant == REFERENCE), None)
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs, by contender and seed."""
+        return [each.runs[seed] for each in self.contenders for seed in sorted(each.runs)]
+
+    @property
+    def metric(self) -> str:
+        """Name of the score."""
+        return "mean of " + " and ".join(self.metrics) if len(self.metrics) > 1 else "".join(self.metrics) or "score"
+
+
+def contests_of(results: Results) -> list[Contest]:
+    """Sort the reported runs of a result file into contests, in the order in which they appear.
+
+    Args:
+        results: The result file.
+    """
+    groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
+    for run in results.reported:
+        plan = run.plan
+        groups[plan.task, plan.train_size, plan.model, tuple(asdict(plan.settings).items()), plan.protocol].append(run)
+    order = _titles(results)
+    names = _distinct([_name(runs, key, groups.keys()) for key, runs in groups.items()], " ")
+    slugs = _distinct([re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "contest" for name in names], "-")
+    return [
+        _contest(name, slug, runs, order, results.timings)
+        for name, slug, runs in zip(names, slugs, groups.values(), strict=True)
+    ]
+
+
+def _contest(name: str, slug: str, runs: Sequence[Run], titles: Mapping[str, str], timings: list[Timing]) -> Contest:
+    plan = runs[0].plan
+    latest: dict[str, dict[int, Run]] = {variant: {} for variant in titles}
+    superseded = []
+    for run in runs:
+        of_variant = latest[run.plan.variant]
+        earlier = of_variant.get(run.plan.seed)
+        if earlier is not None and run.failed and not earlier.failed:
+            superseded.append(run)
+            continue
+        if earlier is not None:
+            superseded.append(earlier)
+        of_variant[run.plan.seed] = run
+    first = max(runs, key=lambda run: len(run.scores))
+    fitting = [timing for timing in timings if (timing.model, timing.task) == (plan.model, plan.task)]
+    return Contest(
+        name=name,
+        slug=slug,
+        task=plan.task,
+        train_size=plan.train_size,
+        model=plan.model,
+        contenders=tuple(Contender(variant, titles[variant], found) for variant, found in latest.items() if found),
+        seeds=tuple(sorted({run.plan.seed for run in runs})),
+        domains=tuple(first.scores),
+        metrics=tuple(first.metrics),
+        timing=fitting[-1] if fitting else None,
+        superseded=tuple(superseded),
+    )
+
+
+def _score(run: Run, domain: str) -> float:
+    return run.score(domain) if not run.failed and domain in run.scores else math.nan
+
+
+def _titles(results: Results) -> dict[str, str]:
+    """Per variant its title, the reference first and the others as they appear; no two alike."""
+    found: dict[str, str] = {}
+    for run in results.reported:
+        found[run.plan.variant] = run.title or found.get(run.plan.variant, "") or run.plan.variant
+    alike = {title for title in found.values() if list(found.values()).count(title) > 1}
+    titles = {variant: f"{title} [{variant}]" if title in alike else title for variant, title in found.items()}
+    return {variant: titles[variant] for variant in sorted(titles, key=lambda variant: variant != REFERENCE)}
+
+
+def _name(runs: Sequence[Run], key: tuple[Any, ...], keys: Iterable[tuple[Any, ...]]) -> str:
+    """Name the task and its size, and whatever else is not the same in all contests."""
+    plan, others = runs[0].plan, list(keys)
+    sizes = {run.examples["train"] for run in runs if "train" in run.examples}
+    size = f"{plan.train_size if plan.train_size is not None else max(sizes, default=0):,} training examples"
+    parts = [plan.task, size if plan.train_size is not None or sizes else "all training examples"]
+    if len({other[2] for other in others}) > 1:
+        parts.append(plan.model)
+    for position, (field, value) in enumerate(key[3]):
+        if len({other[3][position][1] for other in others}) > 1:
+            parts.append(f"{field} {value}")
+    if len({other[4] for other in others}) > 1:
+        parts.append(f"protocol {plan.protocol}")
+    return ", ".join(parts)
+
+
+def _distinct(names: Sequence[str], separator: str) -> list[str]:
+    seen: dict[str, int] = defaultdict(int)
+    distinct = []
+    for name in names:
+        seen[name] += 1
+        distinct.append(name if seen[name] == 1 else f"{name}{separator}{seen[name]}")
+    return distinct

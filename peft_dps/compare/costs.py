@@ -1,0 +1,103 @@
+"""What each method of a contest costs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from peft_dps.compare.contest import REFERENCE, Contender, Contest
+from peft_dps.compare.run import Run, Timing
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a method costs: medians over the runs that finished.
+
+    Attributes:
+        contender: The method.
+        learning_rates: The rates it was trained with.
+        trainable: Entries that are trained; None without a finished run, as below.
+        selected: Entries that are updated in SUBNETWORK; None without DPS.
+        step_ratio: Its step time relative to the reference's, measured interleaved; None if it was not.
+        peak_memory: In bytes.
+        file_size: In bytes.
+        seconds: Training time.
+        time_to_reference: Training time until the validation score reaches that with which the reference ends on the
+            same seed, as the median over the seeds; infinite if half of them or more never do. None without pairs.
+        reached: In how many runs it does.
+        runs: Of how many.
+    """
+
+    contender: Contender
+    learning_rates: tuple[float, ...]
+    trainable: int | None = None
+    selected: int | None = None
+    step_ratio: float | None = None
+    peak_memory: float | None = None
+    file_size: float | None = None
+    seconds: float | None = None
+    time_to_reference: float | None = None
+    reached: int = 0
+    runs: int = 0
+
+
+def costs_of(contest: Contest) -> list[Costs]:
+    """Work out the costs of each method of a contest.
+
+    Args:
+        contest: The contest.
+    """
+    targets = reference_ends(contest)
+    ratios = step_ratios(contest.timing) if contest.timing else {}
+    return [_costs(each, targets, ratios.get(each.variant)) for each in contest.contenders]
+
+
+def reference_ends(contest: Contest) -> dict[int, float]:
+    """Return per seed the reference's validation score at the end of training, where there is one."""
+    runs = contest.reference.finished if contest.reference else []
+    ends = {run.plan.seed: run.evaluations[-1].score for run in runs if run.evaluations}
+    return {seed: score for seed, score in ends.items() if not math.isnan(score)}
+
+
+def timed_against(timing: Timing) -> str:
+    """Return the variant whose steps are the measure: the reference if it was timed, else the first one."""
+    return REFERENCE if timing.seconds.get(REFERENCE) else next(iter(timing.seconds), "")
+
+
+def step_ratios(timing: Timing) -> dict[str, float]:
+    """Return per variant the median over the rounds of its step time divided by that of the measure.
+
+    Args:
+        timing: Step times, measured interleaved.
+    """
+    measure = timing.seconds.get(timed_against(timing), [])
+    rounds = {name: list(zip(times, measure, strict=False)) for name, times in timing.seconds.items()}
+    return {name: statistics.median(own / other for own, other in pairs) for name, pairs in rounds.items() if pairs}
+
+
+def _costs(contender: Contender, targets: Mapping[int, float], step_ratio: float | None) -> Costs:
+    runs = contender.finished
+    rates = tuple(sorted({run.plan.learning_rate for run in contender.runs.values()}))
+    if not runs:
+        return Costs(contender, rates, step_ratio=step_ratio)
+    selected = [run.selected for run in runs if run.selected is not None]
+    times = [_time_to(targets[run.plan.seed], run) for run in runs if run.plan.seed in targets and run.evaluations]
+    return Costs(
+        contender=contender,
+        learning_rates=rates,
+        trainable=round(statistics.median(run.trainable for run in runs)),
+        selected=round(statistics.median(selected)) if selected else None,
+        step_ratio=step_ratio,
+        peak_memory=statistics.median(run.peak_memory for run in runs),
+        file_size=statistics.median(run.file_size for run in runs),
+        seconds=statistics.median(run.seconds for run in runs),
+        time_to_reference=statistics.median(times) if times else None,
+        reached=sum(time < math.inf for time in times),
+        runs=len(times),
+    )
+
+
+def _time_to(target: float, run: Run) -> float:
+    return next((look.seconds for look in run.evaluations if look.score >= target), math.inf)

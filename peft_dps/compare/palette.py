@@ -1,0 +1,162 @@
+"""How methods look in every figure of a report: told apart by colour, and without colour by marker and line."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import cycle, product
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from peft_dps.compare.contest import Contender, Contest
+from peft_dps.compare.methods import DROPOUT, NO_DROPOUT
+
+BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, GREY = (
+    *("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"),
+)
+"""Told apart under the common kinds of colour blindness (Okabe and Ito, "Color Universal Design", 2008)."""
+
+DPI = 150
+_RC: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "legend.frameon": False,
+    "lines.linewidth": 1.3,
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method is drawn.
+
+    Attributes:
+        color: Its colour.
+        marker: Shape of its points.
+        line: Style of its lines.
+        filled: Whether its points are filled.
+        stressed: Whether its lines are thick.
+    """
+
+    color: str
+    marker: str
+    line: str = "-"
+    filled: bool = True
+    stressed: bool = False
+
+    @property
+    def point(self) -> dict[str, Any]:
+        """Arguments of matplotlib for a point."""
+        face = self.color if self.filled else "white"
+        return {"marker": self.marker, "color": self.color, "markerfacecolor": face, "markeredgecolor": self.color}
+
+    @property
+    def curve(self) -> dict[str, Any]:
+        """Arguments of matplotlib for a line."""
+        return {"color": self.color, "linestyle": self.line, "linewidth": 2.0 if self.stressed else 1.1}
+
+
+_KNOWN = {
+    "full": Style(BLACK, "o", stressed=True),
+    "lora": Style(SKY, "^"),
+    "bitfit": Style(PURPLE, "v"),
+    "houlsby": Style(GREEN, "P"),
+    "pfeiffer": Style(ORANGE, "X"),
+    "dps-dense": Style(RED, "s", stressed=True),
+    "dps-mix": Style(BLUE, "D", stressed=True),
+    "random-mask": Style(GREY, "h"),
+}
+_OTHERS = [Style(color, marker) for marker, color in product("<>p*d8", (GREEN, ORANGE, SKY, PURPLE, RED, BLUE, GREY))]
+
+
+def styles_of(contests: Sequence[Contest]) -> dict[str, Style]:
+    """Give each method of a report its style. One without dropout looks like the same with it, open and dashed.
+
+    Args:
+        contests: The contests.
+
+    Returns:
+        Per variant, its style.
+    """
+    contenders = {each.variant: each for contest in contests for each in contest.contenders}
+    known = dict(_KNOWN)
+    free = cycle(_OTHERS)
+    bases: dict[str, Style] = {}
+    styles: dict[str, Style] = {}
+    for variant, contender in contenders.items():
+        method, base, drops = _base(contender)
+        if base not in bases:
+            bases[base] = known.pop(method) if method in known else next(free)
+        styles[variant] = bases[base] if drops else replace(bases[base], line="--", filled=False)
+    return styles
+
+
+def _base(contender: Contender) -> tuple[str, str, bool]:
+    """The method with dropout, the same with its options, and whether there is dropout."""
+    plan = next(iter(contender.runs.values())).plan
+    method = plan.method.removesuffix(NO_DROPOUT)
+    options = {name: value for name, value in plan.options.items() if name != DROPOUT}
+    drops = method == plan.method and plan.options.get(DROPOUT, True) is not False
+    return method, replace(plan, method=method, options=options).variant, drops
+
+
+@contextmanager
+def canvas(width: float, height: float) -> Iterator[Figure]:
+    """Make a figure that looks the same whatever the user's settings of matplotlib.
+
+    Args:
+        width: In inches.
+        height: In inches.
+    """
+    with matplotlib.style.context("default"), mpl.rc_context(_RC):
+        figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
+        FigureCanvasAgg(figure)
+        yield figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Save a figure as PNG; the same figure gives the same bytes.
+
+    Args:
+        figure: The figure.
+        path: Where to save it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+
+
+def label(text: str, width: int = 30) -> str:
+    """Return text that matplotlib draws as it is, in lines of at most so many characters."""
+    return "\n".join(textwrap.wrap(text, width)).replace("$", r"\$")
+
+
+def headline(figure: Figure, text: str) -> None:
+    """Put a title above the whole figure, in as many lines as it needs."""
+    width = round(11 * figure.get_figwidth())
+    figure.suptitle(label(text, width), x=0.01, horizontalalignment="left", fontsize=11)
+
+
+def legend(figure: Figure, axes: Axes, contenders: Sequence[Contender]) -> None:
+    """Put one legend for the whole figure to the right of it.
+
+    Args:
+        figure: The figure.
+        axes: Axes with everything that is to be named, by label.
+        contenders: Names to begin with, in this order.
+    """
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    order = [label(each.title) for each in contenders if label(each.title) in handles]
+    names = [*order, *(name for name in handles if name not in order)]
+    figure.legend([handles[name] for name in names], names, loc="outside right center")

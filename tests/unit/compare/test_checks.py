@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from peft_dps.compare.checks import checks
+from peft_dps.compare.contest import contests_of
+from peft_dps.compare.plan import Plan
+from peft_dps.compare.results import Results
+from peft_dps.compare.run import Candidate, Run, Selection, Span
+
+
+def run(method="full", seed=0, *, data="d", rate=1e-4, score=0.8, **fields):
+    plan = Plan(method, rate, "cola", seed, "tiny", data=data)
+    return Run(plan, **{"title": method, "metrics": ["m"], "scores": {"cola": {"m": score}}, **fields})
+
+
+def said(*runs):
+    (contest,) = contests_of(Results({each.plan.key: each for each in runs}))
+    return checks(contest)
+
+
+def test_nothing_is_said_of_a_fair_contest():
+    spans = [Span("accumulate", 1, 1, 2), Span("subnetwork", 1, 3, 4)]
+    selected = {"stages": spans, "selections": [Selection(1, 3, {"a": 0.3})], "frozen_moved": False}
+    rates = [Candidate(rate, [0], 0.5, chosen=rate == 1e-4) for rate in (1e-5, 1e-4, 1e-3)]
+    fair = {"order": "same", "candidates": rates, "memory_kind": "resident"}
+    assert said(run(**fair), run("dps", **fair, **selected)) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ({"error": "OSError: disk full", "scores": {}}, "other failed with seed 0: OSError: disk full"),
+        ({"score": math.nan}, "other has no number with seed 0 on cola"),
+        ({"seed": 1}, "other was not run with seed 0."),
+        ({"data": "changed"}, "The examples differ between methods with seed 0"),
+        ({"order": "two"}, "The order of the training examples differ"),
+        ({"hardware": {"gpu": "H"}}, "The runs had different hardware"),
+        ({"versions": {"torch": "1"}}, "The runs had different package versions"),
+        ({"memory_kind": "cuda"}, "The runs had different kinds of memory"),
+        ({"stages": [Span("accumulate", 1, 1, 9)]}, "training ended before a subnetwork was selected"),
+        ({"frozen_moved": True, "config": {"frozen": "exact"}}, "frozen entries moved in SUBNETWORK"),
+        ({"candidates": [Candidate(1e-4, [0], 1, chosen=True), Candidate(1e-5, [0], 0)]}, "the largest learning rate"),
+        (
+            {"candidates": [Candidate(1e-4, [0], 1, chosen=True), Candidate(1e-3, [0], 0)]},
+            "the smallest learning rate",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said(other, expected):
+    found = said(run(order="one"), run("other", **{"order": "one", **other}))
+    assert any(expected in sentence for sentence in found), found
+
+
+def test_frozen_entries_may_move_under_the_gradient_policy():
+    assert said(run(), run("other", frozen_moved=True, config={"frozen": "gradient"})) == []
+
+
+def test_a_missing_reference_is_said():
+    assert said(run("lora")) == ["There is no run of 'full', so nothing is tested against full fine-tuning."]
+
+
+def test_a_run_that_another_replaced_is_said():
+    (sentence,) = said(run(rate=1e-3, score=0.25), run())
+    assert "learning rate 0.001, score 0.2500" in sentence

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from peft_dps.compare.contest import contests_of
+from peft_dps.compare.plan import Plan, Settings
+from peft_dps.compare.results import Results
+from peft_dps.compare.run import Run, Timing
+
+
+def run(method="full", seed=0, score=0.8, **fields):
+    names = {field.name for field in dataclasses.fields(Plan)}
+    base = {"method": method, "learning_rate": 1e-4, "task": "cola", "seed": seed, "model": "tiny"}
+    plan = Plan(**{**base, **{name: value for name, value in fields.items() if name in names}})
+    values = {"title": method.upper(), "metrics": ["accuracy"], "scores": {"cola": {"accuracy": score}}}
+    return Run(plan, **{**values, **{name: value for name, value in fields.items() if name not in names}})
+
+
+def contests(*runs, timings=()):
+    return contests_of(Results({each.plan.key: each for each in runs}, list(timings)))
+
+
+def test_methods_of_one_task_size_model_and_budget_meet():
+    found = contests(
+        run(),
+        run("lora"),
+        run("lora", seed=1),
+        run("lora", phase="tune"),
+        run(train_size=500),
+        run("lora", train_size=500),
+        run(task="rte"),
+    )
+    assert [contest.name for contest in found] == [
+        "cola, all training examples",
+        "cola, 500 training examples",
+        "rte, all training examples",
+    ]
+    assert [[each.variant for each in contest.contenders] for contest in found] == [["full", "lora"]] * 2 + [["full"]]
+    assert found[0].seeds == (0, 1)
+    assert len(found[0].runs) == 3
+
+
+def test_names_tell_what_differs_and_slugs_are_unique():
+    found = contests(run(), run(model="other"), run(settings=Settings(epochs=5)), run(task="Cola"))
+    assert [contest.name for contest in found] == [
+        "cola, all training examples, tiny, epochs 3",
+        "cola, all training examples, other, epochs 3",
+        "cola, all training examples, tiny, epochs 5",
+        "Cola, all training examples, tiny, epochs 3",
+    ]
+    assert len({contest.slug for contest in found}) == 4
+
+
+def test_the_reference_comes_first_and_titles_are_told_apart():
+    options = [{"density": 0.1}, {"density": 0.5}]
+    (contest,) = contests(*(run("dps", title="DPS", options=each) for each in options), run("bitfit"), run())
+    assert [each.title for each in contest.contenders] == [
+        "FULL",
+        'DPS [dps:{"density": 0.1}]',
+        'DPS [dps:{"density": 0.5}]',
+        "BITFIT",
+    ]
+    assert contest.reference is contest.contenders[0]
+    assert contests(run("lora"))[0].reference is None
+
+
+def test_a_later_run_of_the_same_seed_counts_unless_it_failed():
+    first, second = run(learning_rate=1e-5, score=0.1), run(learning_rate=1e-3, score=0.9)
+    failed = run(learning_rate=1e-2, error="ValueError: no", scores={})
+    (contest,) = contests(first, second, failed)
+    assert contest.contenders[0].runs == {0: second}
+    assert contest.superseded == (first, failed)
+    (contest,) = contests(failed, first)
+    assert contest.contenders[0].runs == {0: first}
+
+
+def test_scores_that_are_missing_are_nan():
+    (contest,) = contests(run(), run(seed=1, error="OSError: disk", scores={}), run(seed=2, score=math.nan))
+    scores = contest.contenders[0].scores("cola")
+    assert scores[0] == 0.8
+    assert math.isnan(scores[1])
+    assert math.isnan(scores[2])
+    assert math.isnan(contest.contenders[0].scores("elsewhere")[0])
+
+
+def test_a_contest_in_which_everything_failed_has_no_domains():
+    (contest,) = contests(run(error="OSError: disk", scores={}, metrics=[]))
+    assert contest.domains == ()
+    assert contest.metric == "score"
+
+
+def test_the_latest_timing_of_the_same_model_and_task_counts():
+    timings = [Timing("tiny", "cola", 16, 32, {"full": [time]}) for time in (1.0, 2.0)]
+    timings += [Timing("tiny", "rte", 16, 32, {}), Timing("other", "cola", 16, 32, {})]
+    assert contests(run(), timings=timings)[0].timing == timings[1]

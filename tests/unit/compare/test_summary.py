@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+
+from peft_dps.compare.contest import contests_of
+from peft_dps.compare.plan import Plan
+from peft_dps.compare.results import Results
+from peft_dps.compare.run import Evaluation, Run, Timing
+from peft_dps.compare.summary import cost_sheet, overall_sheet, score_sheet, setup_of
+
+
+def run(method, seed, score, task="cola", **fields):
+    plan = Plan(method, 1e-4, task, seed, "tiny")
+    if score is None:
+        return Run(plan, method, "OSError: no", ["m"])
+    looks = [Evaluation(1, 3.0, 0.1, score)]
+    return Run(plan, method, "", ["m"], {task: {"m": score}}, evaluations=looks, seconds=12.0, **fields)
+
+
+def contests(*runs, timings=()):
+    return contests_of(Results({each.plan.key: each for each in runs}, list(timings)))
+
+
+def cells(sheet, method):
+    (row,) = [row for row in sheet.rows if row[0] == method]
+    return dict(zip(sheet.header, row, strict=True))
+
+
+def test_scores():
+    full = [run("full", seed, 0.5 + 0.01 * seed) for seed in range(5)]
+    lora = [run("lora", seed, 0.6 + 0.01 * seed if seed else None) for seed in range(4)]
+    (contest,) = contests(*full, *lora)
+    sheet = score_sheet(contest, "cola")
+    assert sheet.title == "cola (in domain), 100 x m"
+    assert cells(sheet, "full") == {
+        "method": "full",
+        "seeds": "5",
+        "mean": "52.00",
+        "std": "1.58",
+        "max": "54.00",
+        "95% interval": "50.80 to 53.20",
+        "vs full": "-",
+        "p": "-",
+        "p (Holm)": "-",
+        "mean rank": "1.60",
+    }
+    own = cells(sheet, "lora")
+    assert (own["seeds"], own["mean"], own["vs full"]) == ("3 (1 failed, 1 missing)", "62.00", "+10.00")
+    assert (own["p"], own["p (Holm)"]) == ("0.2500", "0.2500")
+    assert sheet.best == {1}
+    assert sheet.notes == (
+        "Highest mean: lora, 62.00.",
+        (
+            "With 3 pairs p is at best 0.2500, and 0.2500 after correction over 1 comparison: no difference, however "
+            "large, could be significant here. It takes 6 pairs."
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("gain", "verdict"),
+    [
+        (0.1, "Significantly different from full: lora (+10.00)."),
+        (-0.1, "Significantly different from full: lora (-10.00)."),
+        (0.0, "Nothing differs significantly from full."),
+    ],
+)
+def test_what_seven_seeds_tell(gain, verdict):
+    runs = [
+        run(name, seed, 0.5 + 0.01 * seed + more) for name, more in (("full", 0), ("lora", gain)) for seed in range(7)
+    ]
+    sheet = score_sheet(contests(*runs)[0], "cola")
+    assert verdict in sheet.notes[0]
+    assert sheet.notes[1] == "With 7 pairs p is at best 0.0156, and 0.0156 after correction over 1 comparison."
+
+
+def test_equal_means_are_named_together():
+    sheet = score_sheet(contests(run("full", 0, 0.5), run("lora", 0, 0.5))[0], "cola")
+    assert sheet.notes[0] == "Highest mean: full and lora, 50.00."
+    assert sheet.best == {0, 1}
+
+
+def test_one_seed_is_enough_for_a_table():
+    (contest,) = contests(run("full", 0, 0.5), run("lora", 0, 0.6))
+    own = cells(score_sheet(contest, "cola"), "lora")
+    assert (own["std"], own["95% interval"], own["p"]) == ("-", "-", "1.0000")
+
+
+def test_costs():
+    timing = Timing("tiny", "cola", 16, 32, {"full": [1.0, 1.0], "lora": [0.5, 0.5]})
+    sizes = {"trainable": 1_234_567, "peak_memory": 300 * 2**20, "file_size": 2**19, "memory_kind": "cuda"}
+    (contest,) = contests(run("full", 0, 0.5, **sizes), run("lora", 0, 0.4, **sizes), timings=[timing])
+    sheet = cost_sheet(contest)
+    assert cells(sheet, "lora") == {
+        "method": "lora",
+        "learning rate": "0.0001",
+        "entries trained": "1,234,567",
+        "of them in SUBNETWORK": "-",
+        "step time": "0.50 x",
+        "training time": "12 s",
+        "time to score of full": "never (0 of 1)",
+        "peak memory (cuda)": "300 MiB",
+        "file size": "0.50 MiB",
+    }
+    assert cells(sheet, "full")["time to score of full"] == "3.0 s (1 of 1)"
+    assert "median of 2 rounds" in sheet.notes[0]
+
+
+def test_overall_is_sorted_by_rank():
+    runs = [run(name, 0, score, task) for task in ("a", "b") for name, score in (("full", 0.5), ("lora", 0.6))]
+    sheet = overall_sheet(contests(*runs))
+    assert [row[0] for row in sheet.rows] == ["lora", "full"]
+    own = cells(sheet, "lora")
+    assert (own["mean rank"], own["vs full"], own["tasks better"], own["pairs"]) == ("1.00", "+10.00", "2 of 2", "2")
+
+
+def test_setup_names_all_hardware():
+    runs = [
+        run("full", seed, 0.5, hardware={"gpu": None, "cores": cores, "memory": 2**33})
+        for seed, cores in ((0, 2), (1, 4))
+    ]
+    told = dict(setup_of(contests(*runs)[0]))
+    assert told["hardware"] == "cores 2, memory 8 GiB; or cores 4, memory 8 GiB"
+    assert told["seeds"] == "0, 1"
+    assert "batch size 16" in told["budget of every method"]

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from peft_dps.compare.costs import step_ratios
 from peft_dps.compare.results import Results
 from peft_dps.compare.run import Run
-from peft_dps.compare.timing import ratios
 
 
 def show(results: Results, console: Console) -> None:
@@ -25,7 +25,7 @@ def show(results: Results, console: Console) -> None:
         groups.setdefault((run.plan.task, run.plan.train_size), []).append(run)
     for (task, _), runs in groups.items():
         timing = next((timing for timing in reversed(results.timings) if timing.task == task), None)
-        console.print(results_table(runs, ratios(timing) if timing else {}))
+        console.print(results_table(runs, step_ratios(timing) if timing else {}))
     shown: set[str] = set()
     for run in results.reported:
         if run.status and run.plan.variant not in shown:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 
@@ -69,15 +68,6 @@ def time_steps(plans: Sequence[Plan], task: Task, model_path: str, steps: int, r
         versions=versions(),
         hardware=hardware(),
     )
-
-
-def ratios(timing: Timing) -> dict[str, float]:
-    """Return per variant the median over the rounds of its step time divided by that of the first variant."""
-    reference = next(iter(timing.seconds.values()))
-    return {
-        name: statistics.median(own / first for own, first in zip(times, reference, strict=True))
-        for name, times in timing.seconds.items()
-    }
 
 
 class _Stepper:

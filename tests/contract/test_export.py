@@ -204,7 +204,7 @@ def test_auto_classes_and_a_fresh_process(gpt2, tmp_path):
     assert torch.equal(gpt2.output(loaded), gpt2.output(model))
     command = [sys.executable, "-c", FRESH, str(tmp_path / "adapter"), str(tmp_path / "logits.pt")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run(command, check=True, env=environment, timeout=120)
+    subprocess.run(command, check=True, env=environment, timeout=300)
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), gpt2.output(model), rtol=1e-5, atol=1e-6)
 
 

@@ -216,7 +216,7 @@ def _weight_gradient(
     place[active] = torch.arange(count, device=active.device)
     outputs = rows.shape[-1]
     shape = (outputs, count + 1) if input_axis == 1 else (count + 1, outputs)
-    product = _scratch.empty(shape, rows.dtype, "product")
+    product = _scratch.empty(shape, rows.dtype, "weight")  # W_eff has been used by now
     product.select(input_axis, count).zero_()
     factors = (rows.t(), columns) if input_axis == 1 else (columns.t(), rows)
     torch.mm(*factors, out=product.narrow(input_axis, 0, count))

@@ -112,6 +112,8 @@ def check_settings(settings: Settings) -> None:
         value = getattr(settings, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}], got {value!r}.")
+    if settings.precision not in ("fp32", "bf16"):
+        raise ValueError(f"`precision` must be 'fp32' or 'bf16', got {settings.precision!r}.")
     if settings.warmup == 1:  # to the Trainer that is one step
         raise ValueError("`warmup` must be below 1, got 1.")
 

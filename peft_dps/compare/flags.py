@@ -30,6 +30,7 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", type=kind, default=_GIVEN, help="see Settings")
     for name in ("batch-size", "max-length", "validation-size", "test-size", "evaluations"):
         add(f"--{name}", type=int, default=_GIVEN, metavar="N", help="see Settings")
+    add("--precision", choices=("fp32", "bf16"), default=_GIVEN, help="bf16 is mixed precision (default: fp32)")
     add("--jobs", type=int, default=_GIVEN, metavar="N", help="runs at the same time, on GPUs in turn (default: 1)")
     add("--no-timing", dest="timing", action="store_false", default=_GIVEN, help="measure no step times in the end")
     add("--imports", nargs="+", default=_GIVEN, metavar="MODULE", help="modules that register methods or tasks")

@@ -24,6 +24,7 @@ class Settings:
         validation_size: Examples held out of the training data, at most a fifth of them.
         test_size: Test examples a domain at most, drawn stratified and always the same; None for all.
         evaluations: How often the validation examples are looked at during training, evenly spread.
+        precision: "fp32", or "bf16" for mixed precision: weights in fp32, matrix products in bf16.
     """
 
     epochs: float = 3
@@ -34,6 +35,7 @@ class Settings:
     validation_size: int = 500
     test_size: int | None = None
     evaluations: int = 10
+    precision: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def time_steps(plans: Sequence[Plan], task: Task, model_path: str, steps: int, r
             find_method(each.method).apply(load_model(task, model_path, plan.seed, tokenizer), each.options)[0],
             steps,
             device,
+            plan.settings.precision,
         )
         for each in plans
     }
@@ -71,8 +72,9 @@ def time_steps(plans: Sequence[Plan], task: Task, model_path: str, steps: int, r
 
 
 class _Stepper:
-    def __init__(self, model: nn.Module, steps: int, device: str) -> None:
+    def __init__(self, model: nn.Module, steps: int, device: str, precision: str) -> None:
         self.model = model.to(device).train()
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
         self.subnetworks = list(find_subnetworks(model).values())
         for subnetwork in self.subnetworks:
             # One switch, in the middle of the timed steps.
@@ -84,7 +86,9 @@ class _Stepper:
         _wait()
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        self.model(**batch).loss.backward()
+        with self.autocast:
+            loss = self.model(**batch).loss
+        loss.backward()
         self.optimizer.step()
         _wait()
         return time.perf_counter() - start

@@ -210,6 +210,8 @@ def _arguments(plan: Plan, folder: str) -> TrainingArguments:
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.accelerator.is_available(),
+        bf16=settings.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),  # only then does the Trainer take bf16 on a CPU
         seed=plan.seed,
         data_seed=plan.seed,
     )

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from peft_dps.adapters import find_subnetworks
+from peft_dps.masks import Mask
 
 KINDS = ("trained weights", "W0", "other weights", "gradients", "optimizer", "scores", "masks", "snapshots")
 
@@ -36,7 +37,7 @@ def tensor_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
     for subnetwork in find_subnetworks(model).values():
         for weight in subnetwork.weights:
             sizes["scores"] += _bytes(weight.total) + _bytes(weight.participation)
-            sizes["masks"] += _bytes(weight.keep) + _bytes(weight.columns)
+            sizes["masks"] += _bytes(weight.mask) + _bytes(weight.columns)
             sizes["snapshots"] += _bytes(weight.held) + _bytes(weight.snapshot)
     return sizes
 
@@ -48,4 +49,4 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
 
 
 def _bytes(value: object) -> int:
-    return value.nbytes if isinstance(value, torch.Tensor) else 0
+    return value.nbytes if isinstance(value, (torch.Tensor, Mask)) else 0

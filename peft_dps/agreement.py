@@ -58,7 +58,7 @@ def _facts(weight: TrackedWeight) -> torch.Tensor:
     """Return the first row here, the number of rows, and checksums of the mask and of the bits of the weight."""
     own, sharding = weight.weight, weight.sharding
     nothing = torch.zeros(own.shape, dtype=torch.int8, device=own.device)
-    mask = 0 if weight.keep is None else int(frozen_checksum(weight.keep.to(own.device), nothing))
+    mask = 0 if weight.mask is None else int(frozen_checksum(weight.mask.keep.to(own.device), nothing))
     first = 0 if sharding is None else sharding.first
     return torch.tensor([first, own.shape[0], mask, int(frozen_checksum(own, nothing))])
 

@@ -5,9 +5,6 @@ They are computed anew in the backward pass, so that no second copy of a weight 
 
 from __future__ import annotations
 
-import math
-import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from peft_dps.freezing import pieces, zero_frozen_
+from peft_dps.freezing import zero_frozen_
+from peft_dps.masks import Mask
 from peft_dps.noise import unfold_groups
+from peft_dps.scratch import scratch
 
 
 class EffectiveWeight(Protocol):
@@ -84,33 +83,33 @@ class AmplifiedWeight:
     Attributes:
         snapshot: T, the weight when the stage began.
         density: Density of the subnetwork.
-        keep: M as int8, -1 where the entry is updated. None where frozen entries of W equal T: then the formula holds
-            without M, and the gradient is masked once, at the optimizer step.
+        mask: M. None where frozen entries of W equal T: then the formula holds without it, and the gradient is
+            masked once, at the optimizer step.
     """
 
     snapshot: torch.Tensor
     density: float
-    keep: torch.Tensor | None = None
+    mask: Mask | None = None
 
     def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return W_eff in the weight's shape and dtype, in `out` if given, else as a new tensor."""
         weight, scale = weight.detach(), 1.0 / self.density
         effective = torch.empty_like(weight) if out is None else out
-        if self.keep is None:
+        if self.mask is None:
             return torch.lerp(self.snapshot, weight, scale, out=effective)
-        for now, before, kept, piece in pieces(weight, self.snapshot, self.keep, effective):
+        for kept, now, before, piece in self.mask.along(weight, self.snapshot, effective):
             torch.lerp(before, now, kept.to(piece.dtype).mul_(-scale), out=piece)
         return effective
 
     def at(self, rows: torch.Tensor) -> AmplifiedWeight:
         """Return the same for some rows of the weight."""
-        keep = None if self.keep is None else self.keep[rows]
-        return AmplifiedWeight(self.snapshot[rows], self.density, keep)
+        mask = None if self.mask is None else self.mask.rows(rows)
+        return AmplifiedWeight(self.snapshot[rows], self.density, mask)
 
     def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
         """Zero the gradient of frozen entries, in place."""
-        if self.keep is not None:
-            zero_frozen_(gradient, self.keep)
+        if self.mask is not None:
+            zero_frozen_(gradient, self.mask)
         return gradient
 
     def active_columns(self) -> torch.Tensor | None:
@@ -210,13 +209,13 @@ def _weight_gradient(
         return effective.gradient_(rows.t() @ columns if input_axis == 1 else columns.t() @ rows)
     # Columns without a gradient are left out of the product and read from a column of zeros behind it.
     inputs, count = columns.shape[-1], active.numel()
-    taken = _scratch.empty((columns.shape[0], count), columns.dtype, "columns")
+    taken = scratch.empty((columns.shape[0], count), columns.dtype, "columns")
     columns = torch.index_select(columns, 1, active, out=taken)
     place = torch.full((inputs,), count, device=active.device)
     place[active] = torch.arange(count, device=active.device)
     outputs = rows.shape[-1]
     shape = (outputs, count + 1) if input_axis == 1 else (count + 1, outputs)
-    product = _scratch.empty(shape, rows.dtype, "weight")  # W_eff has been used by now
+    product = scratch.empty(shape, rows.dtype, "weight")  # W_eff has been used by now
     product.select(input_axis, count).zero_()
     factors = (rows.t(), columns) if input_axis == 1 else (columns.t(), rows)
     torch.mm(*factors, out=product.narrow(input_axis, 0, count))
@@ -234,28 +233,6 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
-class _Scratch(threading.local):
-    """Memory on the CPU for what is used at once: new memory of that size costs more than computing what is in it."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-
-    def like(self, weight: torch.Tensor) -> torch.Tensor | None:
-        if weight.device.type != "cpu" or not weight.is_contiguous() or torch.compiler.is_compiling():
-            return None
-        return self.empty(weight.shape, weight.dtype, "weight")
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, use: str) -> torch.Tensor:
-        size = math.prod(shape)
-        buffer = self.buffers.get((use, dtype))
-        if buffer is None or buffer.numel() < size:
-            buffer = self.buffers[use, dtype] = torch.empty(size, dtype=dtype)
-        return buffer[:size].view(shape)
-
-
-_scratch = _Scratch()
-
-
 def passing(effective: EffectiveWeight, weight: torch.Tensor) -> torch.Tensor:
     """Return W_eff in memory that the next call may overwrite.
 
@@ -263,7 +240,9 @@ def passing(effective: EffectiveWeight, weight: torch.Tensor) -> torch.Tensor:
         effective: What makes W_eff of W.
         weight: W.
     """
-    return effective.of(weight, _scratch.like(weight))
+    if weight.device.type != "cpu" or not weight.is_contiguous() or torch.compiler.is_compiling():
+        return effective.of(weight)
+    return effective.of(weight, scratch.empty(weight.shape, weight.dtype, "weight"))
 
 
 def _out_in(weight: torch.Tensor, input_axis: int) -> torch.Tensor:

@@ -10,7 +10,8 @@ import torch
 
 from peft_dps.bits import pack, unpack
 from peft_dps.errors import StateError
-from peft_dps.freezing import frozen_checksum, keep_from_mask
+from peft_dps.freezing import frozen_checksum
+from peft_dps.masks import Mask
 from peft_dps.sharding import Ranks, distinct, together
 from peft_dps.state import LOADING, OTHER_VALUES, alive_in, check_header, checksum_of, damage_told, place_of
 from peft_dps.subnetwork import Subnetwork
@@ -180,7 +181,7 @@ def _facts_of(
     moved = any(piece.facts["frozen_moved"] for piece in pieces)
     checksum = None
     if "mask" in tensors and not exact:
-        keep = keep_from_mask(unpack(tensors["mask"], weight.weight.shape))
+        keep = Mask(weight.weight.shape, tensors["mask"], None).keep
         values = tensors.get("snapshot", weight.weight.detach().cpu())
         checksum = int(frozen_checksum(values, keep))
         changed = changed or ("snapshot" not in tensors and moved)  # no checksum of these rows was kept

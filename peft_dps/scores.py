@@ -6,6 +6,7 @@ name that `DPSConfig(score=...)` accepts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -123,6 +124,21 @@ def random(evidence: Evidence) -> torch.Tensor:
 def score_dtype(weight: torch.Tensor) -> torch.dtype:
     """Return the dtype in which scores of a weight are accumulated: fp32, or fp64 for an fp64 weight."""
     return torch.promote_types(weight.dtype, torch.float32)
+
+
+@torch.no_grad()
+def are_finite(gradients: Sequence[torch.Tensor]) -> bool:
+    """Tell whether gradients are finite, and so small that the sum of their squares is.
+
+    Args:
+        gradients: At least one, any floating dtypes, on any devices.
+    """
+    if all(each.device.type == "cpu" and each.is_contiguous() and each.element_size() >= 4 for each in gradients):
+        flat = (gradient.view(-1) for gradient in gradients)  # a dot product reads at twice the speed of a norm
+        return all(math.isfinite(torch.dot(each, each)) for each in flat)
+    wide = torch.float64 if any(gradient.dtype is torch.float64 for gradient in gradients) else torch.float32
+    norms = torch._foreach_norm(list(gradients), 2, dtype=wide)
+    return bool(torch.stack([norm.to(gradients[0].device) for norm in norms]).isfinite().all())
 
 
 @torch.no_grad()

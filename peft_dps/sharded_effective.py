@@ -8,6 +8,7 @@ import torch
 
 from peft_dps.effective import AmplifiedWeight
 from peft_dps.freezing import zero_frozen_
+from peft_dps.masks import Mask
 from peft_dps.sharding import Sharding
 
 
@@ -21,7 +22,7 @@ class ShardedAmplifiedWeight:
     Attributes:
         weight: This process's rows of W.
         snapshot: Its rows of T, the weight when the stage began.
-        keep: Its rows of M as int8, -1 where the entry is updated.
+        mask: Its rows of M.
         density: Density of the subnetwork.
         sharding: How the weight is cut.
         masks_gradient: Whether the gradient is masked in the backward pass, for which the mask is collected too.
@@ -30,7 +31,7 @@ class ShardedAmplifiedWeight:
 
     weight: torch.Tensor
     snapshot: torch.Tensor
-    keep: torch.Tensor
+    mask: Mask
     density: float
     sharding: Sharding
     masks_gradient: bool
@@ -38,7 +39,7 @@ class ShardedAmplifiedWeight:
 
     def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return W_eff in the dtype of `weight`, as a new tensor; all processes have to call it."""
-        own = AmplifiedWeight(self.snapshot, self.density, self.keep).of(self.weight)
+        own = AmplifiedWeight(self.snapshot, self.density, self.mask).of(self.weight)
         whole = self.sharding.whole_of(own.to(weight.device, weight.dtype))
         return whole if self.rows is None else whole[self.rows]
 
@@ -49,8 +50,8 @@ class ShardedAmplifiedWeight:
     def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
         """Zero the gradient of frozen entries, in place; all processes have to call it."""
         if self.masks_gradient:
-            keep = self.sharding.whole_of(self.keep.to(gradient.device))
-            zero_frozen_(gradient, keep if self.rows is None else keep[self.rows])
+            keep = self.sharding.whole_of(self.mask.keep.to(gradient.device))
+            zero_frozen_(gradient, Mask.of(keep if self.rows is None else keep[self.rows], in_bits=False))
         return gradient
 
     def active_columns(self) -> torch.Tensor | None:

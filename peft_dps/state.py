@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from peft_dps.bits import pack, unpack
+from peft_dps.bits import unpack
 from peft_dps.errors import StateError
 from peft_dps.freezing import frozen_checksum
 from peft_dps.schedule import Stage
@@ -125,10 +125,10 @@ def _tensors_of(weight: TrackedWeight, *, exact: bool) -> dict[str, torch.Tensor
         held["total"] = weight.total
     if weight.participation is not None:
         held["participation"] = weight.participation
-    if weight.keep is not None:
-        held["mask"] = pack(weight.keep)
-    if weight.keep is not None and weight.snapshot is not None:
-        held["snapshot"] = weight.snapshot[weight.keep.bool()] if exact else weight.snapshot
+    if weight.mask is not None:
+        held["mask"] = weight.mask.bits
+    if weight.mask is not None and weight.snapshot is not None:
+        held["snapshot"] = weight.snapshot[weight.mask.keep.bool()] if exact else weight.snapshot
     return held
 
 
@@ -285,8 +285,8 @@ def _fill(
         # Frozen entries are the weight's own, so that what freezing keeps of them can be made anew.
         exact = subnetwork.config.frozen == "exact"
         weight.freeze(mask, facts["selected"], exact=exact, snapshot="snapshot" in held)
-        if weight.snapshot is not None and weight.keep is not None and exact:
-            weight.snapshot[weight.keep.bool()] = held["snapshot"]
+        if weight.snapshot is not None and weight.mask is not None and exact:
+            weight.snapshot[weight.mask.keep.bool()] = held["snapshot"]
         elif weight.snapshot is not None:
             weight.snapshot = held["snapshot"]
         if weight.checksum is not None:

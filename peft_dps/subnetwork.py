@@ -18,7 +18,7 @@ from peft_dps.layer import DPSLayer
 from peft_dps.noise import ColumnNoise
 from peft_dps.ranking import masks_of, ranked_together
 from peft_dps.schedule import Position, Stage, StageSchedule
-from peft_dps.scores import accumulate_squares_, find_score
+from peft_dps.scores import accumulate_squares_, are_finite, find_score
 from peft_dps.sharding import distinct, together
 from peft_dps.tracked import UNKNOWN, TrackedWeight
 
@@ -274,9 +274,7 @@ class Subnetwork:
 
     def _score(self, weights: Sequence[TrackedWeight], grad_scale: torch.Tensor | None) -> None:
         gradients = [weight.gradient for weight in weights]
-        wide = torch.float64 if any(gradient.dtype is torch.float64 for gradient in gradients) else torch.float32
-        norms = torch._foreach_norm(gradients, 2, dtype=wide)
-        finite = bool(torch.stack([norm.to(gradients[0].device) for norm in norms]).isfinite().all())
+        finite = are_finite(gradients)
         # What another process holds of the weights may be what is not finite.
         if any([ranks.any(not finite) for ranks in distinct(weight.ranks for weight in weights)] or [not finite]):
             self.unscored_steps += 1
@@ -315,7 +313,7 @@ class Subnetwork:
                 weight.total, weight.selected = None, weight.entries
         elif self.config.scope == "tensor":
             # Those that have a mask got it in an earlier attempt, which an exception ended.
-            for batch in ranked_together([weight for weight in self.weights if weight.keep is None]):
+            for batch in ranked_together([weight for weight in self.weights if weight.mask is None]):
                 for weight, mask, selected in zip(batch, *self._masks(batch), strict=True):
                     self._freeze(weight, mask, selected)
         else:
@@ -328,8 +326,6 @@ class Subnetwork:
                 "the same processes. Apply `fully_shard` to the whole model, on one mesh, or use `scope='tensor'`."
             )
         masks, selected = self._masks(self.weights)
-        for weight in self.weights:
-            weight.total = None
         try:
             for weight, mask, count in zip(self.weights, masks, selected, strict=True):
                 self._freeze(weight, mask, count)

@@ -15,12 +15,12 @@ from peft_dps.errors import EngineError
 from peft_dps.freezing import (
     frozen_checksum,
     hold_frozen,
-    keep_from_mask,
     restore_from_snapshot_,
     restore_frozen_,
     zero_frozen_,
 )
 from peft_dps.layer import DPSLayer
+from peft_dps.masks import Mask
 from peft_dps.scores import score_dtype
 from peft_dps.sharded_effective import ShardedAmplifiedWeight
 from peft_dps.sharding import Ranks, Sharding, sharding_of
@@ -42,7 +42,7 @@ class TrackedWeight:
         total: Squared gradients added up in this ACCUMULATE stage.
         participation: Steps of this ACCUMULATE stage in which each column took part, `[columns]`, in Mix.
         columns: Which columns take part in the coming step, `[columns]`, in Mix.
-        keep: Mask of this SUBNETWORK stage, int8, -1 where updated.
+        mask: Mask of this SUBNETWORK stage.
         held: Bits of the frozen entries when the stage began, kept with `frozen="exact"` in Dense.
         snapshot: The weight when the stage began, kept in Mix.
         checksum: Checksum of the frozen entries when the stage began, kept where nothing else tells whether they move.
@@ -63,15 +63,19 @@ class TrackedWeight:
         self._sharded: weakref.ref[nn.Parameter] | None = None
         self._sharded_base: weakref.ref[torch.Tensor] | None = None
         self._sharding: Sharding | None = None
+        self._spare: torch.Tensor | None = None
+        self.total: torch.Tensor | None = None
+        self.held: torch.Tensor | None = None
+        self.snapshot: torch.Tensor | None = None
         self.release()
 
     def release(self) -> None:
-        """Free what the stages leave here, and begin an ACCUMULATE stage."""
-        self.total: torch.Tensor | None = None
+        """Forget what the stages leave here, and begin an ACCUMULATE stage."""
+        # Scores, frozen bits and snapshots take turns in the same memory.
+        self._spare = next((each for each in (self.total, self.held, self.snapshot) if each is not None), None)
+        self.total = self.held = self.snapshot = None
         self.participation: torch.Tensor | None = None
-        self.keep: torch.Tensor | None = None
-        self.held: torch.Tensor | None = None
-        self.snapshot: torch.Tensor | None = None
+        self.mask: Mask | None = None
         self.checksum: torch.Tensor | None = None
         self.dtype: torch.dtype | None = None
         self.observed = 0
@@ -79,12 +83,17 @@ class TrackedWeight:
         self.version = self.parameter._version if self.exists() else UNKNOWN
 
     def __getstate__(self) -> dict[str, Any]:
-        unknown = {"version": UNKNOWN, "_sharded": None, "_sharded_base": None, "_sharding": None}
+        unknown = {"version": UNKNOWN, "_sharded": None, "_sharded_base": None, "_sharding": None, "_spare": None}
         return {**self.__dict__, **unknown, "_layer": self._layer()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         layer = state["_layer"]
         self.__dict__.update(state, _layer=_no_layer if layer is None else weakref.ref(layer))
+
+    @property
+    def keep(self) -> torch.Tensor | None:
+        """The mask of this SUBNETWORK stage in bytes: int8 of the weight's shape, -1 where updated."""
+        return None if self.mask is None else self.mask.keep
 
     def exists(self) -> bool:
         """Tell whether the layer still exists and has the adapter, which may have been deleted or unloaded."""
@@ -177,9 +186,9 @@ class TrackedWeight:
 
     def running_total(self) -> torch.Tensor:
         """Return the accumulated squared gradients, zero if there are none yet, on the weight's device."""
-        weight = self.weight
         if self.total is None:
-            self.total = torch.zeros_like(weight, dtype=score_dtype(weight), requires_grad=False)
+            weight = self.weight
+            self.total = self._memory(score_dtype(weight)).zero_()
         self._follow_weight()
         return self.total
 
@@ -191,32 +200,42 @@ class TrackedWeight:
         self._follow_weight()
         self.participation += 1.0 if self.columns is None else self.columns.to(self.participation)
 
-    def freeze(self, mask: torch.Tensor, selected: int, *, exact: bool, snapshot: bool) -> None:
+    def freeze(self, selection: torch.Tensor, selected: int, *, exact: bool, snapshot: bool) -> None:
         """Begin a SUBNETWORK stage.
 
         Args:
-            mask: Bool tensor of the weight's shape, True = updated. Its memory is reused.
+            selection: Bool tensor of the weight's shape, True = updated. Its memory is reused.
             selected: Number of entries that are True in it.
             exact: Keep what it takes to give frozen entries their bits back.
             snapshot: Keep the whole weight, for Mix.
         """
+        self._spare = self._spare if self.total is None else self.total
         self.total = self.participation = self.columns = None
         self.selected = selected
-        self.keep = keep_from_mask(mask)
+        self.mask = Mask.of(selection)
         self.dtype = self.weight.dtype
         if snapshot:
-            self.snapshot = self.weight.detach().clone()
+            self.snapshot = self._memory(self.dtype).copy_(self.weight)
         elif exact:
-            self.held = hold_frozen(self.weight, self.keep)
+            self.held = hold_frozen(self.weight, self.mask, self._memory(self.dtype))
         if not exact:
-            self.checksum = frozen_checksum(self.weight, self.keep)
+            self.checksum = frozen_checksum(self.weight, self.mask.keep)
+        self._spare = None
         self.version = self.parameter._version
+
+    def _memory(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return memory of the weight's shape: that of the stage before, if it fits."""
+        weight, spare = self.weight.detach(), self._spare
+        self._spare = None
+        if spare is not None and spare.nbytes == weight.numel() * dtype.itemsize and _alike(spare, weight):
+            return spare.view(dtype)
+        return torch.empty_like(weight, dtype=dtype)
 
     def mask_gradient(self) -> None:
         """Zero the gradient of frozen entries."""
-        if self.keep is not None:
+        if self.mask is not None:
             self._follow_weight()
-            zero_frozen_(self.gradient, self.keep)
+            zero_frozen_(self.gradient, self.mask)
 
     def accept_changes(self) -> bool:
         """Take values that were written from outside since the latest step, such as a loaded state, as they are.
@@ -224,26 +243,26 @@ class TrackedWeight:
         Returns:
             Whether frozen entries had other values.
         """
-        touched = self.keep is not None and self.version not in (UNKNOWN, self.parameter._version)
+        touched = self.mask is not None and self.version not in (UNKNOWN, self.parameter._version)
         self.version = self.parameter._version
-        if not touched or self.keep is None or self.checksum is not None or not self.frozen_moved():
+        if not touched or self.mask is None or self.checksum is not None or not self.frozen_moved():
             return False  # with the policy "gradient" the optimizer moves frozen entries too
         if self.held is not None:
-            self.held = hold_frozen(self.weight, self.keep)
+            self.held = hold_frozen(self.weight, self.mask)
         if self.snapshot is not None:
-            restore_from_snapshot_(self.snapshot, self.keep, self.weight)
+            restore_from_snapshot_(self.snapshot, self.mask, self.weight)
         self.changed_outside = True
         return True
 
     def hold(self, *, exact: bool) -> None:
         """Give frozen entries back the bits they had when the stage began, if the policy is exact."""
-        if self.keep is None:
+        if self.mask is None:
             return
         self._follow_weight()
         if self.held is not None:
-            restore_frozen_(self.weight, self.keep, self.held)
+            restore_frozen_(self.weight, self.mask, self.held)
         elif exact and self.snapshot is not None:
-            restore_from_snapshot_(self.weight, self.keep, self.snapshot)
+            restore_from_snapshot_(self.weight, self.mask, self.snapshot)
         self.version = self.parameter._version
 
     def effective(self, density: float) -> EffectiveWeight | None:
@@ -257,27 +276,27 @@ class TrackedWeight:
                 )
             columns = self.columns.to(self.layer.dps_weight[self.adapter])  # which is whole in a forward
             return NoisyWeight(base, layout.spread(columns), density, layout.groups)
-        if self.keep is not None and self.snapshot is not None:
+        if self.mask is not None and self.snapshot is not None:
             self._follow_weight()
             if self.sharding is not None:
                 masks = self.checksum is not None  # else the gradient is masked once, at the optimizer step
-                return ShardedAmplifiedWeight(self.weight, self.snapshot, self.keep, density, self.sharding, masks)
+                return ShardedAmplifiedWeight(self.weight, self.snapshot, self.mask, density, self.sharding, masks)
             # Nothing but the optimizer touched the weight since frozen entries got the bits of T.
             equal = self.checksum is None and self.version == self.parameter._version
-            return AmplifiedWeight(self.snapshot, density, None if equal else self.keep)
+            return AmplifiedWeight(self.snapshot, density, None if equal else self.mask)
         return None
 
     def frozen_moved(self) -> bool:
         """Tell whether any frozen entry has other bits than when this SUBNETWORK stage began."""
-        if self.keep is None:
+        if self.mask is None:
             return False
         if self.changed_outside:
             return True
         self._follow_weight()
         if self.checksum is not None:
-            return bool(frozen_checksum(self.weight, self.keep) != self.checksum)
-        before = self.held if self.snapshot is None else hold_frozen(self.snapshot, self.keep)
-        return before is not None and not torch.equal(hold_frozen(self.weight, self.keep), before)
+            return bool(frozen_checksum(self.weight, self.mask.keep) != self.checksum)
+        before = self.held if self.snapshot is None else hold_frozen(self.snapshot, self.mask)
+        return before is not None and not torch.equal(hold_frozen(self.weight, self.mask), before)
 
     def _follow_weight(self) -> None:
         """Follow the weight to another device; refuse another dtype, whose bits would not fit."""
@@ -287,7 +306,7 @@ class TrackedWeight:
                 f"The weight of {self.name!r} went from {self.dtype} to {weight.dtype} in the middle of a SUBNETWORK "
                 "stage. Convert the model before training, or begin anew with `set_dps_total_steps`."
             )
-        for name in ("total", "participation", "columns", "keep", "held", "snapshot", "checksum"):
+        for name in ("total", "participation", "columns", "mask", "held", "snapshot", "checksum"):
             tensor = getattr(self, name)
             if tensor is not None and tensor.device != weight.device:
                 setattr(self, name, tensor.to(weight.device))
@@ -299,6 +318,10 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     with torch.no_grad():
         return tensor.to_local().detach()
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.stride() == other.stride() and one.device == other.device
 
 
 def _no_layer() -> None:

@@ -8,7 +8,7 @@ from torch.optim import AdamW
 
 from peft_dps import DPSConfig, Stage
 from peft_dps.effective import AmplifiedWeight, NoisyWeight
-from peft_dps.freezing import keep_from_mask
+from peft_dps.masks import Mask
 from peft_dps.noise import ColumnNoise
 from tests.reference import ReferenceDense, ReferenceMix
 from tests.unit.conftest import subnetwork_of, trainable
@@ -79,7 +79,7 @@ def test_mix_follows_the_formulas_in_float64(dimensions, options, kind):
         effective = NoisyWeight(base, layer.columns.spread(row), 0.6, layer.columns.groups)
     else:
         factor = (torch.rand_like(weight) < 0.6).double()
-        effective = AmplifiedWeight(base, 0.6, keep_from_mask(factor.bool()))
+        effective = AmplifiedWeight(base, 0.6, Mask.of(factor.bool()))
     output = layer._compute(x, weight, bias, effective)
     dense = (base + factor * (weight.detach() - base) / 0.6).requires_grad_()
     x2 = x.detach().clone().requires_grad_()

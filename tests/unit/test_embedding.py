@@ -10,7 +10,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 from peft_dps import DPSConfig, Stage, TargetError
 from peft_dps.effective import AmplifiedWeight, NoisyWeight
-from peft_dps.freezing import keep_from_mask
+from peft_dps.masks import Mask
 from peft_dps.noise import ColumnNoise
 from tests.reference import ReferenceDense, ReferenceMix
 from tests.unit.conftest import trainable
@@ -65,7 +65,7 @@ def test_mix_follows_the_formulas_in_float64(kind, stage):
         effective = NoisyWeight(base, layer.columns.spread(factor), 0.6)
     else:
         factor = (torch.rand_like(weight) < 0.6).double()
-        effective = AmplifiedWeight(base, 0.6, keep_from_mask(factor.bool()))
+        effective = AmplifiedWeight(base, 0.6, Mask.of(factor.bool()))
     output = layer._compute(INDICES, weight, None, effective)
     embedding.weight.data = base + factor * (weight.detach() - base) / 0.6
     embedding.weight.requires_grad_(True)

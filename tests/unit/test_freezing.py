@@ -7,14 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_dps import freezing
+from peft_dps import masks
 from peft_dps.freezing import (
     frozen_checksum,
     hold_frozen,
-    keep_from_mask,
+    restore_from_snapshot_,
     restore_frozen_,
     zero_frozen_,
 )
+from peft_dps.masks import Mask
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INTS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -46,13 +47,15 @@ def make_mask(weight: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def keep_of(mask: torch.Tensor) -> torch.Tensor:
-    return keep_from_mask(mask.clone())
+@pytest.fixture(params=[True, False], ids=["bits", "bytes"])
+def masked(request):
+    """Make a mask that is kept in bits or in bytes."""
+    return lambda selected: Mask.of(selected.clone(), in_bits=request.param)
 
 
-@pytest.fixture(params=[5, 1 << 18], ids=["many pieces", "one piece"], autouse=True)
+@pytest.fixture(params=[8, 1 << 19], ids=["many pieces", "one piece"], autouse=True)
 def _piece(request, monkeypatch):
-    monkeypatch.setattr(freezing, "_CPU_CHUNK", request.param)
+    monkeypatch.setattr(masks, "_CPU_CHUNK", request.param)
 
 
 every_case = pytest.mark.parametrize(
@@ -60,29 +63,15 @@ every_case = pytest.mark.parametrize(
 )
 
 
-# --- masks ---
-
-
-def test_keep_has_all_bits_where_updated_and_none_where_frozen():
-    keep = keep_from_mask(torch.tensor([[True, False], [False, True]]))
-    assert keep.dtype is torch.int8
-    assert keep.tolist() == [[-1, 0], [0, -1]]
-
-
-def test_keep_uses_the_memory_of_the_mask():
-    mask = torch.tensor([True, False])
-    assert keep_from_mask(mask).data_ptr() == mask.data_ptr()
-
-
 # --- gradients ---
 
 
 @every_case
-def test_frozen_gradients_become_plus_zero_and_others_keep_their_bits(dtype, layout):
+def test_frozen_gradients_become_plus_zero_and_others_keep_their_bits(dtype, layout, masked):
     gradient = make_weight(dtype, layout)
     mask = make_mask(gradient)
     before = bits(gradient)
-    zero_frozen_(gradient, keep_of(mask))
+    zero_frozen_(gradient, masked(mask))
     assert torch.equal(bits(gradient), torch.where(mask, before, torch.zeros_like(before)))
 
 
@@ -90,36 +79,55 @@ def test_frozen_gradients_become_plus_zero_and_others_keep_their_bits(dtype, lay
 
 
 @every_case
-def test_frozen_entries_get_their_bits_back_and_others_keep_the_new_ones(dtype, layout):
+def test_frozen_entries_get_their_bits_back_and_others_keep_the_new_ones(dtype, layout, masked):
     weight = make_weight(dtype, layout)
     mask = make_mask(weight)
     before = bits(weight)
-    held = hold_frozen(weight, keep_of(mask))
+    held = hold_frozen(weight, masked(mask))
     assert torch.equal(bits(weight), before)
     assert torch.equal(held, torch.where(mask, torch.zeros_like(before), before))
 
     with torch.no_grad():
         weight.copy_(make_weight(dtype, layout))  # other random bits everywhere
     after = bits(weight)
-    restore_frozen_(weight, keep_of(mask), held)
+    restore_frozen_(weight, masked(mask), held)
     assert torch.equal(bits(weight), torch.where(mask, after, before))
 
 
 @every_case
-def test_restoring_what_has_not_moved_changes_no_bit(dtype, layout):
+def test_a_snapshot_gives_frozen_entries_their_bits_back(dtype, layout, masked):
     weight = make_weight(dtype, layout)
-    keep = keep_of(make_mask(weight))
+    mask = make_mask(weight)
+    snapshot = weight.clone()
+    with torch.no_grad():
+        weight.copy_(make_weight(dtype, layout))
+    after = bits(weight)
+    restore_from_snapshot_(weight, masked(mask), snapshot)
+    assert torch.equal(bits(weight), torch.where(mask, after, bits(snapshot)))
+
+
+def test_frozen_bits_are_kept_in_the_memory_that_is_given(masked):
+    weight = make_weight(torch.float32)
+    scores = torch.empty_like(weight)
+    held = hold_frozen(weight, masked(make_mask(weight)), scores)
+    assert held.data_ptr() == scores.data_ptr()
+
+
+@every_case
+def test_restoring_what_has_not_moved_changes_no_bit(dtype, layout, masked):
+    weight = make_weight(dtype, layout)
+    keep = masked(make_mask(weight))
     before = bits(weight)
     restore_frozen_(weight, keep, hold_frozen(weight, keep))
     assert torch.equal(bits(weight), before)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "channels_last"])
-def test_a_mask_of_another_layout_than_the_weight_means_the_same_entries(layout):
+def test_a_mask_of_another_layout_than_the_weight_means_the_same_entries(layout, masked):
     weight = make_weight(torch.float32, layout)
     mask = make_mask(weight)
-    other = keep_of(mask).contiguous()
-    assert other.stride() != weight.stride()
+    other = masked(mask.contiguous())
+    assert mask.contiguous().stride() != weight.stride()
     before = bits(weight)
     held = hold_frozen(weight, other)
     weight.zero_()
@@ -127,9 +135,9 @@ def test_a_mask_of_another_layout_than_the_weight_means_the_same_entries(layout)
     assert torch.equal(bits(weight), torch.where(mask, torch.zeros_like(before), before))
 
 
-def test_parameters_that_require_grad_are_taken():
+def test_parameters_that_require_grad_are_taken(masked):
     weight = torch.nn.Parameter(torch.ones(4))
-    keep = keep_from_mask(torch.tensor([True, False, True, False]))
+    keep = masked(torch.tensor([True, False, True, False]))
     held = hold_frozen(weight, keep)
     weight.data.fill_(7.0)
     restore_frozen_(weight, keep, held)
@@ -139,9 +147,9 @@ def test_parameters_that_require_grad_are_taken():
 
 
 @pytest.mark.parametrize("selected", [True, False])
-def test_masks_of_one_kind_freeze_nothing_or_everything(selected):
+def test_masks_of_one_kind_freeze_nothing_or_everything(selected, masked):
     weight = make_weight(torch.float32)
-    keep = keep_from_mask(torch.full(weight.shape, selected))
+    keep = masked(torch.full(weight.shape, selected))
     before = bits(weight)
     held = hold_frozen(weight, keep)
     weight.zero_()
@@ -149,11 +157,11 @@ def test_masks_of_one_kind_freeze_nothing_or_everything(selected):
     assert torch.equal(bits(weight), torch.zeros_like(before) if selected else before)
 
 
-def test_empty_tensors_are_taken():
-    weight, keep = torch.zeros(0, 3), keep_from_mask(torch.zeros(0, 3, dtype=torch.bool))
-    restore_frozen_(weight, keep, hold_frozen(weight, keep))
-    zero_frozen_(weight, keep)
-    assert frozen_checksum(weight, keep) == 0
+def test_empty_tensors_are_taken(masked):
+    weight, mask = torch.zeros(0, 3), masked(torch.zeros(0, 3, dtype=torch.bool))
+    restore_frozen_(weight, mask, hold_frozen(weight, mask))
+    zero_frozen_(weight, mask)
+    assert frozen_checksum(weight, mask.keep) == 0
 
 
 # --- the checksum ---
@@ -166,7 +174,7 @@ def test_empty_tensors_are_taken():
 def test_checksum_notices_one_moved_bit_of_any_frozen_entry_and_none_of_a_selected_one(dtype, layout, data):
     weight = make_weight(dtype, layout)
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
-    keep = keep_of(mask)
+    keep = Mask.of(mask.clone()).keep
     before = frozen_checksum(weight, keep)
     position = data.draw(st.tuples(*(st.integers(0, size - 1) for size in weight.shape)))
     bit = data.draw(st.integers(0, 8 * weight.element_size() - 1))
@@ -196,7 +204,7 @@ def test_checksum_notices_a_zero_that_changes_its_sign():
 
 def test_checksum_is_an_int64_scalar_that_repeats():
     weight = make_weight(torch.bfloat16)
-    keep = keep_of(make_mask(weight))
+    keep = Mask.of(make_mask(weight)).keep
     first = frozen_checksum(weight, keep)
     assert (first.dtype, first.shape) == (torch.int64, ())
     assert frozen_checksum(weight, keep) == first

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dps import DPSConfig, EngineError, Stage
 from peft_dps.effective import AmplifiedWeight, NoisyWeight, effective_linear
-from peft_dps.freezing import keep_from_mask
+from peft_dps.masks import Mask
 from peft_dps.noise import ColumnNoise
 from tests.reference import ReferenceMix
 from tests.unit.conftest import layers_of, subnetwork_of, train, trainable, weights_of
@@ -133,7 +133,7 @@ def effective_weights(weight):
     base = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
     mask = torch.rand(weight.shape, generator=generator) < 0.6
     yield NoisyWeight(base, columns, 0.6), lambda w: base + columns * (w - base) / 0.6, columns
-    yield AmplifiedWeight(base, 0.6, keep_from_mask(mask.clone())), lambda w: base + mask * (w - base) / 0.6, mask
+    yield AmplifiedWeight(base, 0.6, Mask.of(mask.clone())), lambda w: base + mask * (w - base) / 0.6, mask
     yield AmplifiedWeight(base, 0.6), lambda w: base + (w - base) / 0.6, 1.0
 
 

@@ -6,7 +6,7 @@ from peft import get_peft_model
 
 from peft_dps import DPSConfig, Evidence, register_score
 from peft_dps.errors import ConfigError
-from peft_dps.scores import SCORES, accumulate_squares_, score_dtype
+from peft_dps.scores import SCORES, accumulate_squares_, are_finite, score_dtype
 from peft_dps.selection import select
 
 
@@ -99,6 +99,17 @@ def test_squares_add_up_in_fp32_whatever_the_gradient(dtype):
     assert total.dtype is torch.float32
     torch.testing.assert_close(total, (300 * gradient.double() ** 2).float(), rtol=1e-4, atol=0.0)
     assert total[0] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_entry_that_is_not_finite_is_found(dtype, contiguous, value):
+    gradients = [torch.ones(3, 4, dtype=dtype), torch.ones(6, 5, dtype=dtype)]
+    gradients = [gradient if contiguous else gradient.t() for gradient in gradients]
+    assert are_finite(gradients)
+    gradients[1][2, 3] = value
+    assert not are_finite(gradients)
 
 
 def test_squares_of_fp64_gradients_stay_exact():

@@ -25,7 +25,9 @@ from benchmarks.machine import describe_machine, list_versions
 from peft_dps import DPSConfig, disable_dropout, export_adapter
 from peft_dps.codec import split
 from peft_dps.compare.assets import Assets, fetch_assets
-from peft_dps.compare.task import sentiment_task, tokenize
+from peft_dps.compare.plan import Settings
+from peft_dps.compare.sentiment import sentiment_task
+from peft_dps.compare.task import tokenize
 from peft_dps.compare.training import quieten
 from peft_dps.export import FORMS
 from peft_dps.loading import own_tensors, saved_tensors
@@ -117,7 +119,8 @@ def load_base(case: Case, assets: Assets) -> torch.nn.Module:
 def train(case: Case, assets: Assets, steps: int, learning_rate: float, folder: Path) -> None:
     """Train on sentences of movie reviews; save the adapter with its mean loss over the first and last 20 steps."""
     tokenizer = AutoTokenizer.from_pretrained(assets.model)
-    data = tokenize(sentiment_task(assets.corpora, 3200, 100, 0).train, tokenizer, 64)
+    task = sentiment_task(assets.corpora, Settings(validation_size=100)).draw(3200, 0)
+    data = tokenize(task.train, tokenizer, 64)
     base = load_base(case, assets)
     disable_dropout(base)
     config = DPSConfig(variant=case.variant, task_type="SEQ_CLS", total_steps=steps, train_remaining=True)

@@ -46,14 +46,14 @@ class _OpenStep:
             if not with_gradient:
                 continue
             if self.closure_runs <= 1:
-                subnetwork.begin_call(weights)
+                subnetwork.begin_call(weights, self.optimizer)
                 subnetwork.accept_changes(weights)
             elif subnetwork.stage is Stage.ACCUMULATE:
                 raise EngineError(
                     f"{type(self.optimizer).__name__} evaluated its closure {self.closure_runs} times in one step, so "
                     "it is unclear which gradient to score. Use an optimizer that evaluates it once."
                 )
-            subnetwork.take_gradients(with_gradient, grad_scale)
+            subnetwork.take_gradients(with_gradient, self.optimizer, grad_scale)
 
     def wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure that hands over the gradients when the original has made them."""

@@ -69,6 +69,10 @@ class DPSConfig(PeftConfig):
         offload_base (`bool`, defaults to `False`): Whether the pretrained weights W0 of targeted modules are kept in a
             temporary file (see `TMPDIR`) instead of memory, on the host or an accelerator. What needs them reads them
             from there: disabling, merging and combining adapters, and each step of Mix in ACCUMULATE.
+        lean (`bool`, defaults to `False`): Whether memory is saved wherever it can be, at the price of somewhat
+            different scores and of time: scores come from the optimizer's second moment (AdamW; see
+            `peft_dps.moments`), frozen entries are held only while the optimizer steps, and W0 is kept in a file as
+            with `offload_base`; on a CPU the originals of `modules_to_save` too.
         seed (`int`, defaults to 0): Seed of the method's own random numbers.
         init_weights (`bool`, defaults to `True`): `False` perturbs the trainable copies at random; only for tests.
 
@@ -123,6 +127,9 @@ class DPSConfig(PeftConfig):
     )
     offload_base: bool = field(
         default=False, metadata={"help": "Keep the pretrained weights of targeted modules in a temporary file."}
+    )
+    lean: bool = field(
+        default=False, metadata={"help": "Save memory: scores from the optimizer's state, W0 in a file."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the method's own random numbers."})
     init_weights: bool = field(default=True, metadata={"help": "False perturbs the copies; only for tests."})
@@ -186,6 +193,11 @@ class DPSConfig(PeftConfig):
         self._validate_method()
         self._validate_schedule()
 
+    @property
+    def is_mix(self) -> bool:
+        """Whether training forwards use effective weights."""
+        return self.variant == "mix" and self.density < 1.0
+
     def _validate_targets(self) -> None:
         parameters = self.target_parameters
         if parameters is not None and not _are_names(parameters, expression=False):
@@ -218,7 +230,7 @@ class DPSConfig(PeftConfig):
         _require_choice("frozen", self.frozen, FROZEN_POLICIES)
         if not self.inference_mode:  # a trained adapter loads without the score that trained it
             find_score(self.score)
-        for name in ("train_bias", "train_remaining", "offload_base", "init_weights"):
+        for name in ("train_bias", "train_remaining", "offload_base", "lean", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         if not _is_number(self.density) or not 0.0 < self.density <= 1.0:

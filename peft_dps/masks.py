@@ -107,9 +107,7 @@ class Mask:
             return _pieces(self._bytes, *tensors)
         return self._unpacked(self.packed, tensors)
 
-    def _unpacked(
-        self, packed: torch.Tensor, tensors: tuple[torch.Tensor, ...]
-    ) -> Iterator[tuple[torch.Tensor, ...]]:
+    def _unpacked(self, packed: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
         table = _table(_INT_DTYPES[tensors[0].element_size()], packed.device)
         chunk = _CPU_CHUNK if packed.device.type == "cpu" else _DEVICE_CHUNK
         cut = (tensor.view(-1).split(chunk) for tensor in tensors)

@@ -32,7 +32,7 @@ from peft_dps.status import DPSStatus
 from peft_dps.subnetwork import Subnetwork
 from peft_dps.summary import describe
 from peft_dps.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules, warn_of_statistics
-from peft_dps.ties import check_ties, offload_bases
+from peft_dps.ties import check_ties, offload_bases, offload_originals
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -59,6 +59,7 @@ class DPSModel(BaseTuner):
     prefix: str = "dps_"
     tuner_layer_cls = DPSLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+    _originals_wait = False
 
     def inject_adapter(
         self,
@@ -89,8 +90,9 @@ class DPSModel(BaseTuner):
                 state_dict=state_dict,
             )
             check_ties(model, adapter_name)
-            if config.offload_base:
+            if config.offload_base or config.lean:
                 offload_bases(model, adapter_name)
+            self._originals_wait = config.lean and not config.inference_mode
             if config.train_remaining:
                 tie_saved_modules(model, adapter_name)
             # PEFT leaves this to PeftModel, which transformers' `add_adapter` does without.
@@ -226,6 +228,9 @@ class DPSModel(BaseTuner):
         # PEFT drops `adapter_names` in silence where a tuner has no such method.
         if kwargs.get("adapter_names") is not None:
             raise ConfigError("`adapter_names` (one adapter per sample) works with LoRA only; use `set_adapter`.")
+        if self.training and self._originals_wait:  # PEFT wraps modules to save after the injection
+            offload_originals(self.model)
+            self._originals_wait = False
         yield
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:

@@ -160,6 +160,8 @@ def _read(name: str, piece: Piece, *, exact: bool) -> dict[str, torch.Tensor]:
     tensors = {}
     if "total" in kinds:
         tensors["total"] = source.rows(f"{name}.total", piece.start, piece.stop)
+    if "moment" in kinds:
+        tensors["moment"] = source.rows(f"{name}.moment", piece.start, piece.stop)
     if "participation" in kinds:
         tensors["participation"] = source.rows(f"{name}.participation")
     if "mask" in kinds:
@@ -180,7 +182,7 @@ def _facts_of(
     changed = any(piece.facts["changed_outside"] for piece in pieces)
     moved = any(piece.facts["frozen_moved"] for piece in pieces)
     checksum = None
-    if "mask" in tensors and not exact:
+    if "mask" in tensors and facts["frozen_checksum"] is not None:
         keep = Mask(weight.weight.shape, tensors["mask"], None).keep
         values = tensors.get("snapshot", weight.weight.detach().cpu())
         checksum = int(frozen_checksum(values, keep))

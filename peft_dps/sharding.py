@@ -189,3 +189,11 @@ def together(everyone: list[Ranks], doing: str, error: type[DPSError]) -> Iterat
     failed = [ranks.any(False) for ranks in everyone]
     if any(failed):
         raise error(f"{doing} failed on another process, whose error says why. This one is as before.")
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor, or this process's rows of it where it is cut."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local().detach()

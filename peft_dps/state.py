@@ -17,6 +17,7 @@ import torch
 from peft_dps.bits import unpack
 from peft_dps.errors import StateError
 from peft_dps.freezing import frozen_checksum
+from peft_dps.moments import MomentScores
 from peft_dps.schedule import Stage
 from peft_dps.scores import score_dtype
 from peft_dps.sharding import Ranks, together, world_of
@@ -27,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 # What makes two trainings the same method. Only the length of the training may change.
-SETTINGS = ("variant", "density", "stage_steps", "scope", "frozen", "score", "participation_decay", "seed")
+SETTINGS = ("variant", "density", "stage_steps", "scope", "frozen", "score", "participation_decay", "lean", "seed")
+_SETTINGS_BEFORE = {"lean": False}  # of states that were saved before there was the setting
 LOADING = "Loading the training state"
 OTHER_VALUES = (
     "The values of the weight of {!r} are not those with which the training state was saved. Load the adapter's "
@@ -46,6 +48,7 @@ def state_of(subnetwork: Subnetwork) -> dict[str, Any]:
         `"header"`: plain values, fit for JSON. `"tensors"`: a flat dict, by `"<path of the layer>.<what>"`:
 
         - `total`: scores of this ACCUMULATE stage, the weight's shape, fp32 (fp64 for an fp64 weight)
+        - `moment`: in lean mode, the optimizer's second moment when the stage began, in its dtype
         - `participation`: steps in which each column took part, `[columns]`, fp32, in Mix
         - `mask`: that of this SUBNETWORK stage, row-major, 8 entries a byte, uint8
         - `snapshot`: T of Mix, in the weight's dtype; with `frozen="exact"` flat, and the updated entries only
@@ -57,7 +60,7 @@ def state_of(subnetwork: Subnetwork) -> dict[str, Any]:
     for weight in subnetwork.weights:
         if not weight.exists():
             continue
-        held = _tensors_of(weight, exact=subnetwork.config.frozen == "exact")
+        held = _tensors_of(weight, exact=subnetwork.config.frozen == "exact", stage_is_over=subnetwork.stage_is_over)
         tensors.update({f"{weight.name}.{kind}": tensor for kind, tensor in held.items()})
         weights[weight.name] = {**place_of(weight), **_facts_of(weight), "tensors": sorted(held)}
     config = subnetwork.config
@@ -119,10 +122,14 @@ def damage_told(subnetwork: Subnetwork) -> Iterator[None]:
         ) from error
 
 
-def _tensors_of(weight: TrackedWeight, *, exact: bool) -> dict[str, torch.Tensor]:
+def _tensors_of(weight: TrackedWeight, *, exact: bool, stage_is_over: bool) -> dict[str, torch.Tensor]:
     held = {}
     if weight.total is not None:
         held["total"] = weight.total
+    elif weight.moment is not None and stage_is_over:
+        held["total"] = weight.take_total()  # who resumes is asked for it before the optimizer makes itself known
+    elif weight.moment is not None and (before := weight.moment.before()) is not None:
+        held["moment"] = before
     if weight.participation is not None:
         held["participation"] = weight.participation
     if weight.mask is not None:
@@ -149,6 +156,7 @@ def _facts_of(weight: TrackedWeight) -> dict[str, Any]:
         "frozen_moved": moved,
         "frozen_checksum": None if weight.checksum is None else int(weight.checksum),
         "weight_checksum": checksum_of(weight),
+        "moment": None if weight.moment is None else weight.moment.facts,
     }
 
 
@@ -177,7 +185,7 @@ def check_header(subnetwork: Subnetwork, header: Mapping[str, Any]) -> None:
             "adapter of that name (`adapter_name=`)."
         )
     for name in SETTINGS:
-        before, now = header["settings"][name], getattr(subnetwork.config, name)
+        before, now = header["settings"].get(name, _SETTINGS_BEFORE.get(name)), getattr(subnetwork.config, name)
         if before != now:
             raise StateError(
                 f"The training of adapter {adapter!r} was begun with `{name}={before!r}`, and its config now has "
@@ -217,6 +225,8 @@ def _check_weight(
         mask = unpack(tensors[f"{weight.name}.mask"].to(parameter.device), parameter.shape)
         updated = [int(mask.count_nonzero())] if settings["frozen"] == "exact" else list(parameter.shape)
         expected["snapshot"] = (parameter.dtype, updated)
+    if "moment" in facts["tensors"]:
+        expected["moment"] = (tensors[f"{weight.name}.moment"].dtype, list(parameter.shape))
     for kind in facts["tensors"]:
         _check_tensor(weight, kind, tensors, expected[kind])
     return mask
@@ -284,7 +294,8 @@ def _fill(
     if mask is not None:
         # Frozen entries are the weight's own, so that what freezing keeps of them can be made anew.
         exact = subnetwork.config.frozen == "exact"
-        weight.freeze(mask, facts["selected"], exact=exact, snapshot="snapshot" in held)
+        lean = subnetwork.config.lean
+        weight.freeze(mask, facts["selected"], exact=exact, snapshot="snapshot" in held, lean=lean)
         if weight.snapshot is not None and weight.mask is not None and exact:
             weight.snapshot[weight.mask.keep.bool()] = held["snapshot"]
         elif weight.snapshot is not None:
@@ -292,5 +303,7 @@ def _fill(
         if weight.checksum is not None:
             weight.checksum.fill_(facts["frozen_checksum"])
     weight.total, weight.participation = held.get("total"), held.get("participation")
+    if facts.get("moment") is not None:
+        weight.moment = MomentScores(held.get("moment"), **facts["moment"])
     weight.observed, weight.selected = facts["observed"], facts["selected"]
     weight.changed_outside = facts["changed_outside"]

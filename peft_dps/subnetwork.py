@@ -8,19 +8,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch.optim import Optimizer
 
 from peft_dps import agreement
 from peft_dps.canary import Canary
 from peft_dps.config import DPSConfig
 from peft_dps.effective import EffectiveWeight
-from peft_dps.errors import EngineError, ScoreError
+from peft_dps.errors import EngineError
+from peft_dps.gathering import check_gathered, gather
 from peft_dps.layer import DPSLayer
 from peft_dps.noise import ColumnNoise
-from peft_dps.ranking import masks_of, ranked_together
 from peft_dps.schedule import Position, Stage, StageSchedule
-from peft_dps.scores import accumulate_squares_, are_finite, find_score
+from peft_dps.scores import find_score
 from peft_dps.sharding import distinct, together
-from peft_dps.tracked import UNKNOWN, TrackedWeight
+from peft_dps.switch import select_subnetwork
+from peft_dps.tracked import TrackedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,12 @@ class Subnetwork:
         return None if self.position is None else self.position.stage
 
     @property
+    def stage_is_over(self) -> bool:
+        """Whether the latest step was the last one of its stage."""
+        schedule, position = self._schedule, self.position
+        return schedule is not None and position is not None and position.step_in_stage == schedule.stage_steps
+
+    @property
     def schedule(self) -> StageSchedule | None:
         """The timetable; None before the first step."""
         return self._schedule
@@ -103,7 +111,7 @@ class Subnetwork:
     @property
     def is_mix(self) -> bool:
         """Whether training forwards use effective weights."""
-        return self.config.variant == "mix" and self.config.density < 1.0
+        return self.config.is_mix
 
     @property
     def progress(self) -> dict[str, Any]:
@@ -133,15 +141,18 @@ class Subnetwork:
             self._schedule = StageSchedule(progress["stage_steps"])
             self.position = self._schedule.at(self.step) if self.step > 0 else None
 
-    def begin_call(self, weights: Sequence[TrackedWeight]) -> None:
+    def begin_call(self, weights: Sequence[TrackedWeight], optimizer: Optimizer) -> None:
         """Take note that an optimizer is about to make a step.
 
         A logical step may take several optimizers, or one per parameter: a new step begins when a weight comes again.
 
         Args:
             weights: Tracked weights that belong to the optimizer, with a gradient or without.
+            optimizer: The optimizer.
         """
         self.at_rest = False
+        for weight in weights:
+            weight.belongs_to(optimizer)
         names = {weight.name for weight in weights}
         if self._in_round and not names & self._in_round:
             self._in_round |= names
@@ -153,21 +164,35 @@ class Subnetwork:
         self.step += 1
         self._in_round = names
 
-    def take_gradients(self, weights: Sequence[TrackedWeight], grad_scale: torch.Tensor | None) -> None:
+    def take_gradients(
+        self, weights: Sequence[TrackedWeight], optimizer: Optimizer, grad_scale: torch.Tensor | None
+    ) -> None:
         """Score the gradients in ACCUMULATE; zero those of frozen entries in SUBNETWORK.
 
         Args:
             weights: Tracked weights that have a gradient.
+            optimizer: The optimizer that is about to update them.
             grad_scale: Factor that a gradient scaler has left in the gradients, or None.
         """
         if self._entered is Stage.ACCUMULATE:
             for weight in weights:
                 weight.observed += 1
             if find_score(self.config.score).uses_gradients:
-                self._score(weights, grad_scale)
+                self._count_scored(gather(weights, self.config, optimizer, grad_scale))
             return
         for weight in weights:
-            weight.mask_gradient()
+            weight.mask_gradient(hold=self.config.lean and self.config.frozen == "exact")
+
+    def _count_scored(self, scored: bool) -> None:
+        if scored:
+            self.scored_steps += 1
+            return
+        self.unscored_steps += 1
+        logger.warning(
+            "Adapter %r: the gradients of step %d are not finite; the step is counted but not scored.",
+            self.adapter,
+            self.step,
+        )
 
     def accept_changes(self, weights: Iterable[TrackedWeight]) -> None:
         """Take values that were written from outside since the latest step, such as a loaded state, as they are."""
@@ -185,7 +210,7 @@ class Subnetwork:
         self.calls += 1
         for weight in weights:
             if weight.exists():
-                weight.hold(exact=self.config.frozen == "exact")
+                weight.hold(exact=self.config.frozen == "exact", lean=self.config.lean)
 
     def on_forward(self, layer: DPSLayer) -> EffectiveWeight | None:
         """Prepare a training forward of a layer.
@@ -248,9 +273,6 @@ class Subnetwork:
         if position.stage is not self._entered:
             self._forget_dead()
             if position.stage is Stage.SUBNETWORK:
-                everyone = distinct(weight.ranks for weight in self.weights)
-                with together(everyone, "Selecting a subnetwork", EngineError):
-                    self._check_observed()
                 self._select()
             else:
                 for weight in self.weights:
@@ -260,6 +282,18 @@ class Subnetwork:
             if agreement.is_wanted():
                 self.check_ranks_agree()
         return position
+
+    def _select(self) -> None:
+        weights, adapter, step = self.weights, self.adapter, self.step
+        with together(distinct(weight.ranks for weight in weights), "Selecting a subnetwork", EngineError):
+            check_gathered(weights, self.config, adapter=adapter, step=step, scored=self.scored_steps)
+        try:
+            stage_steps = self._timetable().stage_steps
+            select_subnetwork(weights, self.config, adapter=adapter, step=step, stage_steps=stage_steps)
+        except Exception:
+            if all(weight.observed == 0 for weight in weights):  # they had to forget what they had gathered
+                self.scored_steps = 0
+            raise
 
     def check_ranks_agree(self) -> None:
         """Compare steps, masks and weights over all processes; see `peft_dps.check_ranks_agree`."""
@@ -271,76 +305,6 @@ class Subnetwork:
             self.weights = [weight for weight in self.weights if weight.exists()]
             self._noise, self._by_layer = None, {}
             self._announce()
-
-    def _score(self, weights: Sequence[TrackedWeight], grad_scale: torch.Tensor | None) -> None:
-        gradients = [weight.gradient for weight in weights]
-        finite = are_finite(gradients)
-        # What another process holds of the weights may be what is not finite.
-        if any([ranks.any(not finite) for ranks in distinct(weight.ranks for weight in weights)] or [not finite]):
-            self.unscored_steps += 1
-            logger.warning(
-                "Adapter %r: the gradients of step %d are not finite; the step is counted but not scored.",
-                self.adapter,
-                self.step,
-            )
-            return
-        self.scored_steps += 1
-        scale = 1.0 if grad_scale is None else float(grad_scale)
-        accumulate_squares_([weight.running_total() for weight in weights], gradients, scale)
-        if self.is_mix:
-            for weight in weights:
-                weight.count_participation()
-
-    def _check_observed(self) -> None:
-        if find_score(self.config.score).uses_gradients and self.scored_steps == 0:
-            raise ScoreError(
-                f"Adapter {self.adapter!r}: no step of the ACCUMULATE stage that ended with step {self.step} was "
-                "scored, so no subnetwork can be selected. Look for the cause of NaN or inf in the gradients; the "
-                "weights are as before this step."
-            )
-        for weight in self.weights:
-            if weight.observed == 0 and weight.version not in (UNKNOWN, weight.parameter._version):
-                raise EngineError(
-                    f"The weight of {weight.name!r} was changed, but no optimizer step with its gradient was seen. "
-                    "Its optimizer works on a copy (CPU offloading, sharding) or is no torch.optim.Optimizer; use "
-                    "one that steps the model's own parameters."
-                )
-
-    @torch.no_grad()
-    def _select(self) -> None:
-        if self.config.density == 1.0:
-            for weight in self.weights:
-                weight.total, weight.selected = None, weight.entries
-        elif self.config.scope == "tensor":
-            # Those that have a mask got it in an earlier attempt, which an exception ended.
-            for batch in ranked_together([weight for weight in self.weights if weight.mask is None]):
-                for weight, mask, selected in zip(batch, *self._masks(batch), strict=True):
-                    self._freeze(weight, mask, selected)
-        else:
-            self._select_across()
-
-    def _select_across(self) -> None:
-        if len({weight.ranks for weight in self.weights}) > 1:
-            raise EngineError(
-                f"Adapter {self.adapter!r}: `scope='model'` ranks all weights together, but they are not all cut over "
-                "the same processes. Apply `fully_shard` to the whole model, on one mesh, or use `scope='tensor'`."
-            )
-        masks, selected = self._masks(self.weights)
-        try:
-            for weight, mask, count in zip(self.weights, masks, selected, strict=True):
-                self._freeze(weight, mask, count)
-        except Exception:
-            for weight in self.weights:  # a half-frozen model must not train on
-                weight.release()
-            self.scored_steps = 0
-            raise
-
-    def _masks(self, weights: list[TrackedWeight]) -> tuple[list[torch.Tensor], list[int]]:
-        stage_steps = self._timetable().stage_steps
-        return masks_of(weights, self.config, among=self.weights, step=self.step, stage_steps=stage_steps)
-
-    def _freeze(self, weight: TrackedWeight, mask: torch.Tensor, selected: int) -> None:
-        weight.freeze(mask, selected, exact=self.config.frozen == "exact", snapshot=self.is_mix)
 
 
 def in_backward() -> bool:

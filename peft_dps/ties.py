@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from peft_dps.errors import TargetError
 from peft_dps.layer import DPSLayer
+from peft_dps.offload import on_disk
 
 logger = logging.getLogger(__name__)
 
@@ -70,3 +73,16 @@ def offload_bases(model: nn.Module, adapter_name: str) -> None:
                 logger.warning("`offload_base` leaves the weight of %r in memory: another module shares it.", key)
             else:
                 module.offload_base()
+
+
+def offload_originals(model: nn.Module) -> None:
+    """Keep the pretrained weights of modules that are trained in full (`modules_to_save`) in files, on a CPU.
+
+    Args:
+        model: The model, with PEFT's wrappers around such modules.
+    """
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for parameter in module.original_module.parameters():
+                if parameter.device.type == "cpu" and not isinstance(parameter, DTensor):
+                    parameter.data = on_disk(parameter.data)

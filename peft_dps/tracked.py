@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from peft_dps.effective import AmplifiedWeight, EffectiveWeight, NoisyWeight
 from peft_dps.errors import EngineError
@@ -21,9 +22,10 @@ from peft_dps.freezing import (
 )
 from peft_dps.layer import DPSLayer
 from peft_dps.masks import Mask
+from peft_dps.moments import MomentScores, SecondMoment, second_moments
 from peft_dps.scores import score_dtype
 from peft_dps.sharded_effective import ShardedAmplifiedWeight
-from peft_dps.sharding import Ranks, Sharding, sharding_of
+from peft_dps.sharding import Ranks, Sharding, local_part, sharding_of
 
 UNKNOWN = -1  # version counter of a weight that was copied or unpickled
 
@@ -40,10 +42,12 @@ class TrackedWeight:
 
     Attributes:
         total: Squared gradients added up in this ACCUMULATE stage.
+        moment: In lean mode, how they are made from the optimizer's second moment.
         participation: Steps of this ACCUMULATE stage in which each column took part, `[columns]`, in Mix.
         columns: Which columns take part in the coming step, `[columns]`, in Mix.
         mask: Mask of this SUBNETWORK stage.
-        held: Bits of the frozen entries when the stage began, kept with `frozen="exact"` in Dense.
+        held: Bits of the frozen entries when the stage began, kept with `frozen="exact"` in Dense; in lean mode only
+            while the optimizer steps.
         snapshot: The weight when the stage began, kept in Mix.
         checksum: Checksum of the frozen entries when the stage began, kept where nothing else tells whether they move.
         dtype: Dtype of the weight when this SUBNETWORK stage began.
@@ -64,6 +68,7 @@ class TrackedWeight:
         self._sharded_base: weakref.ref[torch.Tensor] | None = None
         self._sharding: Sharding | None = None
         self._spare: torch.Tensor | None = None
+        self._optimizer: weakref.ref[Optimizer] | None = None
         self.total: torch.Tensor | None = None
         self.held: torch.Tensor | None = None
         self.snapshot: torch.Tensor | None = None
@@ -74,6 +79,7 @@ class TrackedWeight:
         # Scores, frozen bits and snapshots take turns in the same memory.
         self._spare = next((each for each in (self.total, self.held, self.snapshot) if each is not None), None)
         self.total = self.held = self.snapshot = None
+        self.moment: MomentScores | None = None
         self.participation: torch.Tensor | None = None
         self.mask: Mask | None = None
         self.checksum: torch.Tensor | None = None
@@ -83,8 +89,8 @@ class TrackedWeight:
         self.version = self.parameter._version if self.exists() else UNKNOWN
 
     def __getstate__(self) -> dict[str, Any]:
-        unknown = {"version": UNKNOWN, "_sharded": None, "_sharded_base": None, "_sharding": None, "_spare": None}
-        return {**self.__dict__, **unknown, "_layer": self._layer()}
+        unknown = dict.fromkeys(("_sharded", "_sharded_base", "_sharding", "_spare", "_optimizer"))
+        return {**self.__dict__, **unknown, "version": UNKNOWN, "_layer": self._layer()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         layer = state["_layer"]
@@ -148,7 +154,7 @@ class TrackedWeight:
     @property
     def weight(self) -> torch.Tensor:
         """The trainable copy, or this process's rows of it."""
-        return _local(self.parameter)
+        return local_part(self.parameter)
 
     @property
     def entries(self) -> int:
@@ -160,9 +166,9 @@ class TrackedWeight:
         """The pretrained weight W0, or this process's rows of it."""
         base, sharding = self.layer._pretrained()[0], self.sharding
         if sharding is None or isinstance(base, DTensor):
-            return _local(base)
+            return local_part(base)
         known = None if self._sharded_base is None else self._sharded_base()
-        return sharding.part_of(base) if known is None else _local(known)
+        return sharding.part_of(base) if known is None else local_part(known)
 
     @property
     def gradient(self) -> torch.Tensor:
@@ -182,15 +188,46 @@ class TrackedWeight:
                 f"The gradient of {self.name!r} has layout {gradient.layout}; DPS needs dense gradients. Create the "
                 "module with `sparse=False`."
             )
-        return _local(gradient)
+        return local_part(gradient)
 
     def running_total(self) -> torch.Tensor:
         """Return the accumulated squared gradients, zero if there are none yet, on the weight's device."""
         if self.total is None:
             weight = self.weight
-            self.total = self._memory(score_dtype(weight)).zero_()
+            memory = self._memory(score_dtype(weight))
+            self.total = memory.zero_() if self.moment is None else self._from_moment(self.moment, memory)
         self._follow_weight()
         return self.total
+
+    def take_total(self) -> torch.Tensor:
+        """Return the accumulated squared gradients without keeping them, in lean mode."""
+        total, self.total = self.running_total(), None
+        return total
+
+    def _from_moment(self, moment: MomentScores, memory: torch.Tensor) -> torch.Tensor:
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is None:
+            raise EngineError(
+                f"`lean=True` takes the scores of {self.name!r} from its optimizer, which does not exist any more. "
+                "Keep the optimizer until the stage ends, or use `lean=False`."
+            )
+        now = second_moments(optimizer, {self.name: self.parameter})[self.name].value
+        return memory.zero_() if now is None else moment.scores(now, memory)
+
+    def belongs_to(self, optimizer: Optimizer) -> None:
+        """Take note of the optimizer that updates the weight."""
+        if self._optimizer is None or self._optimizer() is not optimizer:
+            self._optimizer = weakref.ref(optimizer)
+
+    def count_moment(self, now: SecondMoment) -> None:
+        """Count a step of this ACCUMULATE stage in lean mode.
+
+        Args:
+            now: The second moment before the step.
+        """
+        if self.moment is None:
+            self.moment = MomentScores(now.value, now.share)
+        self.moment.count_step(now.decay)
 
     def count_participation(self) -> None:
         """Count the columns that took part in this step; all of them if the weight was read without noise."""
@@ -200,7 +237,9 @@ class TrackedWeight:
         self._follow_weight()
         self.participation += 1.0 if self.columns is None else self.columns.to(self.participation)
 
-    def freeze(self, selection: torch.Tensor, selected: int, *, exact: bool, snapshot: bool) -> None:
+    def freeze(
+        self, selection: torch.Tensor, selected: int, *, exact: bool, snapshot: bool, lean: bool = False
+    ) -> None:
         """Begin a SUBNETWORK stage.
 
         Args:
@@ -208,17 +247,18 @@ class TrackedWeight:
             selected: Number of entries that are True in it.
             exact: Keep what it takes to give frozen entries their bits back.
             snapshot: Keep the whole weight, for Mix.
+            lean: Keep frozen bits only while the optimizer steps.
         """
         self._spare = self._spare if self.total is None else self.total
-        self.total = self.participation = self.columns = None
+        self.total = self.participation = self.columns = self.moment = None
         self.selected = selected
         self.mask = Mask.of(selection)
         self.dtype = self.weight.dtype
         if snapshot:
             self.snapshot = self._memory(self.dtype).copy_(self.weight)
-        elif exact:
+        elif exact and not lean:
             self.held = hold_frozen(self.weight, self.mask, self._memory(self.dtype))
-        if not exact:
+        if not exact or (lean and not snapshot):
             self.checksum = frozen_checksum(self.weight, self.mask.keep)
         self._spare = None
         self.version = self.parameter._version
@@ -231,11 +271,17 @@ class TrackedWeight:
             return spare.view(dtype)
         return torch.empty_like(weight, dtype=dtype)
 
-    def mask_gradient(self) -> None:
-        """Zero the gradient of frozen entries."""
+    def mask_gradient(self, *, hold: bool = False) -> None:
+        """Zero the gradient of frozen entries.
+
+        Args:
+            hold: Keep their bits until the optimizer has made its step, in lean mode.
+        """
         if self.mask is not None:
             self._follow_weight()
             zero_frozen_(self.gradient, self.mask)
+            if hold and self.snapshot is None:
+                self.held = hold_frozen(self.weight, self.mask)
 
     def accept_changes(self) -> bool:
         """Take values that were written from outside since the latest step, such as a loaded state, as they are.
@@ -254,13 +300,14 @@ class TrackedWeight:
         self.changed_outside = True
         return True
 
-    def hold(self, *, exact: bool) -> None:
+    def hold(self, *, exact: bool, lean: bool = False) -> None:
         """Give frozen entries back the bits they had when the stage began, if the policy is exact."""
         if self.mask is None:
             return
         self._follow_weight()
         if self.held is not None:
             restore_frozen_(self.weight, self.mask, self.held)
+            self.held = None if lean else self.held
         elif exact and self.snapshot is not None:
             restore_from_snapshot_(self.weight, self.mask, self.snapshot)
         self.version = self.parameter._version
@@ -310,14 +357,6 @@ class TrackedWeight:
             tensor = getattr(self, name)
             if tensor is not None and tensor.device != weight.device:
                 setattr(self, name, tensor.to(weight.device))
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor, or this process's part of it."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    with torch.no_grad():
-        return tensor.to_local().detach()
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:

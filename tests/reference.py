@@ -21,8 +21,10 @@ class ReferenceDense:
         stage_steps: int,
         scope: str = "tensor",
         frozen: str = "exact",
+        forget: float = 1.0,
     ) -> None:
         self.weights = weights
+        self.forget = forget  # factor of scores from step to step: 1 but for scores from a second moment
         self.density = density
         self.stage_steps = stage_steps
         self.scope = scope
@@ -45,7 +47,7 @@ class ReferenceDense:
                 if first_of_stage:
                     self.scores[index] = [torch.tensor(0.0)] * weight.numel()
                 self.scores[index] = [
-                    total + square for total, square in zip(self.scores[index], squares, strict=True)
+                    self.forget * total + square for total, square in zip(self.scores[index], squares, strict=True)
                 ]
             return
         if first_of_stage:

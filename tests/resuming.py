@@ -38,6 +38,7 @@ class Plan:
     density: float = 0.4
     stage_steps: int = 3
     steps: int = 14
+    lean: bool = False
 
 
 class Training:
@@ -47,7 +48,7 @@ class Training:
         self.plan = plan
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(12, 17), nn.Dropout(0.1), nn.Tanh(), nn.Linear(17, 3))
-        names = ("variant", "frozen", "scope", "score", "density", "stage_steps")
+        names = ("variant", "frozen", "scope", "score", "density", "stage_steps", "lean")
         config = DPSConfig(target_modules=["0", "3"], **{name: getattr(plan, name) for name in names})
         self.model = get_peft_model(net, config).train()
         self.optimizer = OPTIMIZERS[plan.optimizer]([p for p in self.model.parameters() if p.requires_grad])
@@ -80,7 +81,7 @@ class Training:
         for weight in find_subnetworks(self.model)["default"].weights:
             for kind in ("total", "participation", "keep", "held", "snapshot", "checksum"):
                 tensor = getattr(weight, kind)
-                if tensor is not None:
+                if tensor is not None and not (kind == "total" and self.plan.lean):  # a matter of when it is made
                     state[f"{kind}/{weight.name}"] = tensor
         return {name: as_bits(tensor).clone() for name, tensor in state.items()}
 

@@ -32,6 +32,10 @@ PLANS = [
 ]
 PLANS += [Plan(variant=variant, score="random") for variant in ("dense", "mix")]
 PLANS += [Plan(variant=variant, density=1.0) for variant in ("dense", "mix")]
+PLANS += [
+    Plan(variant=variant, frozen=frozen, scope=scope, micro_batches=micro_batches, lean=True)
+    for variant, frozen, scope, micro_batches in itertools.product(*(axis for axis in AXES if "sgd" not in axis))
+]
 _stops = random.Random(0)
 STOPS = [(plan, _stops.randint(1, plan.steps - 1)) for plan in PLANS]
 
@@ -66,14 +70,14 @@ def test_the_stops_reach_both_stages_of_every_variant_and_policy():
 
 
 def test_every_step_of_a_cycle_can_be_a_stop(tmp_path):
-    for variant in ("dense", "mix"):
-        whole = Training(Plan(variant=variant, steps=9))
+    for variant, lean in itertools.product(("dense", "mix"), (False, True)):
+        whole = Training(Plan(variant=variant, steps=9, lean=lean))
         for stop in range(9):
             whole.run(stop)
-            whole.save(tmp_path / f"{variant}{stop}")
+            whole.save(tmp_path / f"{variant}{lean}{stop}")
         whole.run(9)
         for stop in range(9):
-            resumed = Training.resumed(tmp_path / f"{variant}{stop}")
+            resumed = Training.resumed(tmp_path / f"{variant}{lean}{stop}")
             resumed.run(9)
             assert_same(resumed.everything(), whole.everything())
 

@@ -1,0 +1,66 @@
+"""The switch to SUBNETWORK: every weight of an adapter gets its mask and is frozen but for what that selects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from peft_dps.config import DPSConfig
+from peft_dps.errors import EngineError
+from peft_dps.ranking import masks_of, ranked_together
+from peft_dps.tracked import TrackedWeight
+
+
+@torch.no_grad()
+def select_subnetwork(
+    weights: Sequence[TrackedWeight], config: DPSConfig, *, adapter: str, step: int, stage_steps: int
+) -> None:
+    """Select the subnetwork of an adapter; where weights are sharded, all processes have to call it.
+
+    Args:
+        weights: All weights of the adapter, at the end of their ACCUMULATE stage.
+        config: Its configuration.
+        adapter: Its name.
+        step: Number of the latest step.
+        stage_steps: Length of a stage, in steps.
+
+    Raises:
+        EngineError: If weights are to be ranked together that are cut over different processes.
+    """
+    if config.density == 1.0:
+        for weight in weights:
+            weight.total, weight.selected = None, weight.entries
+        return
+    if config.scope == "model":
+        _select_across(weights, config, adapter=adapter, step=step, stage_steps=stage_steps)
+        return
+    # Those that have a mask got it in an earlier attempt, which an exception ended.
+    for batch in ranked_together(weight for weight in weights if weight.mask is None):
+        masks, selected = masks_of(batch, config, among=weights, step=step, stage_steps=stage_steps)
+        _freeze(batch, masks, selected, config)
+
+
+def _select_across(
+    weights: Sequence[TrackedWeight], config: DPSConfig, *, adapter: str, step: int, stage_steps: int
+) -> None:
+    if len({weight.ranks for weight in weights}) > 1:
+        raise EngineError(
+            f"Adapter {adapter!r}: `scope='model'` ranks all weights together, but they are not all cut over the same "
+            "processes. Apply `fully_shard` to the whole model, on one mesh, or use `scope='tensor'`."
+        )
+    masks, selected = masks_of(weights, config, among=weights, step=step, stage_steps=stage_steps)
+    try:
+        _freeze(weights, masks, selected, config)
+    except Exception:
+        for weight in weights:  # a half-frozen model must not train on
+            weight.release()
+        raise
+
+
+def _freeze(
+    weights: Sequence[TrackedWeight], masks: Sequence[torch.Tensor], selected: Sequence[int], config: DPSConfig
+) -> None:
+    exact = config.frozen == "exact"
+    for weight, mask, count in zip(weights, masks, selected, strict=True):
+        weight.freeze(mask, count, exact=exact, snapshot=config.is_mix, lean=config.lean)

@@ -22,7 +22,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 
 from benchmarks.file_size import batches
 from benchmarks.machine import describe_machine, list_versions
-from peft_dps import DPSConfig, Stage, find_subnetworks
+from peft_dps import DPSConfig, Stage
+from peft_dps.adapters import find_subnetworks
 from peft_dps.compare.assets import fetch_assets
 from peft_dps.compare.plan import Settings
 from peft_dps.compare.sentiment import sentiment_task

@@ -30,6 +30,7 @@ NOT_DEFAULT = {
     "train_bias": False,
     "train_remaining": True,
     "offload_base": True,
+    "lean": True,
     "modules_to_save": ["classifier"],
     "layers_to_transform": [0, 2],
     "layers_pattern": "layer",
@@ -52,7 +53,7 @@ REFUSED = [
     ("score", "fisher", "`score` must be one of 'squared_gradient', 'random', got 'fisher'"),
     ("score", None, "`score` must be one of 'squared_gradient', 'random', got None"),
     *((name, bad, f"`{name}` must be True or False, got {bad!r}")
-      for name in ("train_bias", "train_remaining", "init_weights")
+      for name in ("train_bias", "train_remaining", "lean", "offload_base", "init_weights")
       for bad in (1, 0, None, "all")),
     *(("density", bad, f"`density` must be in (0, 1], got {bad!r}")
       for bad in (0, 0.0, -0.1, 1.0001, 2, math.nan, math.inf, True, None, "0.5")),
@@ -103,6 +104,7 @@ def test_the_defaults_are_the_papers():
         "train_bias": True,
         "train_remaining": False,
         "offload_base": False,
+        "lean": False,
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,

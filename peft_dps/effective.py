@@ -180,7 +180,7 @@ class _EffectiveLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.effective, ctx.input_axis = effective, input_axis
-        return F.linear(x, _out_in(passing(effective, weight).to(x.dtype), input_axis), bias)
+        return F.linear(x, _out_in(passing(effective, weight, x.dtype), input_axis), bias)
 
     @staticmethod
     @once_differentiable
@@ -189,24 +189,24 @@ class _EffectiveLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.needs_input_grad[0]:
-            effective = _out_in(passing(ctx.effective, weight).to(x.dtype), ctx.input_axis)
+            effective = _out_in(passing(ctx.effective, weight, x.dtype), ctx.input_axis)
             grad_x = (rows @ effective).view(x.shape)
             del effective
         if ctx.needs_input_grad[1]:
             columns = x.reshape(-1, x.shape[-1])
-            grad_weight = _weight_gradient(rows, columns, ctx.effective, ctx.input_axis).to(weight.dtype)
+            grad_weight = _weight_gradient(rows, columns, ctx.effective, ctx.input_axis, weight.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, grad_weight, grad_bias, None, None
 
 
 def _weight_gradient(
-    rows: torch.Tensor, columns: torch.Tensor, effective: EffectiveWeight, input_axis: int
+    rows: torch.Tensor, columns: torch.Tensor, effective: EffectiveWeight, input_axis: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Return the gradient of the weight from those of the outputs, `[tokens, out]`, and the inputs, `[tokens, in]`."""
     active = effective.active_columns()
     if active is None:
-        return effective.gradient_(rows.t() @ columns if input_axis == 1 else columns.t() @ rows)
+        return effective.gradient_((rows.t() @ columns if input_axis == 1 else columns.t() @ rows).to(dtype))
     # Columns without a gradient are left out of the product and read from a column of zeros behind it.
     inputs, count = columns.shape[-1], active.numel()
     taken = scratch.empty((columns.shape[0], count), columns.dtype, "columns")
@@ -219,7 +219,10 @@ def _weight_gradient(
     product.select(input_axis, count).zero_()
     factors = (rows.t(), columns) if input_axis == 1 else (columns.t(), rows)
     torch.mm(*factors, out=product.narrow(input_axis, 0, count))
-    return product.index_select(input_axis, place)
+    if dtype == product.dtype:
+        return product.index_select(input_axis, place)
+    whole = scratch.empty((outputs, inputs) if input_axis == 1 else (inputs, outputs), product.dtype, "cast")
+    return torch.index_select(product, input_axis, place, out=whole).to(dtype)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -233,16 +236,18 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
-def passing(effective: EffectiveWeight, weight: torch.Tensor) -> torch.Tensor:
+def passing(effective: EffectiveWeight, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return W_eff in memory that the next call may overwrite.
 
     Args:
         effective: What makes W_eff of W.
         weight: W.
+        dtype: Dtype of the result.
     """
     if weight.device.type != "cpu" or not weight.is_contiguous() or torch.compiler.is_compiling():
-        return effective.of(weight)
-    return effective.of(weight, scratch.empty(weight.shape, weight.dtype, "weight"))
+        return effective.of(weight).to(dtype)
+    made = effective.of(weight, scratch.empty(weight.shape, weight.dtype, "weight"))
+    return made if made.dtype == dtype else scratch.empty(weight.shape, dtype, "cast").copy_(made)
 
 
 def _out_in(weight: torch.Tensor, input_axis: int) -> torch.Tensor:

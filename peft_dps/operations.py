@@ -88,13 +88,13 @@ class _EffectiveConv(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.effective, ctx.geometry = effective, geometry
-        return torch.convolution(x, passing(effective, weight).to(x.dtype), bias, *geometry)
+        return torch.convolution(x, passing(effective, weight, x.dtype), bias, *geometry)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        effective = passing(ctx.effective, weight).to(x.dtype)
+        effective = passing(ctx.effective, weight, x.dtype)
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad_output, x, effective, [weight.shape[0]], *ctx.geometry, ctx.needs_input_grad[:3]
         )

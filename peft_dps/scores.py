@@ -6,7 +6,6 @@ name that `DPSConfig(score=...)` accepts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -133,12 +132,14 @@ def are_finite(gradients: Sequence[torch.Tensor]) -> bool:
     Args:
         gradients: At least one, any floating dtypes, on any devices.
     """
+    wide = torch.float64 if any(gradient.dtype is torch.float64 for gradient in gradients) else torch.float32
     if all(each.device.type == "cpu" and each.is_contiguous() and each.element_size() >= 4 for each in gradients):
         flat = (gradient.view(-1) for gradient in gradients)  # a dot product reads at twice the speed of a norm
-        return all(math.isfinite(torch.dot(each, each)) for each in flat)
-    wide = torch.float64 if any(gradient.dtype is torch.float64 for gradient in gradients) else torch.float32
-    norms = torch._foreach_norm(list(gradients), 2, dtype=wide)
-    return bool(torch.stack([norm.to(gradients[0].device) for norm in norms]).isfinite().all())
+        sizes = [torch.dot(each, each).to(wide) for each in flat]
+    else:
+        norms = torch._foreach_norm(list(gradients), 2, dtype=wide)
+        sizes = [norm.to(gradients[0].device) for norm in norms]
+    return bool(torch.stack(sizes).isfinite().all())
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from peft_dps.adapters import find_subnetworks
+from peft_dps.adapters import find_subnetworks, offloaded_parameters
 from peft_dps.masks import Mask
 
 KINDS = ("trained weights", "W0", "other weights", "gradients", "optimizer", "scores", "masks", "snapshots")
@@ -29,8 +29,9 @@ def tensor_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
         Bytes of each of `KINDS`. "W0" are the pretrained weights that are kept beside their trained copies.
     """
     sizes = dict.fromkeys(KINDS, 0)
+    in_files = offloaded_parameters(model)
     for name, parameter in model.named_parameters():
-        sizes[_kind(name, parameter)] += parameter.nbytes
+        sizes[_kind(name, parameter)] += 0 if parameter in in_files else parameter.nbytes
         sizes["gradients"] += _bytes(parameter.grad)
     for state in optimizer.state.values():
         sizes["optimizer"] += sum(_bytes(value) for value in state.values())

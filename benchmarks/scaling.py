@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -34,7 +34,7 @@ from benchmarks.rounds import FIGURES, Round, Run, figure_of, turned
 from benchmarks.settings import SIZES, Settings
 from benchmarks.traffic import traffic_of
 from benchmarks.worker import Trainee, quieten
-from peft_dps import StageSchedule
+from peft_dps import StageSchedule, offloaded_parameters
 from peft_dps.selection import select
 
 DENSITY = 0.3
@@ -46,16 +46,29 @@ def _ddp(model: nn.Module) -> nn.Module:
 
 def _fsdp2(model: nn.Module) -> nn.Module:
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    ignored = offloaded_parameters(model)
     for module in list(model.modules()):
         if isinstance(module, BertLayer):
-            fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+            fully_shard(module, mesh=mesh, ignored_params=ignored)
+    return fully_shard(model, mesh=mesh, ignored_params=ignored)
 
 
 ENGINES: dict[str, Callable[[nn.Module], nn.Module]] = {"ddp": _ddp, "fsdp2": _fsdp2}
-METHODS = {"plain": "full-linear", "dense": "dps-exact", "mix": "mix-exact"}
-NAMES = [f"{engine}-{method}" for engine in ENGINES for method in METHODS]
-COMPARISONS = [(f"{engine}-{method}", f"{engine}-plain") for engine in ENGINES for method in ("dense", "mix")]
+PLAIN = "plain"
+METHODS = {PLAIN: "full-linear", "dense": "dps-exact", "mix": "mix-exact"}
+OFFLOADED = {"dense-offloaded": "dps-offloaded", "mix-offloaded": "mix-offloaded"}  # which FSDP2 does not collect
+
+
+def variants_on(engine: str) -> dict[str, str]:
+    """Return what is measured on an engine: names, and the variants of `benchmarks.variant` that they are."""
+    methods = METHODS | OFFLOADED if engine == "fsdp2" else METHODS
+    return {f"{engine}-{method}": variant for method, variant in methods.items()}
+
+
+def comparisons(engines: Iterable[str]) -> list[tuple[str, str]]:
+    """Return which name is held against which: each against plain training on the same engine."""
+    pairs = [(name, f"{engine}-{PLAIN}") for engine in engines for name in variants_on(engine)]
+    return [(name, against) for name, against in pairs if name != against]
 
 
 @dataclass(frozen=True)
@@ -89,19 +102,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         threads=options.threads,
     )
     before = load()
-    measured = measure(options.processes, settings)
+    measured = measure(options.processes, settings, options.engines)
+    ratios = step_ratios(measured.run, comparisons(options.engines))
     selection = selection_costs(options.entries, options.density, options.repeats)
     document = {
         "machine": {**describe_machine(), "load_before": before, "load_after": load()},
         "versions": list_versions(),
         "settings": {**asdict(settings), "processes": options.processes, "backend": "gloo"},
-        "step_ratios": [asdict(ratio) for ratio in step_ratios(measured.run, COMPARISONS)],
+        "step_ratios": [asdict(ratio) for ratio in ratios],
         "seconds": {
             name: {
                 figure: asdict(Spread.of(seconds(measured.run, name, figure, lambda times: times.seconds)))
                 for figure in FIGURES
             }
-            for name in NAMES
+            for name in measured.run.summaries
         },
         "traffic_bytes": measured.traffic,
         "selection": selection,
@@ -109,25 +123,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    for ratio in step_ratios(measured.run, COMPARISONS):
+    for ratio in ratios:
         spread = f"{ratio.step.median:.3f} ({ratio.step.lower:.3f} to {ratio.step.upper:.3f})"
         print(f"{ratio.variant} beside {ratio.against}, {ratio.figure}: {spread}")
     print(f"All numbers are in {options.out}.")
 
 
-def measure(processes: int, settings: Settings) -> Measured:
+def measure(processes: int, settings: Settings, engines: Sequence[str]) -> Measured:
     """Train all variants in turn in some processes.
 
     Args:
         processes: How many.
         settings: Settings of the run.
+        engines: Names of the engines.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         workers = [
-            context.Process(target=_work, args=(there, store, rank, processes, settings), daemon=True)
+            context.Process(target=_work, args=(there, store, rank, processes, settings, engines), daemon=True)
             for rank in range(processes)
         ]
         for worker in workers:
@@ -141,19 +156,22 @@ def measure(processes: int, settings: Settings) -> Measured:
     return measured
 
 
-def _work(connection: Connection, store: str, rank: int, size: int, settings: Settings) -> None:
+def _work(
+    connection: Connection, store: str, rank: int, size: int, settings: Settings, engines: Sequence[str]
+) -> None:
     quieten()
     torch.set_num_threads(settings.threads or 1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    trainees = {}
-    for engine, wrap in ENGINES.items():
-        for method, variant in METHODS.items():
-            trainees[f"{engine}-{method}"] = Trainee(variant, settings, wrap)
+    trainees = {
+        name: Trainee(variant, settings, ENGINES[engine])
+        for engine in engines
+        for name, variant in variants_on(engine).items()
+    }
     schedule = StageSchedule(settings.stage_steps)
     rounds = []
     for number in range(1, settings.rounds + 1):
         position, times = schedule.at(number), {}
-        for name in turned(NAMES, number):
+        for name in turned(list(trainees), number):
             dist.barrier()
             times[name] = trainees[name].step(position.stage.value)
         rounds.append(Round(number, figure_of(position), number <= settings.warmup, times))
@@ -215,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--processes", type=int, default=2, help="processes")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="engines")
     parser.add_argument("--size", choices=SIZES, default="small", help="size of the encoder")
     parser.add_argument("--batch", type=int, default=8, help="sequences in a batch of one process")
     parser.add_argument("--tokens", type=int, default=32, help="tokens in a sequence")

@@ -7,6 +7,13 @@ from typing import Any
 
 SIZES: dict[str, dict[str, Any]] = {
     "base": {},  # what BertConfig gives: BERT-base
+    "medium": {
+        "vocab_size": 8192,
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "intermediate_size": 2048,
+    },
     "small": {
         "vocab_size": 8192,
         "hidden_size": 256,

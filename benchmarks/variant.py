@@ -81,6 +81,8 @@ VARIANTS: dict[str, Variant] = {
         Variant("dps-exact", "DPS on all linear layers, frozen='exact'", _dps(frozen="exact")),
         Variant("dps-gradient", "DPS on all linear layers, frozen='gradient'", _dps(frozen="gradient")),
         Variant("mix-exact", "DPS Mix on all linear layers, frozen='exact'", _dps(variant="mix", frozen="exact")),
+        Variant("dps-offloaded", "as dps-exact, with W0 in a file: offload_base=True", _dps(offload_base=True)),
+        Variant("mix-offloaded", "as mix-exact, with W0 in a file", _dps(variant="mix", offload_base=True)),
         Variant(
             "dps-remaining",
             "DPS on all linear layers, frozen='exact', every other parameter trained too",

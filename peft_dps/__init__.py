@@ -7,6 +7,7 @@ from peft_dps.adapters import (
     dps_status,
     load_dps_state,
     load_dps_state_dict,
+    offloaded_parameters,
     save_dps_state,
 )
 from peft_dps.config import DPSConfig
@@ -62,6 +63,7 @@ __all__ = [
     "export_adapter",
     "load_dps_state",
     "load_dps_state_dict",
+    "offloaded_parameters",
     "register_for_checkpointing",
     "register_score",
     "save_dps_state",

@@ -125,6 +125,21 @@ def load_dps_state(model: nn.Module, path: str | os.PathLike[str], adapter_name:
     checkpoint.load(find_subnetwork(model, adapter_name), path)
 
 
+def offloaded_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Collect the pretrained weights that `offload_base=True` keeps in files, for `fully_shard(ignored_params=...)`.
+
+    What FSDP2 cuts over processes it holds in memory and collects with each block; these it is to leave alone.
+
+    Args:
+        model: A PEFT model, or any module into which DPS adapters were injected.
+
+    Returns:
+        The parameters of the base layers; none without `offload_base=True`.
+    """
+    layers = [module for module in model.modules() if isinstance(module, DPSLayer)]
+    return {layer.pretrained_parameter for layer in layers if layer.is_offloaded}
+
+
 def find_subnetwork(model: nn.Module, adapter_name: str | None = None) -> Subnetwork:
     """Return the subnetwork of a DPS adapter.
 

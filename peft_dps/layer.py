@@ -157,7 +157,7 @@ class DPSLayer(BaseLayerWrapper):
             return self._pretrained()[0]
         base_weight = self._parameters_of_base()[0]
         if not self._adapters_in_effect():
-            return base_weight if self._offloaded_from in (None, base_weight.device) else self._pretrained()[0]
+            return base_weight if self._home() in (None, base_weight.device) else self._pretrained()[0]
         return self._effective()[0].to(base_weight.dtype)
 
     @property
@@ -214,6 +214,12 @@ class DPSLayer(BaseLayerWrapper):
                 if made is not None:
                     effective[name] = made
         return effective
+
+    def _home(self) -> torch.device | None:
+        if self._offloaded_from is None:
+            return None
+        # FSDP2 moves parameters without `_apply`, which is where the layer would notice.
+        return next((copy.device for copy in self.dps_weight.values()), self._offloaded_from)
 
     def _adapters_in_effect(self) -> list[str]:
         if self.disable_adapters or self.merged:

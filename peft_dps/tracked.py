@@ -142,6 +142,12 @@ class TrackedWeight:
         if not isinstance(parameter, DTensor):
             return None
         if self._sharding is None:
+            if self._sharded_base is not None and self.layer.is_offloaded:
+                raise EngineError(
+                    f"FSDP2 has cut the pretrained weight of {self.name!r}, which `offload_base` was to keep in a "
+                    "file. Pass `ignored_params=peft_dps.offloaded_parameters(model)` to each `fully_shard`, or leave "
+                    "`offload_base` out."
+                )
             self._sharding = sharding_of(parameter, self.name)
         return self._sharding
 
@@ -164,11 +170,14 @@ class TrackedWeight:
     @property
     def base_weight(self) -> torch.Tensor:
         """The pretrained weight W0, or this process's rows of it."""
-        base, sharding = self.layer._pretrained()[0], self.sharding
-        if sharding is None or isinstance(base, DTensor):
-            return local_part(base)
+        sharding = self.sharding
+        if sharding is None:
+            return local_part(self.layer._pretrained()[0])
         known = None if self._sharded_base is None else self._sharded_base()
-        return sharding.part_of(base) if known is None else local_part(known)
+        if known is not None:
+            return local_part(known)
+        base = self.layer.pretrained_parameter.data
+        return local_part(base) if isinstance(base, DTensor) else sharding.part_of(base).to(self.weight.device)
 
     @property
     def gradient(self) -> torch.Tensor:

@@ -36,6 +36,11 @@ class BaseLayerWrapper(nn.Module, BaseTunerLayer):
         """The parameter that holds the pretrained weight W0, also while adapters are merged into the base layer."""
         return (self._unmerged or self._parameters_of_base())[0]
 
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the pretrained weight W0 is kept in a file."""
+        return self._offloaded_from is not None
+
     def offload_base(self) -> None:
         """Keep the pretrained weight W0 in a file; whatever needs it reads it from there."""
         if self._offloaded_from is None:
@@ -48,9 +53,13 @@ class BaseLayerWrapper(nn.Module, BaseTunerLayer):
             self._keep_pretrained(self.pretrained_parameter.data.to(self._offloaded_from, copy=True))
             self._offloaded_from = None
 
+    def _home(self) -> torch.device | None:
+        """Return the device that W0 is handed out on, if it lies in a file."""
+        return self._offloaded_from
+
     def _call_base(self, *args: Any, **kwargs: Any) -> Any:
         weight = self._parameters_of_base()[0]
-        if self._offloaded_from in (None, weight.device):  # at hand, or merged
+        if self._home() in (None, weight.device):  # at hand, or merged
             return self.base_layer(*args, **kwargs)
         return self._call_base_with(self._pretrained()[0], *args, **kwargs)
 
@@ -63,8 +72,8 @@ class BaseLayerWrapper(nn.Module, BaseTunerLayer):
 
     def _pretrained(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return W0 and the pretrained bias, also while adapters are merged into the base layer."""
-        weight = self.pretrained_parameter.data
-        return weight if self._offloaded_from is None else weight.to(self._offloaded_from), self._pretrained_bias()
+        weight, home = self.pretrained_parameter.data, self._home()
+        return weight if home is None else weight.to(home), self._pretrained_bias()
 
     def _pretrained_bias(self) -> torch.Tensor | None:
         bias = (self._unmerged or self._parameters_of_base())[1]

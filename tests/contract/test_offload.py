@@ -176,6 +176,20 @@ def test_half_precision_after_moving(together):
     assert layer.get_delta_weight("default").device.type == "meta"
 
 
+def test_they_go_where_an_engine_has_moved_the_copies():
+    """As FSDP2 does, one parameter at a time."""
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(4, 4, bias=False)), DPSConfig(target_modules=["0"], offload_base=True)
+    )
+    (layer,) = layers(model)
+    layer.dps_weight["default"] = nn.Parameter(layer.dps_weight["default"].data.to("meta"))
+    assert layer.get_delta_weight("default").device.type == "meta"
+    layer.enable_adapters(False)
+    assert layer.weight.device.type == "meta"
+    assert layer(torch.ones(1, 4, device="meta")).device.type == "meta"
+    assert is_mapped(layer.pretrained_parameter)
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
 def test_shared_weights_stay(gpt2, caplog):
     model = gpt2.model(target_modules=["lm_head", "c_fc"], offload_base=True)

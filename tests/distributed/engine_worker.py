@@ -42,10 +42,10 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, data) -> None:
     train_sharded(model, optimizer, data, micro=1, clip=None)
 
 
-def state_dicts_make_no_steps_and_load(full: bool) -> None:
+def state_dicts_make_no_steps_and_load(fields: dict, full: bool) -> None:
     """Optimizer state is made by phantom steps, which are no steps; what is loaded in SUBNETWORK is held."""
     options = StateDictOptions(full_state_dict=full, cpu_offload=full)
-    model = shard(make_model({}), mesh=mesh_of(dist.get_world_size()))
+    model = shard(make_model(fields), mesh=mesh_of(dist.get_world_size()))
     optimizer = optimizer_of(model)
     get_optimizer_state_dict(model, optimizer, options=options)
     assert model.dps_status().steps == 0
@@ -188,8 +188,9 @@ def accelerate_loads_on_one_rank_and_saves_the_adapter(folder: Path) -> None:
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     os.environ["PEFT_DPS_CHECK_RANKS"] = "1"
-    state_dicts_make_no_steps_and_load(full=False)
-    state_dicts_make_no_steps_and_load(full=True)
+    for fields in ({}, {"offload_base": True}):
+        state_dicts_make_no_steps_and_load(fields, full=False)
+        state_dicts_make_no_steps_and_load(fields, full=True)
     the_adapter_is_saved_from_shards(folder / "plain")
     mixed_precision_keeps_whole_precision_in_the_shards()
     replicas_are_compared()

@@ -108,6 +108,13 @@ def mix_needs_the_base_beside_the_copy() -> None:
     assert "sharded apart" in caught(EngineError, lambda: steps(model, optimizer_of(model), 1))
 
 
+def offloaded_weights_are_not_to_be_cut() -> None:
+    for variant in ("dense", "mix"):
+        model = make_model({"variant": variant, "offload_base": True})
+        fully_shard(model, mesh=mesh_of(2))
+        assert "ignored_params" in caught(EngineError, lambda model=model: steps(model, optimizer_of(model), 1))
+
+
 def fsdp1_is_refused() -> None:
     model = FullyShardedDataParallel(make_model({}), use_orig_params=True, device_id=torch.device("cpu"))
     text = caught(EngineError, lambda: steps(model, optimizer_of(model), 3))
@@ -122,6 +129,7 @@ def main() -> None:
     tensor_parallel_weights_are_refused_in_the_forward()
     one_threshold_needs_one_set_of_processes()
     mix_needs_the_base_beside_the_copy()
+    offloaded_weights_are_not_to_be_cut()
     fsdp1_is_refused()
     dist.barrier()
     # Taking the group down may deadlock in torch: its destructor waits for gloo's thread, which waits for the GIL.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -54,8 +55,10 @@ STATE = "dps.safetensors"
 class Training:
     """A model cut over the processes, with its optimizer."""
 
-    def __init__(self, fields: dict[str, Any]) -> None:
-        self.model = shard(make_model(fields), mesh=mesh_of(dist.get_world_size()))
+    def __init__(self, plan: dict[str, Any]) -> None:
+        shape, size = plan.get("mesh", []), dist.get_world_size()
+        mesh = mesh_of(*shape, names=("replicate", "shard")) if math.prod(shape) == size else mesh_of(size)
+        self.model = shard(make_model(plan["fields"]), mesh=mesh)
         self.optimizer = optimizer_of(self.model)
         self.step = 0
 
@@ -103,7 +106,7 @@ def plans(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
 def train(folder: Path) -> None:
     """Save in the middle, once more at another step so that there is something to be replaced, and go on."""
     for place, plan in plans(folder):
-        training = Training(plan["fields"])
+        training = Training(plan)
         training.run(plan["stop"] - 1)
         save_dps_state(training.model, place / STATE)
         training.run(plan["stop"])
@@ -115,7 +118,7 @@ def train(folder: Path) -> None:
 
 def resume(folder: Path) -> None:
     for place, plan in plans(folder):
-        training = Training(plan["fields"])
+        training = Training(plan)
         training.load(place, plan["stop"])
         on_first(save_file, training.trace(), place / "resume.safetensors")
 
@@ -123,7 +126,7 @@ def resume(folder: Path) -> None:
 def load_in_another_number(folder: Path) -> None:
     """What was saved by another number of processes is the same here, goes on, and can be saved again."""
     for place, plan in plans(folder):
-        training = Training(plan["fields"])
+        training = Training(plan)
         training.load(place, plan["stop"])
         saved = load_file(place / "train.safetensors")
         prefix = f"{plan['stop']}/"
@@ -138,7 +141,7 @@ def load_in_another_number(folder: Path) -> None:
 
 def load_what_one_process_saved(folder: Path) -> None:
     for place, plan in plans(folder):
-        training = Training(plan["fields"])
+        training = Training(plan)
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(training.model, load_file(place / "weights.safetensors"), options=options)
         load_dps_state(training.model, place / STATE)
@@ -155,7 +158,7 @@ def refused(work, match: str) -> None:
 
 def a_save_and_a_load_communicate_little(folder: Path) -> None:
     place, plan = plans(folder)[0]
-    training = Training(plan["fields"])
+    training = Training(plan)
     training.load(place, plan["stop"])
     with Collectives() as collectives:
         load_dps_state(training.model, place / STATE)
@@ -168,7 +171,7 @@ def a_save_and_a_load_communicate_little(folder: Path) -> None:
 def what_does_not_belong_together_is_refused_on_all(folder: Path) -> None:
     rank, elsewhere = dist.get_rank(), "on another process"
     place, plan = plans(folder)[0]
-    training = Training(plan["fields"])
+    training = Training(plan)
     training.load(place, plan["stop"])
     before = everything(training.model)
 
@@ -214,7 +217,7 @@ def what_does_not_belong_together_is_refused_on_all(folder: Path) -> None:
 def die_in_a_save(folder: Path) -> None:
     """The second rank is killed when its file of the second save is half written."""
     place, plan = plans(folder)[0]
-    training = Training(plan["fields"])
+    training = Training(plan)
     training.load(place, plan["stop"])
     training.run(STEPS)
     if dist.get_rank() == 1:
@@ -247,6 +250,8 @@ class Loop(Training):
         self.accelerator.state.fsdp_plugin = plugin
         self.accelerator.state.torch_tp_plugin = None
         model = make_model(plan["fields"])
+        if plan["fields"].get("offload_base"):
+            plugin.ignored_modules = [weight.layer.base_layer for weight in tracked(model)]
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer_of(model))
         register_for_checkpointing(self.accelerator, self.model)
         self.step = 0

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from peft_dps import DPSConfig
+from peft_dps import DPSConfig, offloaded_parameters
 from peft_dps.adapters import find_subnetworks
 from tests.resuming import as_bits
 
@@ -65,7 +65,7 @@ def make_model(fields: dict[str, Any]) -> nn.Module:
 
 def shard(model: nn.Module, blocks: tuple[str, ...] = LAYERS, **options: Any) -> nn.Module:
     """Cut each block and then the rest, as one does with a transformer."""
-    net = model.base_model.model
+    net, options = model.base_model.model, {**options, "ignored_params": offloaded_parameters(model)}
     for name in blocks:
         fully_shard(net.get_submodule(name), **options)
     return fully_shard(model, **options)
@@ -176,6 +176,8 @@ def run(settings: dict[str, Any]) -> None:
         sharding["mesh"] = mesh_of(*sharding["mesh"], names=tuple(sharding.pop("names")))
     else:
         sharding["mesh"] = mesh_of(dist.get_world_size())
+    if sharding.pop("on_host", False):
+        sharding["offload_policy"] = CPUOffloadPolicy(pin_memory=False)  # which takes an accelerator
     model, alone = make_model(settings.get("fields", {})), make_model(settings.get("fields", {}))
     model.base_model.model.recompute = settings.get("recompute", False)
     blocks = tuple(settings.get("blocks", LAYERS))
@@ -190,7 +192,9 @@ def run(settings: dict[str, Any]) -> None:
         train_sharded(model, optimizer, [batch], micro=settings.get("micro", 1), clip=clip)
         train_alone(alone, optimizer_alone, [batch], clip=clip)
         assert settings.get("fields", {}).get("frozen") == "gradient" or not model.dps_status().frozen_moved
-        assert all(isinstance(weight.parameter, DTensor) for weight in tracked(model))
+        for weight in tracked(model):
+            assert isinstance(weight.parameter, DTensor)
+            assert isinstance(weight.layer.pretrained_parameter, DTensor) is not weight.layer.is_offloaded
         compare(model, alone)
     assert model.dps_status().engaged
 

@@ -25,6 +25,11 @@ PLANS = [
     {"fields": MIX, "stop": 4},
     {"fields": {"frozen": "gradient"}, "stop": 5},
     {"fields": {**MIX, "frozen": "gradient"}, "stop": 5},
+    {"fields": {**MIX, "offload_base": True}, "stop": 4},
+]
+REPLICAS = [
+    {"fields": {"scope": "model"}, "stop": 2, "mesh": [2, 2]},
+    {"fields": MIX, "stop": 5, "mesh": [2, 2]},
 ]
 
 
@@ -46,8 +51,8 @@ def folder(tmp_path_factory):
     """What two processes have trained and saved in the middle, by torch's functions and by Accelerate."""
     folder = tmp_path_factory.mktemp("two")
     lay_out(folder / "two", PLANS)
-    saves = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
-    plans = zip((PLANS[3], PLANS[0]), saves, strict=True)
+    saves = ("SHARDED_STATE_DICT", "FULL_STATE_DICT", "SHARDED_STATE_DICT", "FULL_STATE_DICT")
+    plans = zip((PLANS[3], PLANS[0], PLANS[6], PLANS[6]), saves, strict=True)
     lay_out(folder / "accelerate", [{**plan, "state_dict_type": kind} for plan, kind in plans])
     torchrun(WORKER, str(folder), "train=two", "accelerate_saves=accelerate")
     return folder
@@ -64,7 +69,7 @@ def test_fsdp2_resumes_bitwise_and_refuses_what_does_not_belong_together(folder)
         "accelerate_resumes=accelerate",
     )
     compare(folder / "two", len(PLANS))
-    compare(folder / "accelerate", 2)
+    compare(folder / "accelerate", 4)
 
 
 def alone(plan):
@@ -127,6 +132,17 @@ def test_another_number_of_processes_resumes_with_the_same_state(folder, tmp_pat
             assert model.dps_status().frozen_moved is (plan["fields"].get("frozen") == "gradient")
             train_alone(model, optimizer_of(model), batches(8)[plan["stop"] :], clip=None)
             assert model.dps_status().engaged
+
+
+@pytest.mark.supports("Training", "resuming to the bit, HSDP; with another number of processes, the same state")
+def test_replicas_of_shards_resume_bitwise(tmp_path):
+    lay_out(tmp_path, REPLICAS)
+    torchrun(WORKER, str(tmp_path), "train=.", processes=4)
+    torchrun(WORKER, str(tmp_path), "resume=.", processes=4)
+    compare(tmp_path, len(REPLICAS))
+    torchrun(WORKER, str(tmp_path), "load_in_another_number=.", processes=2)
+    for index, plan in enumerate(REPLICAS):
+        put_together(tmp_path / str(index), plan, plan["stop"])
 
 
 def test_a_process_killed_while_it_saves_leaves_the_previous_state(folder, tmp_path):

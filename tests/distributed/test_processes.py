@@ -11,6 +11,7 @@ from tests.launching import torchrun
 from tests.resuming import Training, assert_same
 
 MIX = {"variant": "mix"}
+OFFLOADED = {"offload_base": True}
 
 
 @pytest.mark.supports("Training", "DDP: as one process")
@@ -47,6 +48,21 @@ def test_ddp_resumes_bitwise(tmp_path):
                 {"fields": MIX, "sharding": {"reshard_after_forward": False}, "clip": 0.1},
             ],
             id="2",
+        ),
+        pytest.param(
+            2,
+            [
+                {"fields": OFFLOADED, "micro": 2},
+                {"fields": {**OFFLOADED, **MIX}, "sharding": {"reshard_after_forward": False}},
+                {
+                    "fields": {**OFFLOADED, **MIX, "target_modules": ["words", "conv", "head"]},
+                    "blocks": ["words", "conv", "head"],
+                },
+                {"fields": {**OFFLOADED, **MIX}, "recompute": True, "blocks": []},
+                {"sharding": {"on_host": True}, "clip": 0.1},
+                {"fields": {**OFFLOADED, **MIX}, "sharding": {"on_host": True}, "micro": 2},
+            ],
+            id="2-offloaded",
         ),
         pytest.param(
             3,

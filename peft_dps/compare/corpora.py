@@ -8,7 +8,7 @@ import logging
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,16 @@ def binary(corpus: Corpus, neutral: float = 0.5) -> Examples:
     kept = [i for i, rating in enumerate(corpus.ratings) if rating != 0 and abs(rating) >= neutral]
     labels = tuple(int(rating > 0) for rating in corpus.ratings)
     return Examples(corpus.name, corpus.texts, labels, corpus.groups, ("negative", "positive")).take(kept)
+
+
+def group(keys: Iterable[object]) -> tuple[str, ...]:
+    """Name the groups of examples: those with equal keys get the same name.
+
+    Args:
+        keys: One per example; equal ones look alike under `repr`.
+    """
+    first: dict[str, int] = {}
+    return tuple(str(first.setdefault(repr(key), i)) for i, key in enumerate(keys))
 
 
 def draw_order(seed: int, keys: Sequence[Hashable]) -> list[int]:

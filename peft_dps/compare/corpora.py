@@ -226,7 +226,7 @@ def split(examples: Examples, validation: float = 0.1, test: float = 0.2, seed: 
 
     Args:
         examples: What to split.
-        validation: Fraction of the examples for validation, in (0, 1); met up to one group.
+        validation: Fraction of the examples for validation, in [0, 1); met up to one group. 0 leaves that part empty.
         test: Fraction of the examples for test, in (0, 1); met up to one group.
         seed: Draws the groups. The same seed gives the same parts everywhere.
 
@@ -236,9 +236,9 @@ def split(examples: Examples, validation: float = 0.1, test: float = 0.2, seed: 
     Raises:
         ValueError: A fraction is out of range, or a part would be empty or lack a class.
     """
-    if not (validation > 0 and test > 0 and validation + test < 1):
+    if not (validation >= 0 and test > 0 and validation + test < 1):
         raise ValueError(
-            f"`validation` and `test` must be in (0, 1) with a sum below 1, got {validation} and {test}: "
+            f"`validation` must be in [0, 1) and `test` in (0, 1), with a sum below 1, got {validation} and {test}: "
             "what they leave is for training."
         )
     sizes = Counter(examples.groups)
@@ -252,7 +252,7 @@ def split(examples: Examples, validation: float = 0.1, test: float = 0.2, seed: 
     for part in ("train", "validation", "test"):
         parts[part] = examples.take([i for i, group in enumerate(examples.groups) if part_of[group] == part])
         lacking = set(range(len(examples.label_names))) - set(parts[part].labels)
-        if lacking or not parts[part].texts:
+        if (lacking or not parts[part].texts) and (part != "validation" or validation):
             missing = [examples.label_names[int(label)] for label in sorted(lacking)] or "any example"
             raise ValueError(f"The {part} part lacks {missing}: use more data, larger fractions or another `seed`.")
     return Splits(**parts)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peft_dps.compare.observer import Observer
     from peft_dps.compare.own import OwnData
     from peft_dps.compare.plan import Settings
+    from peft_dps.compare.report import write_report
     from peft_dps.compare.results import read
     from peft_dps.compare.runner import compare
     from peft_dps.compare.task import build_task
@@ -29,6 +30,7 @@ _MODULES = {
     "read": "results",
     "register_method": "methods",
     "register_task": "tasks",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "read",
     "register_method",
     "register_task",
+    "write_report",
 ]
 
 

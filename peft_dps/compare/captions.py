@@ -28,7 +28,8 @@ that another task would come out the same.
 Costs are medians over the runs that finished. "entries trained" includes the head. Peak memory is what training added
 to the process before the model was built, or the peak on the device. Step times are measured apart, one step of each
 method in turn, so that noise hits all alike; their median hides the one step per cycle in which DPS selects, which
-training time holds. Training times of runs that shared a machine say little.
+training time holds. Training times of runs that shared a machine say little; steps and step times hold there. How
+many steps a method takes to a score is known only as finely as the validation split is looked at.
 """
 
 READING = tuple(" ".join(paragraph.split()) for paragraph in _READING.strip().split("\n\n"))
@@ -36,7 +37,7 @@ READING = tuple(" ".join(paragraph.split()) for paragraph in _READING.strip().sp
 
 CAPTIONS = {
     "costs": (
-        "Mean score against peak memory and training time, with 95% intervals. No method is both cheaper and better "
+        "Mean score against peak memory and time, with 95% intervals. No method is both cheaper and better "
         "than one on the Pareto front."
     ),
     "seeds": (

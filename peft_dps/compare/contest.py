@@ -119,7 +119,11 @@ def _contest(name: str, slug: str, runs: Sequence[Run], titles: Mapping[str, str
             superseded.append(earlier)
         of_variant[run.plan.seed] = run
     first = max(runs, key=lambda run: len(run.scores))
-    fitting = [timing for timing in timings if (timing.model, timing.task) == (plan.model, plan.task)]
+    fitting = [
+        timing
+        for timing in timings
+        if (timing.model, timing.task) == (plan.model, plan.task) and timing.precision in ("", plan.settings.precision)
+    ]
     return Contest(
         name=name,
         slug=slug,

@@ -8,7 +8,7 @@ import logging
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,16 @@ def binary(corpus: Corpus, neutral: float = 0.5) -> Examples:
     return Examples(corpus.name, corpus.texts, labels, corpus.groups, ("negative", "positive")).take(kept)
 
 
+def group(keys: Iterable[object]) -> tuple[str, ...]:
+    """Name the groups of examples: those with equal keys get the same name.
+
+    Args:
+        keys: One per example; equal ones look alike under `repr`.
+    """
+    first: dict[str, int] = {}
+    return tuple(str(first.setdefault(repr(key), i)) for i, key in enumerate(keys))
+
+
 def draw_order(seed: int, keys: Sequence[Hashable]) -> list[int]:
     """Return the indices of `keys` in an order drawn by `seed`: a hash, so the same on every machine and Python."""
     return sorted(range(len(keys)), key=lambda i: hashlib.sha256(f"{seed}:{keys[i]}".encode()).digest())
@@ -216,7 +226,7 @@ def split(examples: Examples, validation: float = 0.1, test: float = 0.2, seed: 
 
     Args:
         examples: What to split.
-        validation: Fraction of the examples for validation, in (0, 1); met up to one group.
+        validation: Fraction of the examples for validation, in [0, 1); met up to one group. 0 leaves that part empty.
         test: Fraction of the examples for test, in (0, 1); met up to one group.
         seed: Draws the groups. The same seed gives the same parts everywhere.
 
@@ -226,9 +236,9 @@ def split(examples: Examples, validation: float = 0.1, test: float = 0.2, seed: 
     Raises:
         ValueError: A fraction is out of range, or a part would be empty or lack a class.
     """
-    if not (validation > 0 and test > 0 and validation + test < 1):
+    if not (validation >= 0 and test > 0 and validation + test < 1):
         raise ValueError(
-            f"`validation` and `test` must be in (0, 1) with a sum below 1, got {validation} and {test}: "
+            f"`validation` must be in [0, 1) and `test` in (0, 1), with a sum below 1, got {validation} and {test}: "
             "what they leave is for training."
         )
     sizes = Counter(examples.groups)
@@ -242,7 +252,7 @@ def split(examples: Examples, validation: float = 0.1, test: float = 0.2, seed: 
     for part in ("train", "validation", "test"):
         parts[part] = examples.take([i for i, group in enumerate(examples.groups) if part_of[group] == part])
         lacking = set(range(len(examples.label_names))) - set(parts[part].labels)
-        if lacking or not parts[part].texts:
+        if (lacking or not parts[part].texts) and (part != "validation" or validation):
             missing = [examples.label_names[int(label)] for label in sorted(lacking)] or "any example"
             raise ValueError(f"The {part} part lacks {missing}: use more data, larger fractions or another `seed`.")
     return Splits(**parts)

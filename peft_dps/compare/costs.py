@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft_dps.compare.contest import REFERENCE, Contender, Contest
 from peft_dps.compare.run import Run, Timing
@@ -24,8 +24,10 @@ class Costs:
         peak_memory: In bytes.
         file_size: In bytes.
         seconds: Training time.
-        time_to_reference: Training time until the validation score reaches that with which the reference ends on the
-            same seed, as the median over the seeds; infinite if half of them or more never do. None without pairs.
+        steps_to_reference: Steps until the validation score reaches that with which the reference ends on the same
+            seed, as the median over the seeds; infinite if half of them or more never do. None without pairs.
+        time_to_reference: The time of these steps as a multiple of that of all steps of the reference, by the step
+            ratio; infinite as above. None if steps were not measured beside those of the reference.
         reached: In how many runs it does.
         runs: Of how many.
     """
@@ -38,6 +40,7 @@ class Costs:
     peak_memory: float | None = None
     file_size: float | None = None
     seconds: float | None = None
+    steps_to_reference: float | None = None
     time_to_reference: float | None = None
     reached: int = 0
     runs: int = 0
@@ -51,7 +54,8 @@ def costs_of(contest: Contest) -> list[Costs]:
     """
     targets = reference_ends(contest)
     ratios = step_ratios(contest.timing) if contest.timing else {}
-    return [_costs(each, targets, ratios.get(each.variant)) for each in contest.contenders]
+    found = [_costs(each, targets, ratios.get(each.variant)) for each in contest.contenders]
+    return found if REFERENCE in ratios else [replace(each, time_to_reference=None) for each in found]
 
 
 def reference_ends(contest: Contest) -> dict[int, float]:
@@ -83,7 +87,9 @@ def _costs(contender: Contender, targets: Mapping[int, float], step_ratio: float
     if not runs:
         return Costs(contender, rates, step_ratio=step_ratio)
     selected = [run.selected for run in runs if run.selected is not None]
-    times = [_time_to(targets[run.plan.seed], run) for run in runs if run.plan.seed in targets and run.evaluations]
+    paired = [run for run in runs if run.plan.seed in targets and run.evaluations]
+    steps = [_steps_to(targets[run.plan.seed], run) for run in paired]
+    shares = [taken / run.evaluations[-1].step for taken, run in zip(steps, paired, strict=True)]
     return Costs(
         contender=contender,
         learning_rates=rates,
@@ -93,11 +99,12 @@ def _costs(contender: Contender, targets: Mapping[int, float], step_ratio: float
         peak_memory=statistics.median(run.peak_memory for run in runs),
         file_size=statistics.median(run.file_size for run in runs),
         seconds=statistics.median(run.seconds for run in runs),
-        time_to_reference=statistics.median(times) if times else None,
-        reached=sum(time < math.inf for time in times),
-        runs=len(times),
+        steps_to_reference=statistics.median(steps) if steps else None,
+        time_to_reference=step_ratio * statistics.median(shares) if shares and step_ratio is not None else None,
+        reached=sum(taken < math.inf for taken in steps),
+        runs=len(steps),
     )
 
 
-def _time_to(target: float, run: Run) -> float:
-    return next((look.seconds for look in run.evaluations if look.score >= target), math.inf)
+def _steps_to(target: float, run: Run) -> float:
+    return next((look.step for look in run.evaluations if look.score >= target), math.inf)

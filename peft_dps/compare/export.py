@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from peft_dps.compare.contest import Contest
+from peft_dps.compare.contest import Contender, Contest
 from peft_dps.compare.costs import costs_of
 from peft_dps.compare.sheet import to_csv
 from peft_dps.compare.standing import overall, standings
 
-_CONTEST = ("task", "train_size", "model", "contest")
+_PLACE = ("task", "train_size", "model", "contest", "method", "title")
 
 
 def scores_csv(contests: Sequence[Contest]) -> str:
@@ -20,14 +20,14 @@ def scores_csv(contests: Sequence[Contest]) -> str:
         contests: The contests.
     """
     header = (
-        *_CONTEST,
-        *("domain", "in_domain", "metric", "method", "title", "finished", "failed", "missing", "mean", "std", "max"),
+        *_PLACE,
+        *("domain", "in_domain", "metric", "finished", "failed", "missing", "mean", "std", "max"),
         *("low", "high", "difference", "pairs", "p", "p_holm", "mean_rank"),
     )
     rows = [
         (
-            *_of(contest),
-            *(domain, int(domain == contest.domains[0]), contest.metric, each.contender.variant, each.contender.title),
+            *_place(contest, each.contender),
+            *(domain, int(domain == contest.domains[0]), contest.metric),
             *(len(each.values), each.failed, len(each.missing), _number(each.mean), each.deviation),
             *(_number(each.best), *(each.interval or (None, None)), each.difference, each.pairs, each.p),
             *(each.corrected_p, each.rank),
@@ -46,16 +46,16 @@ def costs_csv(contests: Sequence[Contest]) -> str:
         contests: The contests.
     """
     header = (
-        *_CONTEST,
-        *("method", "title", "learning_rates", "trainable", "selected", "step_ratio", "seconds", "time_to_reference"),
-        *("reached", "runs", "peak_memory", "file_size"),
+        *_PLACE,
+        *("learning_rates", "precision", "trainable", "selected", "step_ratio", "seconds", "steps_to_reference"),
+        *("time_to_reference", "reached", "runs", "peak_memory", "file_size"),
     )
     rows = [
         (
-            *_of(contest),
-            *(each.contender.variant, each.contender.title, " ".join(f"{rate:g}" for rate in each.learning_rates)),
-            *(each.trainable, each.selected, each.step_ratio, each.seconds, each.time_to_reference),
-            *(each.reached, each.runs, each.peak_memory, each.file_size),
+            *_place(contest, each.contender),
+            *(" ".join(f"{rate:g}" for rate in each.learning_rates), contest.runs[0].plan.settings.precision),
+            *(each.trainable, each.selected, each.step_ratio, each.seconds, each.steps_to_reference),
+            *(each.time_to_reference, each.reached, each.runs, each.peak_memory, each.file_size),
         )
         for contest in contests
         for each in costs_of(contest)
@@ -90,34 +90,31 @@ def runs_csv(contests: Sequence[Contest]) -> str:
         contests: The contests.
     """
     header = (
-        *_CONTEST,
-        *("domain", "method", "title", "seed", "learning_rate", "score", "validation_score", "seconds", "peak_memory"),
+        *_PLACE,
+        *("domain", "seed", "learning_rate", "score", "validation_score", "seconds", "peak_memory"),
         *("file_size", "key", "error"),
     )
     rows = [
         (
-            *_of(contest),
-            *(domain, each.variant, each.title, seed, f"{run.plan.learning_rate:g}", _number(score)),
+            *_place(contest, each),
+            *(
+                domain,
+                seed,
+                f"{run.plan.learning_rate:g}",
+                None if domain is None else _number(each.scores(domain)[seed]),
+            ),
             *(_number(run.validation_score), run.seconds, run.peak_memory, run.file_size, run.plan.key, run.error),
         )
         for contest in contests
         for each in contest.contenders
         for seed, run in sorted(each.runs.items())
-        for domain, score in _scores(contest, each.scores, seed)
+        for domain in contest.domains or (None,)
     ]
     return to_csv(header, rows)
 
 
-def _scores(
-    contest: Contest, scores: Callable[[str], dict[int, float]], seed: int
-) -> list[tuple[str | None, float | None]]:
-    if not contest.domains:
-        return [(None, None)]
-    return [(domain, scores(domain)[seed]) for domain in contest.domains]
-
-
-def _of(contest: Contest) -> tuple[str, int | None, str, str]:
-    return contest.task, contest.train_size, contest.model, contest.name
+def _place(contest: Contest, contender: Contender) -> tuple[str | int | None, ...]:
+    return contest.task, contest.train_size, contest.model, contest.name, contender.variant, contender.title
 
 
 def _number(value: float | None) -> float | None:

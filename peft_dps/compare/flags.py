@@ -12,6 +12,7 @@ from peft_dps.compare.own import OwnData
 from peft_dps.compare.specification import read_specification
 
 _GIVEN = argparse.SUPPRESS  # a flag that is not given leaves the word to the file
+_OURS = ("command", "run", "report")  # of the command line, not of the comparison
 
 
 def add_compare_flags(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,7 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     add("--data-folder", type=Path, default=_GIVEN, help="local folder of data sets, as cola/train.parquet")
     add("--cache", type=Path, default=_GIVEN, help="folder for the fetched assets (default: the user's cache folder)")
     add("--output", type=Path, default=_GIVEN, help="result file (default: runs/compare.jsonl)")
+    add("--no-report", dest="report", action="store_false", help="write no report in the end")
 
 
 def add_demo_flags(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +51,15 @@ def add_demo_flags(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=float, default=3, help="passes over the training examples")
     add("--learning-rate", type=float, help="peak learning rate of all methods (default: each method's own)")
     add("--seed", type=int, default=0, help="seed of everything that is drawn")
-    add("--output", type=Path, default=Path("runs/demo"), help="folder for results and figure")
+    add("--output", type=Path, default=Path("runs/demo"), help="folder for results and report")
     add("--cache", type=Path, help="folder for the fetched assets (default: the user's cache folder)")
+
+
+def add_report_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `report`."""
+    add = parser.add_argument
+    add("results", type=Path, nargs="+", help="result files of comparisons (JSON lines)")
+    add("--output", type=Path, help="folder for the report (default: named after the result file, beside it)")
 
 
 def _add_data_flags(parser: argparse.ArgumentParser, default: Any) -> None:
@@ -70,7 +79,7 @@ def specification_of(options: argparse.Namespace) -> dict[str, Any]:
         ValueError: A flag or the file cannot work.
         OSError: The file cannot be read.
     """
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    given = {name: value for name, value in vars(options).items() if name not in _OURS}
     content = read_specification(given.pop("file")) if "file" in given else {}
     own = _own(given)
     for name in ("data", "test", "text_column", "label_column", "metrics", "other"):

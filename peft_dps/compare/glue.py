@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_dps.compare.plan import Settings
-from peft_dps.compare.published import Published
+from peft_dps.compare.published import ENTAILED_OR_NOT, ENTAILMENT, Published
 from peft_dps.compare.task import Task, build_task
 
 HUB = "nyu-mll/glue"
@@ -21,7 +21,6 @@ class _Glue:
 
 
 _PAIR = ("sentence1", "sentence2")
-_ENTAILED = ("entailment", "not_entailment")
 _TASKS = {
     "cola": _Glue(("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
     "sst2": _Glue(("sentence",), ("negative", "positive")),
@@ -30,11 +29,11 @@ _TASKS = {
     "qqp": _Glue(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
     "mnli": _Glue(
         ("premise", "hypothesis"),
-        ("entailment", "neutral", "contradiction"),
+        ENTAILMENT,
         tests=("validation_matched", "validation_mismatched"),
     ),
-    "qnli": _Glue(("question", "sentence"), _ENTAILED),
-    "rte": _Glue(_PAIR, _ENTAILED),
+    "qnli": _Glue(("question", "sentence"), ENTAILED_OR_NOT),
+    "rte": _Glue(_PAIR, ENTAILED_OR_NOT),
     "wnli": _Glue(_PAIR, ("not_entailment", "entailment")),
 }
 NAMES = tuple(_TASKS)

@@ -8,11 +8,9 @@ from pathlib import Path
 from peft_dps.compare import glue
 from peft_dps.compare.corpora import Examples
 from peft_dps.compare.plan import Settings
-from peft_dps.compare.published import Published
+from peft_dps.compare.published import ENTAILED_OR_NOT, ENTAILMENT, Published
 from peft_dps.compare.task import Task, build_task
 
-_THREE = ("entailment", "neutral", "contradiction")
-_TWO = ("entailment", "not_entailment")
 MERGED = (0, 1, 1)
 """Neutral and contradiction are both no entailment."""
 
@@ -21,12 +19,12 @@ _DATA = {
     "mnli": (glue.published("mnli"), "validation_matched"),
     "snli": (
         # A label of -1 means that the annotators did not agree; such pairs are not part of the task.
-        Published("snli", "stanfordnlp/snli", ("premise", "hypothesis"), _THREE, without_label=True),
+        Published("snli", "stanfordnlp/snli", ("premise", "hypothesis"), ENTAILMENT, without_label=True),
         "test",
     ),
     "sick": (
         # The data set was published as a script; the Hub's own conversion needs none.
-        Published("sick", "RobZamp/sick", ("sentence_A", "sentence_B"), _THREE, revision="refs/convert/parquet"),
+        Published("sick", "RobZamp/sick", ("sentence_A", "sentence_B"), ENTAILMENT, revision="refs/convert/parquet"),
         "test",
     ),
     "scitail": (
@@ -34,7 +32,7 @@ _DATA = {
             "scitail",
             "allenai/scitail",
             ("premise", "hypothesis"),
-            _TWO,
+            ENTAILED_OR_NOT,
             config="tsv_format",
             synonyms={"entails": "entailment", "neutral": "not_entailment"},
         ),
@@ -65,9 +63,11 @@ def nli_task(name: str, settings: Settings, folder: Path | None = None) -> Task:
     for domain in (name, *(other for other in NAMES if other != name)):
         data, split = _DATA[domain]
         test = data.load(split, folder)
-        if training.label_names == _TWO and test.label_names == _THREE:
-            test = replace(test, label_names=_TWO, labels=tuple(MERGED[int(label)] for label in test.labels))
-        elif training.label_names == _THREE and test.label_names == _TWO:
+        if training.label_names == ENTAILED_OR_NOT and test.label_names == ENTAILMENT:
+            test = replace(
+                test, label_names=ENTAILED_OR_NOT, labels=tuple(MERGED[int(label)] for label in test.labels)
+            )
+        elif training.label_names == ENTAILMENT and test.label_names == ENTAILED_OR_NOT:
             merged[domain] = MERGED
         tests[domain] = test
     return build_task(f"nli/{name}", training, tests, settings, merged=merged)

@@ -25,7 +25,10 @@ Styles = Mapping[str, Style]
 
 
 def draw_costs(contest: Contest, styles: Styles) -> Figure:
-    """Draw the score in domain against peak memory and against training time, with the Pareto fronts.
+    """Draw the score in domain against peak memory and against time, with the Pareto fronts.
+
+    Time is that of a step beside the reference's where all were measured so, since seconds of a run tell little on a
+    machine that does other things besides.
 
     Args:
         contest: The contest.
@@ -37,8 +40,10 @@ def draw_costs(contest: Contest, styles: Styles) -> Figure:
         left, right = figure.subplots(1, 2, sharey=True)
         _draw_front(left, [((costs.peak_memory or 0) / 2**20, own) for costs, own in places], styles)
         left.set(xlabel="peak memory, MiB", ylabel=f"{contest.domains[0]}: 100 x {contest.metric}")
-        _draw_front(right, [(costs.seconds or 0, own) for costs, own in places], styles)
-        right.set(xlabel="training time, s")
+        ratios = [costs.step_ratio for costs, _ in places]
+        times = [costs.seconds if None in ratios else costs.step_ratio for costs, _ in places]
+        _draw_front(right, [(time or 0, own) for time, (_, own) in zip(times, places, strict=True)], styles)
+        right.set(xlabel="training time, s" if None in ratios else "step time, ratio")
         headline(figure, f"{contest.name}: better is up and to the left")
         legend(figure, left, contest.contenders)
     return figure

@@ -9,8 +9,11 @@ from pathlib import Path
 from datasets.arrow_dataset import Dataset
 from datasets.features import ClassLabel
 
-from peft_dps.compare.corpora import DataError, Examples
+from peft_dps.compare.corpora import DataError, Examples, group
 from peft_dps.compare.user_data import FORMATS, load_splits, require_columns, strings
+
+ENTAILED_OR_NOT = ("entailment", "not_entailment")
+ENTAILMENT = ("entailment", "neutral", "contradiction")
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,8 @@ class Published:
         kept = [i for i, label in enumerate(labels) if label is not None]
         data = data.select(kept)
         texts = [strings(data, column, split) for column in self.columns]
-        first: dict[tuple[str, ...], int] = {}
-        groups = tuple(str(first.setdefault(key, i)) for i, key in enumerate(zip(*texts, strict=True)))
         found = tuple(label for label in labels if label is not None)
-        return Examples(self.name, texts[0], found, groups, self.classes, *texts[1:])
+        return Examples(self.name, texts[0], found, group(zip(*texts, strict=True)), self.classes, *texts[1:])
 
     def _file(self, split: str, folder: Path) -> Path:
         candidates = [folder / self.name / f"{split}{suffix}" for suffix in (".parquet", *FORMATS)]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from peft_dps.compare.captions import CAPTIONS, READING
 from peft_dps.compare.checks import checks
@@ -16,37 +15,38 @@ from peft_dps.compare.contest import Contest, contests_of
 from peft_dps.compare.corpora import DataError
 from peft_dps.compare.export import costs_csv, overall_csv, runs_csv, scores_csv
 from peft_dps.compare.mask_plots import draw_overlap, draw_overlap_by_layer, draw_selection
+from peft_dps.compare.overview import overview_sheet
 from peft_dps.compare.page import Page, Picture, Section, to_html, to_markdown
 from peft_dps.compare.palette import Style, save, styles_of
 from peft_dps.compare.plots import draw_costs, draw_curves, draw_seeds
-from peft_dps.compare.results import Results, read
+from peft_dps.compare.results import Results, merge, read
 from peft_dps.compare.summary import cost_sheet, overall_sheet, score_sheet, setup_of
 
 FIGURES = "figures"
+PAGE = "report.html"
 
 
-def write_report(source: Path, output: Path) -> list[Section]:
-    """Write tables, figures, a Markdown file and an HTML page. The same result file gives the same tables.
+def write_report(source: Path | Sequence[Path], output: Path) -> list[Section]:
+    """Write tables, figures, a Markdown file and an HTML page. The same result files give the same tables.
 
     Args:
-        source: The result file.
+        source: The result file, or several: their runs are reported together, each once.
         output: Folder to write to; files of an earlier report are replaced.
 
     Returns:
         The sections of the report.
 
     Raises:
-        DataError: The file does not exist, or holds no run to report.
+        DataError: A file does not exist, or none holds a run to report.
         OSError: The folder cannot be written to.
     """
-    if not source.is_file():
-        raise DataError(f"The result file {str(source)!r} does not exist. `peft-dps compare` makes one.")
-    results = read(source)
+    sources = [source] if isinstance(source, Path) else list(source)
+    parts = [_read(path) for path in sources]
+    results = merge(parts)
     contests = contests_of(results)
     if not contests:
-        raise DataError(
-            f"The result file {str(source)!r} holds no run to report, only {len(results.runs)} trial runs."
-        )
+        names = " and ".join(repr(str(path)) for path in sources)
+        raise DataError(f"There is no run to report in {names}, only {len(results.runs)} trial runs.")
     styles = styles_of(contests)
     (output / FIGURES).mkdir(parents=True, exist_ok=True)
     for name, text in {
@@ -59,43 +59,31 @@ def write_report(source: Path, output: Path) -> list[Section]:
     sections = [_section(contest, styles, output / FIGURES) for contest in contests]
     if len(contests) > 1:
         sections.insert(0, Section("All tasks", "all-tasks-together", [overall_sheet(contests)]))
-    page = Page(_source(source, results), _warnings(results), READING, sections)
+    page = Page(_origin(sources, results), _warnings(sources, parts), READING, sections)
     (output / "report.md").write_text(to_markdown(page, output), encoding="utf-8")
-    (output / "report.html").write_text(to_html(page), encoding="utf-8")
+    (output / PAGE).write_text(to_html(page), encoding="utf-8")
     return sections
 
 
-def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command `report`.
+def report_folder(sources: Sequence[Path]) -> Path:
+    """Return the folder that a report goes to unless told otherwise.
 
     Args:
-        parser: The command's parser.
-    """
-    parser.add_argument("results", type=Path, help="result file of a comparison (JSON lines)")
-    parser.add_argument("--output", type=Path, help="folder for the report (default: 'report' beside the result file)")
-
-
-def run_report(options: argparse.Namespace, console: Console) -> int:
-    """Write a report, and show its tables.
-
-    Args:
-        options: The parsed arguments.
-        console: Where to show them.
+        sources: The result files, one or more.
 
     Returns:
-        The exit status, 0.
-
-    Raises:
-        DataError: As `write_report` does.
+        Beside the first file; named after it, or "report" if there are several.
     """
-    output = options.output or options.results.parent / "report"
-    for section in write_report(options.results, output):
-        for sheet in section.sheets:
-            console.print(sheet.to_rich())
-        for check in section.checks:
-            console.print(f"! {check}", markup=False, highlight=False)
-    console.print(f"Report: {output / 'report.html'}", markup=False)
-    return 0
+    first = sources[0]
+    if len(sources) > 1:
+        return first.parent / "report"
+    return first.with_suffix("") if first.suffix else first.with_name(f"{first.name}-report")
+
+
+def _read(source: Path) -> Results:
+    if not source.is_file():
+        raise DataError(f"The result file {str(source)!r} does not exist. `peft-dps compare` makes one.")
+    return read(source)
 
 
 def _section(contest: Contest, styles: dict[str, Style], folder: Path) -> Section:
@@ -103,7 +91,7 @@ def _section(contest: Contest, styles: dict[str, Style], folder: Path) -> Sectio
     return Section(
         title=contest.name,
         slug=contest.slug,
-        sheets=[*sheets, cost_sheet(contest)],
+        sheets=[overview_sheet(contest), *sheets, cost_sheet(contest)],
         pictures=_pictures(contest, styles, folder) if contest.domains else [],
         checks=checks(contest),
         setup=setup_of(contest),
@@ -128,16 +116,26 @@ def _pictures(contest: Contest, styles: dict[str, Style], folder: Path) -> list[
     return pictures
 
 
-def _source(source: Path, results: Results) -> str:
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+def _origin(sources: Sequence[Path], results: Results) -> str:
+    files = " and ".join(
+        f"{path.name} (SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}...)" for path in sources
+    )
     return (
-        f"Made from {source.name} (SHA-256 {digest[:16]}...): {len(results.reported)} runs to report, "
+        f"Made from {files}: {len(results.reported)} runs to report, "
         f"{len(results.runs) - len(results.reported)} to choose learning rates."
     )
 
 
-def _warnings(results: Results) -> list[str]:
-    if not results.damaged:
-        return []
-    lines = ", ".join(map(str, results.damaged))
-    return [f"Lines that hold no record were left out: {lines}. A run that was cut off while it was written is lost."]
+def _warnings(sources: Sequence[Path], parts: Sequence[Results]) -> list[str]:
+    said = []
+    for path, part in zip(sources, parts, strict=True):
+        if part.damaged:
+            lines = ", ".join(map(str, part.damaged))
+            said.append(
+                f"Lines of {path.name} that hold no record were left out: {lines}. A run that was cut off while it "
+                "was written is lost."
+            )
+    keys = Counter(key for part in parts for key in part.runs)
+    if repeated := sum(times > 1 for times in keys.values()):
+        said.append(f"{repeated} runs are in more than one of the files; each counts once.")
+    return said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,12 @@ class Results:
     runs: dict[str, Run] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
     damaged: list[int] = field(default_factory=list)
+
+    def add(self, run: Run) -> None:
+        """Add a run, unless it is there and did not fail."""
+        earlier = self.runs.get(run.plan.key)
+        if earlier is None or earlier.failed:
+            self.runs[run.plan.key] = run
 
     @property
     def reported(self) -> list[Run]:
@@ -78,7 +85,21 @@ def read(path: Path) -> Results:
         if isinstance(record, Timing):
             results.timings.append(record)
         else:
-            earlier = results.runs.get(record.plan.key)
-            if earlier is None or earlier.failed:
-                results.runs[record.plan.key] = record
+            results.add(record)
     return results
+
+
+def merge(parts: Sequence[Results]) -> Results:
+    """Put the contents of several result files together; of a run that is in several, one counts.
+
+    Args:
+        parts: What each holds.
+
+    Returns:
+        All runs and step times. Numbers of damaged lines are left out: they are those of a file.
+    """
+    whole = Results(timings=[timing for part in parts for timing in part.timings])
+    for part in parts:
+        for run in part.runs.values():
+            whole.add(run)
+    return whole

@@ -249,9 +249,11 @@ class _Runner:
                 self.timed.append(timing)
 
     def _earlier(self, plans: Sequence[Plan]) -> Timing | None:
-        wanted = (plans[0].model, plans[0].task, [plan.variant for plan in plans], self.gpu)
+        first, variants = plans[0], [plan.variant for plan in plans]
+        wanted = (first.model, first.task, first.settings.precision, variants, self.gpu)
         for timing in self.results.timings:
-            if (timing.model, timing.task, list(timing.seconds), timing.hardware.get("gpu")) == wanted:
+            own = (timing.model, timing.task, timing.precision, list(timing.seconds), timing.hardware.get("gpu"))
+            if own == wanted:
                 return timing
         return None
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from peft_dps.compare import cells
+from peft_dps.compare.cells import NONE, p_value, points
 from peft_dps.compare.contest import REFERENCE, Contest
 from peft_dps.compare.costs import Costs, costs_of, timed_against
 from peft_dps.compare.run import Run
 from peft_dps.compare.sheet import Sheet
 from peft_dps.compare.significance import LEVEL, least_p, pairs_needed
 from peft_dps.compare.standing import Overall, Standing, overall, standings
-
-NONE = "-"
 
 
 def score_sheet(contest: Contest, domain: str) -> Sheet:
@@ -35,13 +34,13 @@ def score_sheet(contest: Contest, domain: str) -> Sheet:
             (
                 each.contender.title,
                 _seeds(each),
-                _points(each.mean),
-                _points(each.deviation),
-                _points(each.best),
-                f"{_points(each.interval[0])} to {_points(each.interval[1])}" if each.interval else NONE,
-                _points(each.difference, sign=True),
-                _p(each.p),
-                _p(each.corrected_p),
+                points(each.mean),
+                points(each.deviation),
+                points(each.best),
+                f"{points(each.interval[0])} to {points(each.interval[1])}" if each.interval else NONE,
+                points(each.difference, sign=True),
+                p_value(each.p),
+                p_value(each.corrected_p),
                 f"{each.rank:.2f}",
             )
             for each in found
@@ -59,50 +58,56 @@ def cost_sheet(contest: Contest) -> Sheet:
     """
     costs = costs_of(contest)
     base = contest.reference.title if contest.reference else REFERENCE
-    notes = []
+    columns = _cost_columns(contest, base)
+    return Sheet(
+        title=f"{contest.name}: costs",
+        header=tuple(columns),
+        rows=tuple(tuple(cell(each) for cell in columns.values()) for each in costs),
+        notes=tuple(_cost_notes(contest, costs, base)),
+    )
+
+
+def _cost_columns(contest: Contest, base: str) -> dict[str, Callable[[Costs], str]]:
+    """Per column, what it says of a method; those of step times only if steps were timed."""
+    memory = sorted({run.memory_kind for run in contest.runs if run.memory_kind})
+    timed: dict[str, Callable[[Costs], str]] = {
+        "step time": lambda each: cells.ratio(each.step_ratio),
+        f"time to score of {base}": lambda each: cells.ratio(each.time_to_reference),
+    }
+    return {
+        "method": lambda each: each.contender.title,
+        "learning rate": lambda each: ", ".join(f"{rate:g}" for rate in each.learning_rates),
+        "entries trained": lambda each: cells.count(each.trainable),
+        "of them in SUBNETWORK": lambda each: cells.count(each.selected),
+        f"steps to score of {base}": _steps_to,
+        **(timed if contest.timing else {}),
+        "training time": lambda each: cells.seconds(each.seconds),
+        f"peak memory ({', '.join(memory)})" if memory else "peak memory": lambda each: cells.mebibytes(
+            each.peak_memory
+        ),
+        "file size": lambda each: cells.mebibytes(each.file_size),
+    }
+
+
+def _cost_notes(contest: Contest, costs: Sequence[Costs], base: str) -> Iterator[str]:
+    settings = contest.runs[0].plan.settings
+    mixed = " (mixed precision)" if settings.precision == "bf16" else ""
+    yield f"Trained in {settings.precision}{mixed}, {settings.batch_size} examples a step, {settings.epochs:g} epochs."
     if contest.timing:
         titles = {each.variant: each.title for each in contest.contenders}
         measure = timed_against(contest.timing)
         rounds = min(map(len, contest.timing.seconds.values()), default=0)
-        notes.append(
+        yield (
             f"Step time: relative to {titles.get(measure, measure)}, median of {rounds} rounds in which each method "
-            "took one step in turn."
+            f"took one step in turn, of {contest.timing.batch_size} examples of {contest.timing.tokens} tokens."
+        )
+    if any(each.steps_to_reference is not None for each in costs):
+        yield (
+            f"Steps to score: until the validation score first reaches that with which {base} ends on the same seed, "
+            "median over the runs; in brackets, how many runs reach it."
         )
     if any(each.time_to_reference is not None for each in costs):
-        notes.append(
-            f"Time to score: training time until the validation score first reaches that with which {base} "
-            "ends on the same seed, median over the runs; in brackets, how many runs reach it."
-        )
-    memory = sorted({run.memory_kind for run in contest.runs if run.memory_kind})
-    return Sheet(
-        title=f"{contest.name}: costs",
-        header=(
-            "method",
-            "learning rate",
-            "entries trained",
-            "of them in SUBNETWORK",
-            "step time",
-            "training time",
-            f"time to score of {base}",
-            f"peak memory ({', '.join(memory)})" if memory else "peak memory",
-            "file size",
-        ),
-        rows=tuple(
-            (
-                each.contender.title,
-                ", ".join(f"{rate:g}" for rate in each.learning_rates),
-                _count(each.trainable),
-                _count(each.selected),
-                NONE if each.step_ratio is None else f"{each.step_ratio:.2f} x",
-                _seconds(each.seconds),
-                _time_to(each),
-                _mebibytes(each.peak_memory),
-                _mebibytes(each.file_size),
-            )
-            for each in costs
-        ),
-        notes=tuple(notes),
-    )
+        yield f"Time to score: these steps times the step time, relative to the whole training of {base}."
 
 
 def overall_sheet(contests: Sequence[Contest]) -> Sheet:
@@ -132,11 +137,11 @@ def overall_sheet(contests: Sequence[Contest]) -> Sheet:
                 each.contender.title,
                 str(each.contests),
                 f"{each.rank:.2f}",
-                _points(each.difference, sign=True),
+                points(each.difference, sign=True),
                 f"{each.better} of {each.contests}" if each.pairs else NONE,
                 str(each.pairs) if each.pairs else NONE,
-                _p(each.p),
-                _p(each.corrected_p),
+                p_value(each.p),
+                p_value(each.corrected_p),
                 str(each.finished),
                 str(each.failed),
             )
@@ -185,13 +190,13 @@ def _verdict(found: Sequence[Standing], base: str) -> list[str]:
     highest = [found[index] for index in sorted(_highest(found))]
     if not highest:
         return ["No run finished."]
-    said = f"Highest mean: {' and '.join(each.contender.title for each in highest)}, {_points(highest[0].mean)}."
+    said = f"Highest mean: {' and '.join(each.contender.title for each in highest)}, {points(highest[0].mean)}."
     tested = [each for each in found if each.corrected_p is not None]
     if not tested:
         return [said]
     clear = [each for each in tested if each.corrected_p is not None and each.corrected_p <= LEVEL]
     if clear:
-        names = ", ".join(f"{each.contender.title} ({_points(each.difference, sign=True)})" for each in clear)
+        names = ", ".join(f"{each.contender.title} ({points(each.difference, sign=True)})" for each in clear)
         said += f" Significantly different from {base}: {names}."
     elif least_p(max(each.pairs for each in tested)) * len(tested) <= LEVEL:
         said += f" Nothing differs significantly from {base}."
@@ -207,8 +212,8 @@ def _resolution(found: Sequence[Standing] | Sequence[Overall]) -> list[str]:
     least = least_p(pairs)
     corrected = min(1.0, least * count)
     said = (
-        f"With {pairs} pair{'s' * (pairs > 1)} p is at best {_p(least)}, and {_p(corrected)} after correction over "
-        f"{count} comparison{'s' * (count > 1)}"
+        f"With {pairs} pair{'s' * (pairs > 1)} p is at best {p_value(least)}, and {p_value(corrected)} after "
+        f"correction over {count} comparison{'s' * (count > 1)}"
     )
     if corrected <= LEVEL:
         return [f"{said}."]
@@ -216,9 +221,9 @@ def _resolution(found: Sequence[Standing] | Sequence[Overall]) -> list[str]:
 
 
 def _highest(found: Sequence[Standing]) -> frozenset[int]:
-    means = [_points(each.mean) for each in found]
+    means = [points(each.mean) for each in found]
     known = [each.mean for each in found if each.values]
-    return frozenset(index for index, mean in enumerate(means) if known and mean == _points(max(known)))
+    return frozenset(index for index, mean in enumerate(means) if known and mean == points(max(known)))
 
 
 def _seeds(standing: Standing) -> str:
@@ -228,34 +233,7 @@ def _seeds(standing: Standing) -> str:
     return f"{len(standing.values)}" + (f" ({', '.join(notes)})" if notes else "")
 
 
-def _points(score: float | None, *, sign: bool = False) -> str:
-    if score is None or math.isnan(score):
+def _steps_to(costs: Costs) -> str:
+    if costs.steps_to_reference is None:
         return NONE
-    return f"{100 * score:+.2f}" if sign else f"{100 * score:.2f}"
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return NONE
-    return "<0.0001" if value < 0.00005 else f"{value:.4f}"
-
-
-def _count(value: int | None) -> str:
-    return NONE if value is None else f"{value:,}"
-
-
-def _seconds(value: float | None) -> str:
-    return NONE if value is None else f"{value:,.0f} s" if value >= 10 else f"{value:.1f} s"
-
-
-def _mebibytes(value: float | None) -> str:
-    return (
-        NONE if value is None else f"{value / 2**20:,.0f} MiB" if value >= 2**20 * 10 else f"{value / 2**20:.2f} MiB"
-    )
-
-
-def _time_to(costs: Costs) -> str:
-    if costs.time_to_reference is None:
-        return NONE
-    time = "never" if math.isinf(costs.time_to_reference) else _seconds(costs.time_to_reference)
-    return f"{time} ({costs.reached} of {costs.runs})"
+    return f"{cells.count(costs.steps_to_reference)} ({costs.reached} of {costs.runs})"

@@ -160,8 +160,17 @@ def train_and_test(examples: Examples) -> tuple[Examples, Examples]:
 
     Returns:
         What may be trained on, and what is tested on.
+
+    Raises:
+        ValueError: There are too few examples: a part would be empty or lack a class.
     """
-    test = split(examples).test
+    try:
+        test = split(examples, validation=0).test
+    except ValueError as error:
+        raise ValueError(
+            f"The {len(examples)} examples of {examples.name!r} are too few to split a fifth off for testing: {error} "
+            "Or give test data of its own (`test`)."
+        ) from error
     held = set(test.groups)
     return examples.take([i for i, group in enumerate(examples.groups) if group not in held]), test
 

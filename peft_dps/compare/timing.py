@@ -66,6 +66,7 @@ def time_steps(plans: Sequence[Plan], task: Task, model_path: str, steps: int, r
         tokens=int(batch["input_ids"].shape[1]),
         seconds=seconds,
         stages=stages,
+        precision=plan.settings.precision,
         versions=versions(),
         hardware=hardware(),
     )

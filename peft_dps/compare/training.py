@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,6 @@ def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     tokenizer = load_tokenizer(model_path)
     data = tokenize(task.train, tokenizer, plan.settings.max_length)
-    data = data.add_column("row", list(range(len(data))))
     memory = PeakMemory()
     base = load_model(task, model_path, plan.seed, tokenizer)
     entries = sum(parameter.numel() for parameter in base.parameters())
@@ -68,41 +68,21 @@ def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[
     witness = Witness(task.metrics, plan.settings.evaluations if is_test else 1, report)
     collator = _Collator(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=model,
-            args=_arguments(plan, folder),
-            train_dataset=data,
-            eval_dataset=_by_length(tokenize(task.validation, tokenizer, plan.settings.max_length)),
-            data_collator=collator,
-            compute_metrics=_metrics(task),
-            callbacks=[witness],
-        )
-        trainer.remove_callback(PrinterCallback)
+        trainer = _trainer(plan, task, tokenizer, model, data, collator, witness, folder)
         trainer.train()
         peak = memory.peak()
         size = _saved_size(model, folder) if is_test else 0
         scores = _test(trainer, task, tokenizer, plan.settings) if is_test else {}
-    return Run(
+    run = Run(
         plan=plan,
         title=title,
         metrics=list(task.metrics),
         scores=scores,
-        validation=witness.validation,
         candidates=candidates,
         config=config,
         examples=task.sizes,
         order=collator.fingerprint(),
-        losses=[float(f"{loss:.5g}") for loss in witness.losses],
-        evaluations=witness.evaluations,
-        stages=witness.stages,
-        selections=witness.selections,
-        status="" if witness.status is None else str(witness.status),
-        frozen_moved=None if witness.status is None else witness.status.frozen_moved,
         entries=entries,
-        trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        selected=selected_entries(model, witness.status),
-        seconds=sum(witness.step_seconds),
-        step_seconds=statistics.median(witness.step_seconds),
         peak_memory=peak,
         memory_kind=memory.kind,
         file_size=size,
@@ -110,6 +90,7 @@ def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[
         versions=versions(),
         hardware=hardware(),
     )
+    return _witnessed(run, witness, model)
 
 
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
@@ -191,6 +172,29 @@ class _Collator:
         return self._digest.hexdigest()[:16]
 
 
+def _trainer(
+    plan: Plan,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    model: nn.Module,
+    data: Dataset,
+    collator: _Collator,
+    witness: Witness,
+    folder: str,
+) -> Trainer:
+    trainer = Trainer(
+        model=model,
+        args=_arguments(plan, folder),
+        train_dataset=data.add_column("row", list(range(len(data)))),
+        eval_dataset=_by_length(tokenize(task.validation, tokenizer, plan.settings.max_length)),
+        data_collator=collator,
+        compute_metrics=_metrics(task),
+        callbacks=[witness],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 def _arguments(plan: Plan, folder: str) -> TrainingArguments:
     settings = plan.settings
     return TrainingArguments(
@@ -214,6 +218,24 @@ def _arguments(plan: Plan, folder: str) -> TrainingArguments:
         use_cpu=not torch.accelerator.is_available(),  # only then does the Trainer take bf16 on a CPU
         seed=plan.seed,
         data_seed=plan.seed,
+    )
+
+
+def _witnessed(run: Run, witness: Witness, model: nn.Module) -> Run:
+    """Add what was seen of the training."""
+    return replace(
+        run,
+        validation=witness.validation,
+        losses=[float(f"{loss:.5g}") for loss in witness.losses],
+        evaluations=witness.evaluations,
+        stages=witness.stages,
+        selections=witness.selections,
+        status="" if witness.status is None else str(witness.status),
+        frozen_moved=None if witness.status is None else witness.status.frozen_moved,
+        trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        selected=selected_entries(model, witness.status),
+        seconds=sum(witness.step_seconds),
+        step_seconds=statistics.median(witness.step_seconds),
     )
 
 

@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetsError
 from datasets.features import ClassLabel
 from datasets.load import load_dataset
 
-from peft_dps.compare.corpora import DataError, Examples
+from peft_dps.compare.corpora import DataError, Examples, group
 
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -58,9 +58,8 @@ def load_user_data(
     columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
     if len(columns) not in (1, 2):
         raise ValueError(f"`text_columns` must name 1 or 2 columns, got {columns}.")
-    loaded = load_splits(
-        source, splits, name=config, revision=revision, cache_dir=None if cache is None else str(cache)
-    )
+    options = {"name": config, "revision": revision, "cache_dir": None if cache is None else str(cache)}
+    loaded = load_splits(source, splits, **options)
     asked = {"text_columns": columns, "label_column": [label_column], "group_column": [group_column or label_column]}
     require_columns(loaded, asked)
     labels, label_names = _labels({part: data.select_columns([label_column]) for part, data in loaded.items()})
@@ -68,9 +67,7 @@ def load_user_data(
     result = {}
     for part, data in loaded.items():
         texts = [strings(data, column, part) for column in columns]
-        keys = data[group_column][:] if group_column else zip(*texts, strict=True)
-        first: dict[str, int] = {}
-        groups = tuple(str(first.setdefault(repr(key), i)) for i, key in enumerate(keys))
+        groups = group(data[group_column][:] if group_column else zip(*texts, strict=True))
         result[part] = Examples(title, texts[0], labels[part], groups, label_names, *texts[1:])
     return result
 

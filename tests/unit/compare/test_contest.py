@@ -52,6 +52,14 @@ def test_names_tell_what_differs_and_slugs_are_unique():
     assert len({contest.slug for contest in found}) == 4
 
 
+def test_contests_that_differ_in_precision_alone_are_told_apart():
+    found = contests(run(), run(settings=Settings(precision="bf16")))
+    assert [contest.name for contest in found] == [
+        "cola, all training examples, precision fp32",
+        "cola, all training examples, precision bf16",
+    ]
+
+
 def test_the_reference_comes_first_and_titles_are_told_apart():
     options = [{"density": 0.1}, {"density": 0.5}]
     (contest,) = contests(*(run("dps", title="DPS", options=each) for each in options), run("bitfit"), run())
@@ -94,3 +102,10 @@ def test_the_latest_timing_of_the_same_model_and_task_counts():
     timings = [Timing("tiny", "cola", 16, 32, {"full": [time]}) for time in (1.0, 2.0)]
     timings += [Timing("tiny", "rte", 16, 32, {}), Timing("other", "cola", 16, 32, {})]
     assert contests(run(), timings=timings)[0].timing == timings[1]
+
+
+def test_steps_timed_in_another_precision_do_not_count():
+    timing = Timing("tiny", "cola", 16, 32, {"full": [1.0]}, precision="bf16")
+    plain, mixed = contests(run(), run(settings=Settings(precision="bf16")), timings=[timing])
+    assert plain.timing is None
+    assert mixed.timing == timing

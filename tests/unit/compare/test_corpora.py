@@ -164,9 +164,16 @@ def test_split_depends_on_the_seed_and_on_nothing_else() -> None:
     assert split(examples(40, 1), seed=0).test.texts[:4] == ("text 1", "text 16", "text 20", "text 23")
 
 
-@pytest.mark.parametrize(("validation", "test"), [(0, 0.2), (0.1, 0), (0.5, 0.5), (-0.1, 0.2), (float("nan"), 0.2)])
+def test_the_test_part_does_not_depend_on_that_for_validation() -> None:
+    parts = split(examples(), validation=0)
+    assert parts.test == split(examples()).test
+    assert len(parts.validation) == 0
+    assert len(parts.train) + len(parts.test) == len(examples())
+
+
+@pytest.mark.parametrize(("validation", "test"), [(-0.1, 0.2), (0.1, 0), (0.5, 0.5), (float("nan"), 0.2)])
 def test_split_refuses_fractions_out_of_range(validation: float, test: float) -> None:
-    with pytest.raises(ValueError, match="`validation` and `test` must be in"):
+    with pytest.raises(ValueError, match=r"`validation` must be in \[0, 1\) and `test` in"):
         split(examples(), validation, test)
 
 

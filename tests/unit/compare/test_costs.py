@@ -19,18 +19,33 @@ def contest(*contenders, timing=None):
     return Contest("cola", "cola", "cola", None, "tiny", contenders, (0, 1, 2), ("cola",), ("accuracy",), timing)
 
 
-def test_time_to_the_score_of_the_reference_is_paired_by_seed():
+def test_steps_to_the_score_of_the_reference_are_paired_by_seed():
     full = Contender("full", "full", {0: run("full", 0, [0.2, 0.5]), 1: run("full", 1, [0.7, 0.6])})
     fast = Contender("lora", "LoRA", {0: run("lora", 0, [0.5, 0.4]), 1: run("lora", 1, [0.5, 0.6])})
     lone = Contender("late", "late", {2: run("late", 2, [0.9, 0.9])})
     slow = Contender("slow", "slow", {0: run("slow", 0, [0.1, 0.5]), 1: run("slow", 1, [0.1, math.nan])})
     costs = costs_of(contest(full, fast, lone, slow))
-    assert [(each.time_to_reference, each.reached, each.runs) for each in costs] == [
-        (15, 2, 2),
-        (15, 2, 2),
+    assert [(each.steps_to_reference, each.reached, each.runs) for each in costs] == [
+        (1.5, 2, 2),
+        (1.5, 2, 2),
         (None, 0, 0),
         (math.inf, 1, 2),
     ]
+    assert {each.time_to_reference for each in costs} == {None}  # no step was timed
+
+
+def test_time_to_the_score_of_the_reference_is_that_of_its_steps():
+    full = Contender("full", "full", {0: run("full", 0, [0.2, 0.4, 0.6, 0.5])})
+    fast = Contender("lora", "LoRA", {0: run("lora", 0, [0.5, 0.5, 0.5, 0.5])})
+    slow = Contender("slow", "slow", {0: run("slow", 0, [0.1, 0.1, 0.1, 0.1])})
+    untimed = Contender("late", "late", {0: run("late", 0, [0.5, 0.5, 0.5, 0.5])})
+    contenders = full, fast, slow, untimed
+    seconds = {"full": [2.0], "lora": [1.0], "slow": [4.0]}
+    timed = costs_of(contest(*contenders, timing=Timing("tiny", "cola", 16, 32, seconds)))
+    assert [each.time_to_reference for each in timed] == [0.75, 0.125, math.inf, None]
+    without = costs_of(contest(*contenders, timing=Timing("tiny", "cola", 16, 32, {"lora": [1.0], "slow": [4.0]})))
+    assert {each.time_to_reference for each in without} == {None}
+    assert without[1].steps_to_reference == 1
 
 
 def test_costs_are_medians_of_the_finished_runs():
@@ -41,7 +56,7 @@ def test_costs_are_medians_of_the_finished_runs():
     }
     (costs,) = costs_of(contest(Contender("dps", "DPS", runs)))
     assert (costs.trainable, costs.selected, costs.peak_memory, costs.seconds) == (10, 5, 4, 6)
-    assert costs.time_to_reference is None
+    assert costs.steps_to_reference is None
 
 
 def test_a_method_that_always_failed_has_no_costs():

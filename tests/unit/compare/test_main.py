@@ -13,7 +13,9 @@ import pytest
 from peft_dps.compare import __main__ as module
 from peft_dps.compare.__main__ import main
 from peft_dps.compare.methods import METHODS
-from peft_dps.compare.results import read
+from peft_dps.compare.plan import Plan
+from peft_dps.compare.results import append, read
+from peft_dps.compare.run import Run
 
 ROOT = Path(__file__).parents[3]
 
@@ -74,8 +76,16 @@ def test_a_comparison_that_is_killed_goes_on(command, data_files, my_methods, ca
     failed = [run for run in results.runs.values() if run.failed]
     assert {(run.plan.method, run.error) for run in failed} == {("broken", "RuntimeError: it is broken")}
     assert len({run.order for run in results.runs.values() if run.plan.seed == 0 and not run.failed}) == 1
-    for text in ("failed: RuntimeError: it is broken", "failed runs", "are not repeated", "Proof that"):
+    for text in (
+        "failed: RuntimeError: it is broken",
+        "are not repeated",
+        "Proof that",
+        "in 2 of 2 runs; with seed 0",
+    ):
         assert text in shown
+    report = data_files / "runs" / "report.html"
+    assert f"Report: {report}" in shown
+    assert "a broken one failed with seed 1: RuntimeError: it is broken" in report.read_text(encoding="utf-8")
     assert "in broken" in (data_files / "runs.jsonl.failures.log").read_text()
 
 
@@ -108,3 +118,39 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["--tasks", "sentiment"]) == 130
     assert "the same command goes on from there" in capsys.readouterr().out
+
+
+@pytest.fixture
+def finished(monkeypatch, tmp_path):
+    """A comparison whose runs are all in the result file."""
+    source = tmp_path / "reviews.jsonl"
+    for method in ("full", "lora"):
+        append(Run(Plan(method, 1e-4, "cola", 0, "tiny"), method, "", ["m"], {"cola": {"m": 0.5}}), source)
+    monkeypatch.setattr(module, "compare", lambda *arguments: read(source))
+    return source
+
+
+def test_a_comparison_leaves_its_report_beside_the_results(finished, capsys):
+    assert main(["--tasks", "sentiment", "--output", str(finished)]) == 0
+    shown = capsys.readouterr().out
+    page = finished.parent / "reviews" / "report.html"
+    assert f"Report: {page}" in shown
+    assert page.is_file()
+
+
+def test_a_comparison_without_a_report(finished, capsys):
+    assert main(["--tasks", "sentiment", "--output", str(finished), "--no-report"]) == 0
+    assert f"Results: {finished}" in capsys.readouterr().out
+    assert [path.name for path in finished.parent.iterdir()] == ["reviews.jsonl"]
+
+
+def test_a_report_that_cannot_be_written_leaves_the_results(finished, capsys):
+    (finished.parent / "reviews").write_text("in the way")
+    before = finished.read_bytes()
+    assert main(["--tasks", "sentiment", "--output", str(finished)]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"Results: {finished}" in shown
+    assert "The report cannot be written to" in shown
+    assert "peft-dps report" in shown
+    assert "cola, all training examples: 100 x m" in shown
+    assert finished.read_bytes() == before

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import argparse
+import contextlib
 import csv
 import hashlib
 import io
@@ -8,14 +8,13 @@ from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from peft_dps.compare import export
 from peft_dps.compare.__main__ import main
 from peft_dps.compare.contest import contests_of
 from peft_dps.compare.corpora import DataError
 from peft_dps.compare.plan import Plan
-from peft_dps.compare.report import add_report_arguments, run_report, write_report
+from peft_dps.compare.report import report_folder, write_report
 from peft_dps.compare.results import append, read
 from peft_dps.compare.run import Run
 from tests.synthetic_results import METHODS, write
@@ -31,12 +30,11 @@ def results(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(results):
     folder = results.parent / "out"
-    parser = argparse.ArgumentParser()
-    add_report_arguments(parser)
-    console = Console(file=io.StringIO(), width=180)
-    options = parser.parse_args([str(results), "--output", str(folder)])
-    assert run_report(options, console) == 0
-    (folder / "terminal.txt").write_text(console.file.getvalue())
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
+        patch.setenv("COLUMNS", "180")
+        assert main(["report", str(results), "--output", str(folder)]) == 0
+    (folder / "terminal.txt").write_text(shown.getvalue())
     return folder
 
 
@@ -168,7 +166,7 @@ def test_a_file_cut_in_the_middle_of_a_line_is_reported(results, tmp_path):
     (section,) = write_report(cut, tmp_path / "out")
     assert "full fine-tuning, no dropout" not in str(section.sheets)
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "Lines that hold no record were left out: 3." in text
+    assert "Lines of runs.jsonl that hold no record were left out: 3." in text
     assert len({row["seed"] for row in rows(tmp_path / "out", "runs.csv")}) == 2
 
 
@@ -190,7 +188,7 @@ def test_the_command_line_makes_a_report(tmp_path, capsys):
     append(Run(Plan("full", 1e-4, "cola", 0, "tiny"), "full", "", ["m"], {"cola": {"m": 0.5}}), source)
     assert main(["report", str(source)]) == 0
     assert "cola (in domain), 100 x m" in capsys.readouterr().out
-    assert (tmp_path / "report" / "report.html").is_file()
+    assert (tmp_path / "runs" / "report.html").is_file()
     assert main(["report", str(tmp_path / "none.jsonl")]) == 1
     assert "does not exist" in capsys.readouterr().out.replace("\n", " ")
 
@@ -200,3 +198,25 @@ def test_a_file_without_runs_is_named(tmp_path):
     append(Run(Plan("full", 1e-4, "cola", 0, "tiny", phase="tune")), source)
     with pytest.raises(DataError, match="only 1 trial runs"):
         write_report(source, tmp_path)
+
+
+def test_several_files_make_one_report(tmp_path, capsys):
+    sources = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for source, methods in zip(sources, (("full", "lora"), ("full", "bitfit")), strict=True):
+        for method in methods:
+            append(Run(Plan(method, 1e-4, "cola", 0, "tiny"), method, "", ["m"], {"cola": {"m": 0.5}}), source)
+    sources[1].write_bytes(sources[1].read_bytes() + b"{")
+    assert main(["report", *map(str, sources)]) == 0
+    folder = tmp_path / "report"
+    assert [row["method"] for row in rows(folder, "runs.csv")] == ["full", "lora", "bitfit"]
+    text = " ".join(Page((folder / "report.html").read_text(encoding="utf-8")).text)
+    assert "Made from a.jsonl (SHA-256" in text
+    assert "and b.jsonl (SHA-256" in text
+    assert "Lines of b.jsonl that hold no record were left out: 3." in text
+    assert "1 runs are in more than one of the files; each counts once." in text
+
+
+def test_the_folder_of_a_report_is_no_result_file(tmp_path):
+    assert report_folder([tmp_path / "runs.v2.jsonl"]) == tmp_path / "runs.v2"
+    assert report_folder([tmp_path / "runs"]) == tmp_path / "runs-report"
+    assert report_folder([tmp_path / "a.jsonl", tmp_path / "deep" / "b.jsonl"]) == tmp_path / "report"

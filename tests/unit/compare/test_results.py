@@ -8,7 +8,7 @@ import math
 import pytest
 
 from peft_dps.compare.plan import Plan, Settings
-from peft_dps.compare.results import append, read
+from peft_dps.compare.results import append, merge, read
 from peft_dps.compare.run import Candidate, Evaluation, Run, Selection, Span, Timing, from_json, to_json
 
 
@@ -145,3 +145,18 @@ def test_what_a_later_version_adds_is_left_out():
     content = json.loads(to_json(complete_run()))
     content["news"] = content["plan"]["news"] = content["stages"][0]["news"] = 1
     assert from_json(json.dumps(content)).plan == complete_run().plan
+
+
+def test_of_a_run_in_several_files_one_that_finished_counts(tmp_path):
+    failed, finished, again = complete_run(error="OSError: no"), complete_run(), complete_run(title="again")
+    other = complete_run(plan=plan(seed=1))
+    timing = Timing("tiny", "cola", 16, 32, {"full": [1.0]})
+    for name, records in {"a": [failed, other], "b": [finished, timing], "c": [again]}.items():
+        for record in records:
+            append(record, tmp_path / name)
+    whole = merge([read(tmp_path / name) for name in "abc"])
+    assert [(run.plan.seed, run.error, run.title) for run in whole.runs.values()] == [
+        (0, "", "DPS Dense"),
+        (1, "", "DPS Dense"),
+    ]
+    assert whole.timings == [timing]

@@ -37,7 +37,7 @@ class Trainings:
         if function is module.time_steps:
             self.timed.append([plan.variant for plan in arguments[0]])
             first, times = arguments[0][0], {plan.variant: [1.0] for plan in arguments[0]}
-            return Timing(first.model, first.task, 16, 8, times)
+            return Timing(first.model, first.task, 16, 8, times, precision=first.settings.precision)
         plan, title, task, _, candidates = arguments
         self.plans.append(plan)
         self.tasks.append(task)
@@ -147,6 +147,13 @@ def test_finished_runs_are_not_repeated(trainings, comparison, run, shown):
     assert [(plan.method, plan.seed) for plan in trainings.plans] == [("full", 2), ("lora", 2)]
     assert len(more.reported) == 6
     assert shown.getvalue().count("4 runs are finished already") == 4  # tries and tests, twice
+
+
+def test_steps_are_timed_again_in_another_precision(trainings, comparison, run):
+    run(comparison)
+    mixed = replace(comparison, settings=replace(comparison.settings, precision="bf16"))
+    assert [timing.precision for timing in run(mixed).timings] == ["bf16"]
+    assert len(trainings.timed) == 2
 
 
 def test_a_cut_line_is_run_again_and_nothing_else(trainings, comparison, run):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from peft_dps.compare.contest import contests_of
-from peft_dps.compare.plan import Plan
+from peft_dps.compare.plan import Plan, Settings
 from peft_dps.compare.results import Results
 from peft_dps.compare.run import Evaluation, Run, Timing
 from peft_dps.compare.summary import cost_sheet, overall_sheet, score_sheet, setup_of
@@ -96,14 +96,29 @@ def test_costs():
         "learning rate": "0.0001",
         "entries trained": "1,234,567",
         "of them in SUBNETWORK": "-",
+        "steps to score of full": "never (0 of 1)",
         "step time": "0.50 x",
+        "time to score of full": "never",
         "training time": "12 s",
-        "time to score of full": "never (0 of 1)",
         "peak memory (cuda)": "300 MiB",
         "file size": "0.50 MiB",
     }
-    assert cells(sheet, "full")["time to score of full"] == "3.0 s (1 of 1)"
-    assert "median of 2 rounds" in sheet.notes[0]
+    own = cells(sheet, "full")
+    assert (own["steps to score of full"], own["time to score of full"]) == ("1 (1 of 1)", "1.00 x")
+    assert sheet.notes[0] == "Trained in fp32, 16 examples a step, 3 epochs."
+    assert (
+        "median of 2 rounds in which each method took one step in turn, of 16 examples of 32 tokens" in sheet.notes[1]
+    )
+
+
+def test_costs_without_timed_steps_are_in_steps():
+    plan = Plan("full", 1e-4, "cola", 0, "tiny", settings=Settings(precision="bf16"))
+    looks = [Evaluation(1, 3.0, 0.1, 0.5)]
+    (contest,) = contests(Run(plan, "full", "", ["m"], {"cola": {"m": 0.5}}, evaluations=looks))
+    sheet = cost_sheet(contest)
+    assert cells(sheet, "full")["steps to score of full"] == "1 (1 of 1)"
+    assert not {"step time", "time to score of full"} & set(sheet.header)
+    assert sheet.notes[0] == "Trained in bf16 (mixed precision), 16 examples a step, 3 epochs."
 
 
 def test_overall_is_sorted_by_rank():

@@ -74,3 +74,11 @@ def test_a_fifth_is_split_off_for_testing(examples):
     assert len(test) == 12
     assert len(train) == 48
     assert not set(train.groups) & set(test.groups)
+
+
+def test_twenty_examples_are_enough_to_train_and_test(examples):
+    train, test = train_and_test(examples(20))
+    assert len(train) + len(test) == 20
+    assert set(train.labels) == set(test.labels) == {0, 1}
+    with pytest.raises(ValueError, match=r"The 3 examples of 'here' are too few .* test data of its own"):
+        train_and_test(examples(3))

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer, EvalPrediction
 
 from peft_dps.compare import training as module
@@ -106,6 +108,33 @@ def test_density_one_selects_all(run):
     record = run("dps-dense", options={"density": 1.0, "stage_steps": 3})
     assert set(record.selections[1].overlap.values()) == {1.0}
     assert record.selected == record.trainable
+
+
+@pytest.mark.parametrize("method", ["full", "dps-mix"])
+def test_bf16_is_mixed_precision(method, run, monkeypatch):
+    seen = set()
+
+    class Watching(module.Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            hidden = model.get_base_model() if method == "dps-mix" else model
+            layer = hidden.bert.encoder.layer[0].intermediate.dense
+            hook = layer.register_forward_hook(lambda layer, inputs, output: seen.add(output.dtype))
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            hook.remove()
+            seen_weights.update(parameter.dtype for parameter in model.parameters())
+            return loss
+
+    seen_weights = set()
+    plain = run(method)
+    monkeypatch.setattr(module, "Trainer", Watching)
+    mixed = run(method, settings=replace(SETTINGS, precision="bf16"))
+    assert seen == {torch.bfloat16}
+    assert seen_weights == {torch.float32}
+    assert not mixed.failed
+    assert mixed.order == plain.order
+    assert mixed.losses != plain.losses
+    assert mixed.evaluations[-1].loss != plain.evaluations[-1].loss
+    assert mixed.losses == pytest.approx(plain.losses, abs=0.2)
 
 
 def test_a_try_looks_at_the_validation_split_alone(run):

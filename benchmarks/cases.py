@@ -21,7 +21,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     ALL: ("full", ("lora", "dps-remaining", "mix-remaining")),
     LINEAR: ("full-linear", ("lora", "dps-exact", "mix-exact")),
 }
-# What a process of torch and transformers takes before it has a model.
+# What a process takes before it has a model: the libraries in memory, or a context on the device.
 _PROCESS = 600 * 2**20
 _USABLE = 0.9  # of the memory that is free now
 
@@ -149,9 +149,8 @@ def group_to_fit(case: Case, footprints: dict[str, Footprint]) -> list[list[str]
         MemoryError: If a variant and full fine-tuning do not fit together.
     """
     on_cpu = case.settings.device == "cpu"
-    overhead = _PROCESS if on_cpu else 0
     free = psutil.virtual_memory().available if on_cpu else torch.cuda.mem_get_info()[0]
-    return grouped(case, {name: each.peak + overhead for name, each in footprints.items()}, int(_USABLE * free))
+    return grouped(case, {name: each.peak + _PROCESS for name, each in footprints.items()}, int(_USABLE * free))
 
 
 def grouped(case: Case, needs: dict[str, int], limit: int) -> list[list[str]]:

@@ -94,7 +94,9 @@ class Entry:
         return found[variant]["peak"] / found[self.variants[0]]["peak"] if variant in found else None
 
     def process_memory(self, variant: str) -> float | None:
-        """Return the ratio of peaks of the processes."""
+        """Return the ratio of peaks of the processes; None on an accelerator, whose memory it does not show."""
+        if self.settings["device"] != "cpu":
+            return None
         found = self._found("steps", {}).get("memory", [])
         return next((ratio["peak"] for ratio in found if ratio["variant"] == variant), None)
 

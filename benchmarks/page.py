@@ -109,7 +109,7 @@ def _machine(results: Findings) -> str:
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "peft_dps"))
     loads = [load for entry in results.entries for load in entry.loads]
     return (
-        f"{where}; {packages}. Load of the machine, the benchmark's own included, while this was measured: "
+        f"{where}; {packages}.\nLoad of the machine, the benchmark's own included, while this was measured: "
         f"{min(loads):.1f} to {max(loads):.1f}."
     )
 

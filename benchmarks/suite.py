@@ -36,9 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out or _RESULTS / f"suite_{options.device}.json"
     results = Archive(out, options.device)
     for case in cases_of(options):
-        parts = (
-            options.measure if case.settings.size in options.load_models else [p for p in options.measure if p != LOAD]
-        )
+        loads = case.swept is None and case.settings.size in options.load_models
+        parts = [part for part in options.measure if part != LOAD or loads]
         measure(results, case, parts, options.load_rounds, tell)
     tell(f"All numbers are in {out}; `python -m benchmarks.page` makes a page of them.")
 

@@ -67,7 +67,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
     taken = {field.name: getattr(options, field.name) for field in fields(Settings) if hasattr(options, field.name)}
     methods = None if options.methods is None else tuple(options.methods)
     cases = [Case(Settings(**taken, size=size), options.trained, methods) for size in options.models]
-    center = Case(Settings(**taken, size=options.sweep_model), options.trained)
+    center = Case(Settings(**taken, size=options.sweep_model), options.trained, methods)
     for field, values in (("batch", options.batches), ("tokens", options.lengths), ("density", options.densities)):
         cases += [case for case in sweep(center, field, values) if case.name not in {each.name for each in cases}]
     return cases

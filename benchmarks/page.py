@@ -43,6 +43,7 @@ compare.
 Models are built from configurations with random weights. The aims: a step 1.02 for Dense and 1.05 for Mix, 1.3 where
 it selects, peak memory 1.30 and 1.45, loading with the first step 1.05.
 """
+_NONE = "There are no results yet: `make benchmark` makes them.\n"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def make_page(documents: dict[str, dict[str, Any]]) -> Page:
     Args:
         documents: Per name of a file, its content.
     """
-    parts, images = [_HEAD], {}
+    parts, images = [_HEAD if documents else f"{_HEAD}\n{_NONE}"], {}
     for name, document in documents.items():
         results = Findings(document)
         parts.append(f"## {name.removeprefix('suite_').upper()}\n\n{_machine(results)}")

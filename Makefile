@@ -43,8 +43,9 @@ style: $(VENV)/.installed-dev ## Mend style and formatting
 docs: $(VENV)/.installed-docs ## Build the documentation into site/
 	$(RUN) mkdocs build --strict
 
-benchmark: $(VENV)/.installed-compare ## Measure time and memory of a step against plain fine-tuning
-	$(RUN) benchmarks $(ARGS)
+benchmark: $(VENV)/.installed-compare ## Measure time and memory of DPS beside full fine-tuning, and make a page of it
+	$(RUN) benchmarks.suite $(ARGS)
+	$(RUN) benchmarks.page
 
 clean: ## Remove everything that was made here, .venv included
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import psutil
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from peft_dps.adapters import find_subnetworks, offloaded_parameters
-from peft_dps.masks import Mask
 
 KINDS = ("trained weights", "W0", "other weights", "gradients", "optimizer", "scores", "masks", "snapshots")
+# Where a tracked weight keeps what; anything else that it keeps counts as a snapshot.
+_KINDS_OF_STATE = {
+    "total": "scores",
+    "participation": "scores",
+    "keep": "masks",
+    "mask": "masks",
+    "columns": "masks",
+}
 
 
 def rss() -> int:
@@ -26,20 +36,31 @@ def tensor_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
         optimizer: Its optimizer.
 
     Returns:
-        Bytes of each of `KINDS`. "W0" are the pretrained weights that are kept beside their trained copies.
+        Bytes of each of `KINDS`. "W0" are the pretrained weights that are kept beside their trained copies. Memory
+        that several tensors share counts once, for the first of the kinds.
     """
-    sizes = dict.fromkeys(KINDS, 0)
+    found: list[tuple[str, Any]] = []
     in_files = offloaded_parameters(model)
     for name, parameter in model.named_parameters():
-        sizes[_kind(name, parameter)] += 0 if parameter in in_files else parameter.nbytes
-        sizes["gradients"] += _bytes(parameter.grad)
-    for state in optimizer.state.values():
-        sizes["optimizer"] += sum(_bytes(value) for value in state.values())
+        if parameter not in in_files:
+            found += [(_kind(name, parameter), parameter), ("gradients", parameter.grad)]
+    found += [("optimizer", value) for state in optimizer.state.values() for value in state.values()]
     for subnetwork in find_subnetworks(model).values():
         for weight in subnetwork.weights:
-            sizes["scores"] += _bytes(weight.total) + _bytes(weight.participation)
-            sizes["masks"] += _bytes(weight.mask) + _bytes(weight.columns)
-            sizes["snapshots"] += _bytes(weight.held) + _bytes(weight.snapshot)
+            found += [
+                (_KINDS_OF_STATE.get(name.lstrip("_"), "snapshots"), tensor)
+                for name, value in vars(weight).items()
+                for tensor in _tensors(value)
+            ]
+    sizes = dict.fromkeys(KINDS, 0)
+    seen: set[int] = set()
+    for kind, value in sorted(found, key=lambda pair: KINDS.index(pair[0])):
+        for tensor in _tensors(value):
+            local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            storage = local.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                sizes[kind] += storage.nbytes()
     return sizes
 
 
@@ -49,5 +70,12 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
     return "W0" if ".base_layer." in name or ".original_module." in name else "other weights"
 
 
-def _bytes(value: object) -> int:
-    return value.nbytes if isinstance(value, (torch.Tensor, Mask)) else 0
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Find the tensors in a value: in itself, in a sequence, or in the fields of a plain object."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif type(value).__module__.startswith("peft_dps.") and hasattr(value, "__dict__"):
+        yield from _tensors(list(vars(value).values()))

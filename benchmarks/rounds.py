@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 
+import torch
+
+from benchmarks.crew import crew_of
 from benchmarks.settings import Settings
-from benchmarks.worker import FINISH, STEP, StepTimes, Summary, work
+from benchmarks.worker import StepTimes, Summary, Trainee, set_up
 from peft_dps import StageSchedule
 from peft_dps.schedule import Position
 
@@ -48,6 +48,31 @@ class Run:
     summaries: dict[str, Summary]
 
 
+class Rower:
+    """A variant in a process of its own, which steps when it is told to.
+
+    Args:
+        name: Name of the variant.
+        settings: Settings of the run.
+    """
+
+    def __init__(self, name: str, settings: Settings) -> None:
+        set_up(settings)
+        self.trainee = Trainee(name, settings)
+
+    def threads(self) -> int:
+        """Return how many threads it computes on."""
+        return torch.get_num_threads()
+
+    def step(self, stage: str) -> StepTimes:
+        """Train one step in a stage."""
+        return self.trainee.step(stage)
+
+    def finish(self) -> Summary:
+        """Return what is known at the end."""
+        return self.trainee.finish()
+
+
 def run_rounds(names: Sequence[str], settings: Settings, progress: Callable[[Round], None]) -> Run:
     """Train the variants step by step in turn, each in its own process; while one computes, the others wait.
 
@@ -56,32 +81,16 @@ def run_rounds(names: Sequence[str], settings: Settings, progress: Callable[[Rou
         settings: Settings of the run.
         progress: Called with each round when it is done.
     """
-    context = multiprocessing.get_context("spawn")
     schedule = StageSchedule(settings.stage_steps)
-    with ExitStack() as stack:
-        connections: dict[str, Connection] = {}
-        for name in names:
-            here, there = context.Pipe()
-            process = context.Process(target=work, args=(there, name, settings), name=name, daemon=True)
-            process.start()
-            there.close()  # so that a worker that dies ends the connection
-            stack.callback(process.join)
-            stack.callback(here.close)
-            connections[name] = here
-        threads = max(connection.recv() for connection in connections.values())
+    with crew_of(Rower, names, settings) as crew:
+        threads = max(crew.ask(name, "threads") for name in names)
         rounds = []
         for number in range(1, settings.rounds + 1):
             position = schedule.at(number)
-            times = {}
-            for name in turned(names, number):
-                connections[name].send((STEP, position.stage.value))
-                times[name] = connections[name].recv()
+            times = {name: crew.ask(name, "step", position.stage.value) for name in turned(names, number)}
             rounds.append(Round(number, figure_of(position), number <= settings.warmup, times))
             progress(rounds[-1])
-        summaries = {}
-        for name, connection in connections.items():
-            connection.send((FINISH, ""))
-            summaries[name] = connection.recv()
+        summaries = {name: crew.ask(name, "finish") for name in names}
     return Run(threads, rounds, summaries)
 
 

@@ -5,8 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-SIZES: dict[str, dict[str, Any]] = {
+ENCODER, DECODER = "encoder", "decoder"
+_TOY = {"vocab_size": 128, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+_SMALL = {
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+}
+# Fields of BertConfig.
+ENCODERS: dict[str, dict[str, Any]] = {
     "base": {},  # what BertConfig gives: BERT-base
+    "large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
     "medium": {
         "vocab_size": 8192,
         "hidden_size": 512,
@@ -14,21 +30,24 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 8,
         "intermediate_size": 2048,
     },
-    "small": {
-        "vocab_size": 8192,
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "intermediate_size": 1024,
-    },
-    "toy": {
-        "vocab_size": 128,
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-    },
+    "small": _SMALL,
+    "toy": {**_TOY, "num_hidden_layers": 1},
 }
+# Fields of Qwen2Config.
+DECODERS: dict[str, dict[str, Any]] = {
+    "decoder-0.5b": {
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "tie_word_embeddings": True,
+    },
+    "decoder-small": {**_SMALL, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "decoder-toy": {**_TOY, "num_hidden_layers": 1, "num_key_value_heads": 1, "tie_word_embeddings": True},
+}
+SIZES = {**ENCODERS, **DECODERS}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw-fused": {"fused": True},
     "adamw-foreach": {"foreach": True},
@@ -40,7 +59,7 @@ class Settings:
     """Settings of one run, the same for every variant.
 
     Attributes:
-        size: Name of the model size, one of `SIZES`.
+        size: Name of the model, one of `SIZES`.
         batch: Sequences in a batch.
         tokens: Tokens in a sequence.
         optimizer: Name of the optimizer, one of `OPTIMIZERS`.
@@ -48,9 +67,10 @@ class Settings:
         stage_steps: Steps in a stage.
         cycles: Cycles to train.
         warmup: Rounds at the start that the figures leave out.
-        dropout: Dropout of the model, in the hidden states and in the attention.
+        dropout: Dropout of the model; a decoder has it in the attention only.
         threads: Threads to compute on; None for torch's own choice.
         seed: Seed of weights, batch and dropout.
+        device: "cpu" or "cuda".
     """
 
     size: str = "base"
@@ -64,8 +84,14 @@ class Settings:
     dropout: float = 0.1
     threads: int | None = None
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def rounds(self) -> int:
         """Steps that each variant takes."""
         return 2 * self.stage_steps * self.cycles
+
+    @property
+    def kind(self) -> str:
+        """`ENCODER` or `DECODER`."""
+        return ENCODER if self.size in ENCODERS else DECODER

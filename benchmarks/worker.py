@@ -1,25 +1,23 @@
-"""A variant at work in a process of its own: it trains one step whenever it is told to, and reports what that took."""
+"""A variant at work: it trains one step whenever it is told to, and reports what that took."""
 
 from __future__ import annotations
 
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 
 import torch
 from torch import nn
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.memory import rss, tensor_bytes
+from benchmarks.models import make_batch
 from benchmarks.settings import OPTIMIZERS, Settings
-from benchmarks.variant import VARIANTS, bert_config
+from benchmarks.variant import VARIANTS
 from peft_dps.adapters import find_subnetworks
 from peft_dps.compare.memory import peak_resident
 from peft_dps.status import status_of
-
-STEP, FINISH = "step", "finish"
 
 
 @dataclass(frozen=True)
@@ -82,31 +80,31 @@ class Trainee:
     def __init__(
         self, name: str, settings: Settings, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
     ) -> None:
-        config = bert_config(settings)
-        generator = torch.Generator().manual_seed(settings.seed)
-        shape = (settings.batch, settings.tokens)
-        self.batch = {
-            "input_ids": torch.randint(config.vocab_size, shape, generator=generator),
-            "attention_mask": torch.ones(shape, dtype=torch.int64),
-            "labels": torch.randint(2, (settings.batch,), generator=generator),
-        }
+        self.device = settings.device
+        self.batch = make_batch(settings)
         self.rss_before = rss()
         self.model: nn.Module = wrap(VARIANTS[name].build(settings))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=2e-5, weight_decay=0.01, **OPTIMIZERS[settings.optimizer])
+        self.optimizer = make_optimizer(self.trained, settings)
         self.tensors: dict[str, dict[str, int]] = {}
 
-    def step(self, stage: str) -> StepTimes:
+    def step(self, stage: str, between: Callable[[], None] = lambda: None) -> StepTimes:
         """Train one step and take its time.
 
         Args:
             stage: Name of the stage that the step lies in.
+            between: Called between forward and backward.
         """
+        synchronize(self.device)
         cpu, start = time.process_time(), time.perf_counter()
         self.optimizer.zero_grad()
-        self.model(**self.batch).loss.backward()
+        loss = self.model(**self.batch).loss
+        between()
+        loss.backward()
+        synchronize(self.device)
         middle = time.perf_counter()
         self.optimizer.step()
+        synchronize(self.device)
         end = time.perf_counter()
         times = StepTimes(middle - start, end - middle, time.process_time() - cpu, peak_resident())
         self.tensors[stage] = tensor_bytes(self.model, self.optimizer)
@@ -126,25 +124,25 @@ class Trainee:
         )
 
 
+def make_optimizer(trained: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    """Make the optimizer of the settings."""
+    return torch.optim.AdamW(trained, lr=2e-5, weight_decay=0.01, **OPTIMIZERS[settings.optimizer])
+
+
+def synchronize(device: str) -> None:
+    """Wait until an accelerator has done all that it was told to."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def quieten() -> None:
     """Silence what PEFT brings about: it asks transformers for the old name of a property."""
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
-def work(connection: Connection, name: str, settings: Settings) -> None:
-    """Serve the requests of the other end: (STEP, stage) or (FINISH, "").
-
-    Args:
-        connection: Where requests come from and answers go.
-        name: Name of the variant.
-        settings: Settings of the run.
-    """
+def set_up(settings: Settings) -> None:
+    """Prepare a process for computing on the threads of the settings."""
     quieten()
+    disable_progress_bar()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    trainee = Trainee(name, settings)
-    connection.send(torch.get_num_threads())
-    with suppress(EOFError, BrokenPipeError):  # the other end is gone
-        while (request := connection.recv())[0] == STEP:
-            connection.send(trainee.step(request[1]))
-        connection.send(trainee.finish())

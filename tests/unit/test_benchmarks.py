@@ -1,89 +1,178 @@
+import copy
 import json
 import os
+from dataclasses import replace
 from importlib.metadata import distributions
 from itertools import product
 from pathlib import Path
 
 import pytest
 
-from benchmarks import scaling
-from benchmarks.__main__ import main
+from benchmarks import page, scaling, suite
+from benchmarks.archive import Archive
+from benchmarks.cases import Case, grouped
+from benchmarks.footprint import ACTIVATIONS
 from benchmarks.memory import KINDS
-from benchmarks.ratio import Spread
+from benchmarks.ratio import Spread, target
 from benchmarks.rounds import FIGURES
-from benchmarks.variant import COMPARISONS, VARIANTS
+from benchmarks.settings import Settings
+from benchmarks.variant import VARIANTS
 
 pytestmark = pytest.mark.slow  # it starts a process for each variant
+_TINY = "--batch 2 --tokens 8 --stage-steps 2 --cycles 2 --warmup 1 --threads 1 --optimizer adamw-foreach"
+_LINEAR = ["lora", "dps-exact", "dps-gradient"]
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory):
-    path = tmp_path_factory.mktemp("benchmark") / "dense.json"
-    main(
-        "--size toy --batch 2 --tokens 8 --stage-steps 2 --cycles 2 --warmup 1 --threads 1 --optimizer adamw-foreach "
-        f"--out {path} --variants {' '.join(VARIANTS)}".split()
-    )
-    return path.read_text()
+def path(tmp_path_factory):
+    """Results of an encoder, loading included, and of a decoder whose linear layers are trained."""
+    path = tmp_path_factory.mktemp("benchmark") / "suite_cpu.json"
+    once = f"{_TINY} --out {path} --batches --lengths --densities"
+    suite.main(f"{once} --models toy --methods mix-remaining --load-models toy --load-rounds 1".split())
+    suite.main(f"{once} --models decoder-toy --trained linear --methods {' '.join(_LINEAR)}".split())
+    return path
 
 
 @pytest.fixture(scope="module")
-def document(output):
-    return json.loads(output)
+def document(path):
+    return json.loads(path.read_text())
 
 
-def test_every_comparison_has_every_figure(document):
-    found = {(each["variant"], each["against"], each["figure"]) for each in document["step_ratios"]}
-    assert found == {(*pair, figure) for pair, figure in product(COMPARISONS, FIGURES)}
-    counts = {"accumulate": 3, "selecting": 2, "subnetwork": 2}
-    for ratio in document["step_ratios"]:
-        for reading in ("step", "own", "cpu"):
-            assert ratio[reading]["lower"] <= ratio[reading]["median"] <= ratio[reading]["upper"]
-            assert ratio[reading]["count"] == counts[ratio["figure"]]
-    assert [(each["variant"], each["against"]) for each in document["memory_ratios"]] == list(COMPARISONS)
+@pytest.fixture(scope="module")
+def found(document):
+    """Per case and part, what was found."""
+    cases = document["cases"].items()
+    return {(name, part): value["found"] for name, case in cases for part, value in case["parts"].items()}
 
 
-def test_every_variant_takes_every_step(document):
-    assert set(document["variants"]) == set(VARIANTS)
-    assert [each["number"] for each in document["rounds"]] == list(range(1, 9))
-    assert [each["figure"][:2] for each in document["rounds"]] == ["ac", "ac", "se", "su"] * 2
-    assert all(set(each["times"]) == set(VARIANTS) for each in document["rounds"])
+ENCODER = "toy batch=2 tokens=8 optimizer=adamw-foreach"
+DECODER = "decoder-toy linear batch=2 tokens=8 optimizer=adamw-foreach"
 
 
-def test_dps_took_place(document):
-    for name, variant in document["variants"].items():
-        if name.startswith("full"):
-            assert variant["selected_fraction"] is None
-        else:
-            assert variant["selected_fraction"] == pytest.approx(0.7, abs=0.01)
-            # With "gradient" the momentum of ACCUMULATE moves frozen entries on.
-            assert variant["frozen_moved"] is (name == "dps-gradient")
+def test_every_case_has_every_part_that_was_asked_for(found):
+    assert set(found) == {*product([ENCODER], suite.PARTS), *product([DECODER], ("memory", "steps"))}
 
 
-def test_variants_that_are_compared_first_train_the_same_entries(document):
-    entries = {name: variant["trained_entries"] for name, variant in document["variants"].items()}
-    assert entries["dps-exact"] == entries["dps-gradient"] == entries["full-linear"] < entries["full"]
-    assert entries["dps-remaining"] == entries["full"]
+def test_every_comparison_has_every_figure(found):
+    for case, (reference, others) in {ENCODER: ("full", ["mix-remaining"]), DECODER: ("full-linear", _LINEAR)}.items():
+        steps = found[case, "steps"]
+        assert steps["groups"] == [[reference, *others]]
+        names = [(each["variant"], each["against"], each["figure"]) for each in steps["ratios"]]
+        assert names == [(name, reference, figure) for name, figure in product(others, FIGURES)]
+        assert [each["variant"] for each in steps["memory"]] == list(others)
+        counts = {"accumulate": 3, "selecting": 2, "subnetwork": 2}
+        for ratio in steps["ratios"]:
+            for reading in ("step", "own", "cpu"):
+                assert ratio[reading]["lower"] <= ratio[reading]["median"] <= ratio[reading]["upper"]
+                assert ratio[reading]["count"] == counts[ratio["figure"]]
 
 
-def test_tensors_are_counted_by_kind(document):
-    exact = document["variants"]["dps-exact"]["tensors"]
-    assert set(exact["accumulate"]) == set(KINDS)
-    weights = exact["accumulate"]["scores"]  # fp32 like the weights
-    assert exact["subnetwork"]["scores"] == exact["accumulate"]["masks"] == exact["accumulate"]["snapshots"] == 0
-    assert exact["subnetwork"]["snapshots"] == weights
-    assert exact["subnetwork"]["masks"] == weights // 4
-    assert document["variants"]["dps-gradient"]["tensors"]["subnetwork"]["snapshots"] == 0
-    full = document["variants"]["full"]["tensors"]["accumulate"]
+def test_dps_took_place(found):
+    for case in (ENCODER, DECODER):
+        [run] = found[case, "steps"]["runs"]
+        for name, variant in run.items():
+            if VARIANTS[name].method is None:
+                assert variant["selected_fraction"] is None
+            else:
+                assert variant["selected_fraction"] == pytest.approx(0.7, abs=0.01)
+                # With "gradient" the momentum of ACCUMULATE moves frozen entries on.
+                assert variant["frozen_moved"] is (name == "dps-gradient")
+
+
+def test_variants_train_the_same_entries_as_full_fine_tuning(found):
+    for case in (ENCODER, DECODER):
+        [run] = found[case, "steps"]["runs"]
+        entries = {name: variant["trained_entries"] for name, variant in run.items()}
+        assert len({count for name, count in entries.items() if name != "lora"}) == 1
+        assert entries.get("lora", 0) < max(entries.values())
+
+
+def test_memory_is_counted_by_kind(found):
+    footprints = found[DECODER, "memory"]
+    exact, full = footprints["dps-exact"], footprints["full-linear"]["kinds"]["accumulate"]
+    weights, base = exact["kinds"]["accumulate"]["scores"], exact["kinds"]["accumulate"]["W0"]
+    assert set(exact["kinds"]) == set(exact["peaks"]) == set(FIGURES)
+    assert set(exact["kinds"]["accumulate"]) == {*KINDS, ACTIVATIONS}
+    assert exact["kinds"]["accumulate"]["snapshots"] == exact["kinds"]["subnetwork"]["scores"] == 0
+    assert 0 < exact["kinds"]["subnetwork"]["snapshots"] <= weights
+    assert footprints["dps-gradient"]["kinds"]["subnetwork"]["snapshots"] < weights / 100
     assert full["W0"] == full["scores"] == 0
-    biases = exact["accumulate"]["W0"] - weights
-    assert document["variants"]["dps-offloaded"]["tensors"]["accumulate"]["W0"] == biases
-    assert full["gradients"] == full["trained weights"]
+    assert full["gradients"] == full["trained weights"] == base
+    assert full[ACTIVATIONS] == exact["kinds"]["accumulate"][ACTIVATIONS] > 0
+    plain = footprints["full-linear"]["peaks"]["accumulate"]
+    assert plain < exact["peaks"]["accumulate"] <= plain + base + weights
+    assert exact["peak"] == max(exact["peaks"].values())  # the selection's histograms are larger than a toy
 
 
-def test_output_names_no_host_and_no_path(output, document):
+def test_loading_is_held_against_loading_a_whole_model(found):
+    load = found[ENCODER, "load"]
+    assert [each["variant"] for each in load["ratios"]] == ["mix-remaining"]
+    for ratio in load["ratios"]:
+        assert ratio["load_with_base"]["median"] > ratio["load"]["median"] > 0
+    assert all(set(run) > {"full"} and run["full"][0]["base"] == 0 for run in load["runs"])
+
+
+def test_output_names_no_host_and_no_path(path, document):
+    output = path.read_text()
     assert os.uname().nodename not in output
     assert str(Path.cwd()) not in output
-    assert document["versions"]["torch"] in {each.version for each in distributions(name="torch")}
+    part = document["cases"][ENCODER]["parts"]["steps"]
+    assert part["versions"]["torch"] in {each.version for each in distributions(name="torch")}
+
+
+def test_results_of_another_machine_are_not_mixed(path, tmp_path):
+    other = json.loads(path.read_text())
+    other["machine"]["cores"] += 1
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="results of another machine"):
+        Archive(tmp_path / "other.json", "cpu")
+
+
+def test_the_page_shows_every_model_and_the_sweep(document, tmp_path):
+    document = copy.deepcopy(document)
+    swept = document["cases"]["toy batch=4"] = copy.deepcopy(document["cases"][ENCODER])
+    swept["swept"] = "batch"
+    for part in swept["parts"].values():
+        part["settings"]["batch"] = 4
+    (tmp_path / "suite_cpu.json").write_text(json.dumps(document))
+    page.main(["--results", str(tmp_path / "suite_cpu.json"), "--out", str(tmp_path / "page.md")])
+    text = (tmp_path / "page.md").read_text()
+    assert "| toy, 2 x 8 | DPS Mix |" in text
+    assert "| decoder-toy, linear layers, 2 x 8 | DPS Dense |" in text
+    assert "### By batch size" in text
+    assert "### By density" not in text
+    named = {line.split("](images/")[1].split(")")[0] for line in text.splitlines() if line.startswith("![")}
+    assert named == {file.name for file in (tmp_path / "images").iterdir()}
+    assert named == {"suite_cpu_memory.png", "suite_cpu_sweep_batch.png"}
+
+
+def test_the_committed_page_is_what_the_results_say():
+    files = sorted((page.ROOT / "benchmarks" / "results").glob("suite_*.json"))
+    made = page.make_page({file.stem: json.loads(file.read_text()) for file in files})
+    written = (page.ROOT / "docs" / "benchmarks.md").read_text()
+    assert written == made.text, "docs/benchmarks.md is out of date: run `python -m benchmarks.page`"
+    assert all((page.ROOT / "docs" / "images" / name).exists() for name in made.images)
+
+
+def test_variants_share_memory_as_far_as_it_goes():
+    case = Case(Settings(size="toy"))
+    needs = {"full": 4, "lora": 1, "dps-remaining": 6, "mix-remaining": 6}
+    assert grouped(case, needs, 17) == [["full", "lora", "dps-remaining", "mix-remaining"]]
+    assert grouped(case, needs, 11) == [["full", "lora", "dps-remaining"], ["full", "mix-remaining"]]
+    with pytest.raises(MemoryError, match="'full' and 'dps-remaining' need"):
+        grouped(case, needs, 9)
+
+
+def test_cases_are_named_by_what_differs_from_the_default():
+    settings = Settings(size="small", cycles=3)
+    assert Case(settings).name == "small"
+    assert Case(replace(settings, density=0.1), "linear").name == "small linear density=0.1"
+
+
+def test_targets():
+    assert target("dps-remaining", "accumulate") == target("ddp-dense", "accumulate") == 1.02
+    assert target("mix-exact", "memory") == 1.45
+    assert target("lora", "accumulate") is None
 
 
 def test_spread():

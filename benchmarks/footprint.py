@@ -1,0 +1,83 @@
+"""What a training holds in memory in each stage, by kind, and at most: counted at torch's allocators."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from benchmarks.crew import crew_of
+from benchmarks.live import meter_of
+from benchmarks.rounds import figure_of
+from benchmarks.settings import Settings
+from benchmarks.worker import Trainee, set_up
+from peft_dps import StageSchedule
+
+ACTIVATIONS = "activations"
+_STAGE_STEPS = 2  # the first step makes the optimizer's state, and the first after a selection is a figure of its own
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of a variant.
+
+    Attributes:
+        peak: Most bytes that were alive at a time, from the building of the model to the end.
+        peaks: Per figure, the most bytes that were alive in such a step.
+        kinds: Per figure, the bytes of what lives from step to step by kind, at the end of such a step with its
+            gradients; and of what the forward leaves for the backward pass, "activations".
+    """
+
+    peak: int
+    peaks: dict[str, int]
+    kinds: dict[str, dict[str, int]]
+
+
+class Accountant:
+    """Trains variants for one cycle and a step each, and counts.
+
+    Args:
+        _name: Its own name.
+        settings: Settings of the run; stages have two steps nevertheless.
+    """
+
+    def __init__(self, _name: str, settings: Settings) -> None:
+        set_up(settings)
+        self.settings = replace(settings, stage_steps=_STAGE_STEPS)
+
+    def count(self, name: str) -> Footprint:
+        """Train a variant and return what was counted.
+
+        Args:
+            name: Name of the variant.
+        """
+        schedule = StageSchedule(_STAGE_STEPS)
+        peaks: dict[str, int] = {}
+        kinds: dict[str, dict[str, int]] = {}
+        with meter_of(self.settings.device) as meter:
+            trainee = Trainee(name, self.settings)
+            gc.collect()
+            building = meter.peak
+            for number in range(1, 2 * _STAGE_STEPS + 2):
+                position = schedule.at(number)
+                figure = figure_of(position)
+                meter.reset()
+                trainee.optimizer.zero_grad()
+                before, kept = meter.live, []
+                trainee.step(position.stage.value, between=lambda kept=kept: kept.append(meter.live))
+                peaks[figure] = max(peaks.get(figure, 0), meter.peak)
+                kinds[figure] = {**trainee.tensors[position.stage.value], ACTIVATIONS: kept[0] - before}
+        del trainee
+        gc.collect()
+        return Footprint(max(building, *peaks.values()), peaks, kinds)
+
+
+def count_footprints(names: Sequence[str], settings: Settings) -> dict[str, Footprint]:
+    """Count the memory of variants, one after the other, in a process apart.
+
+    Args:
+        names: Names of the variants.
+        settings: Settings of the run.
+    """
+    with crew_of(Accountant, ["accountant"], settings) as crew:
+        return {name: crew.ask("accountant", "count", name) for name in names}

@@ -1,0 +1,113 @@
+"""Memory as torch's allocators see it: bytes that are alive now, and at most."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Meter(Protocol):
+    """A context in which live bytes are counted; enter it before the model is built."""
+
+    def __enter__(self) -> Any:
+        """Begin to count."""
+
+    def __exit__(self, *error: object) -> None:
+        """Stop counting."""
+
+    @property
+    def live(self) -> int:
+        """Bytes that are alive now."""
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that were alive at a time since the last `reset`."""
+
+    def reset(self) -> None:
+        """Let the peak begin anew from what is alive now."""
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors that operators have made or taken and that are still alive.
+
+    It works on any device, and counts the same on every machine. What it misses are temporary buffers inside of
+    kernels. Memory that tensors share counts once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def reset(self) -> None:
+        """Let the peak begin anew from what is alive now."""
+        self.peak = self.live
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves((output, args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf.untyped_storage())
+        return output
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) in self._known:
+            return
+        key, size = id(storage), storage.nbytes()
+
+        def forget(_: object) -> None:
+            del self._known[key]
+            self.live -= size
+
+        self._known[key] = weakref.ref(storage, forget)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+class CudaAllocator:
+    """What torch's CUDA allocator has handed out, above what it had before."""
+
+    def __enter__(self) -> CudaAllocator:
+        _make_workspaces()
+        self._before = torch.cuda.memory_allocated()
+        self.reset()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    @property
+    def live(self) -> int:
+        """Bytes that are alive now. Those that kernels still use count, so no waiting for the device is needed."""
+        return int(torch.cuda.memory_allocated()) - self._before
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that were alive at a time since the last `reset`."""
+        return int(torch.cuda.max_memory_allocated()) - self._before
+
+    def reset(self) -> None:
+        """Let the peak begin anew from what is alive now."""
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _make_workspaces() -> None:
+    """Let the matrix library allocate what it keeps, in forward and backward, so that no variant is charged for it."""
+    layer = torch.nn.Linear(64, 64, device="cuda")
+    layer(torch.ones(64, 64, device="cuda", requires_grad=True)).sum().backward()
+    torch.cuda.synchronize()
+
+
+def meter_of(device: str) -> Meter:
+    """Return what counts live bytes on a device.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    return CudaAllocator() if device == "cuda" else LiveTensors()

@@ -81,6 +81,19 @@ class DPSLayer(BaseLayerWrapper):
         self.dps_subnetworks[adapter_name] = subnetwork
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def trained(self, adapter: str) -> nn.Parameter | None:
+        """Return an adapter's trainable weight, or None: `dps_weight.get`, for whoever asks many times a step.
+
+        Args:
+            adapter: Name of the adapter.
+
+        Returns:
+            The parameter, or what an engine shows in its place.
+        """
+        # `dps_weight[adapter]` is several attribute lookups, each of which fails first: many times as long.
+        parameter = self._modules["dps_weight"]._parameters.get(adapter)  # type: ignore[union-attr]
+        return self.dps_weight.get(adapter) if parameter is None else parameter
+
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Return what the adapter adds to the pretrained weight: dps_weight - W0.
 
@@ -205,7 +218,8 @@ class DPSLayer(BaseLayerWrapper):
         """Announce a training forward to the adapters; return the effective weights of those that train by Mix."""
         effective = {}
         for name in names if self.training else ():
-            if not self.dps_weight[name].requires_grad:
+            weight = self.trained(name)
+            if weight is None or not weight.requires_grad:
                 continue
             subnetwork = self.dps_subnetworks[name]
             # Dense leaves a compiled graph whole; Mix breaks it here.
@@ -224,7 +238,7 @@ class DPSLayer(BaseLayerWrapper):
     def _adapters_in_effect(self) -> list[str]:
         if self.disable_adapters or self.merged:
             return []
-        return [name for name in self.active_adapters if name in self.dps_weight]
+        return [name for name in self.active_adapters if self.trained(name) is not None]
 
     def _effective(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         names = self._adapters_in_effect()
@@ -235,9 +249,10 @@ class DPSLayer(BaseLayerWrapper):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the weight and bias of one adapter, or W0 plus the deltas of several."""
         effective = effective or {}
+        weights: list[Any] = [self.trained(name) for name in names]
         weights = [
-            materialize(self.dps_weight[name], effective[name]) if name in effective else self.dps_weight[name]
-            for name in names
+            materialize(weight, effective[name]) if name in effective else weight
+            for name, weight in zip(names, weights, strict=True)
         ]
         biases = [self.dps_bias[name] for name in names if name in self.dps_bias]
         if len(names) == 1:

@@ -104,7 +104,7 @@ class TrackedWeight:
     def exists(self) -> bool:
         """Tell whether the layer still exists and has the adapter, which may have been deleted or unloaded."""
         layer = self._layer()
-        return layer is not None and self.adapter in layer.dps_weight
+        return layer is not None and layer.trained(self.adapter) is not None
 
     @property
     def layer(self) -> DPSLayer:
@@ -120,7 +120,9 @@ class TrackedWeight:
     @property
     def parameter(self) -> nn.Parameter:
         """The trainable copy as optimizers hold it: with FSDP2 a DTensor, also while a forward has it as a whole."""
-        parameter: nn.Parameter = self.layer.dps_weight[self.adapter]
+        parameter = self.layer.trained(self.adapter)
+        if parameter is None:
+            raise EngineError(f"The layer {self.name!r} has no adapter {self.adapter!r} any more.")
         known = None if self._sharded is None else self._sharded()
         if not isinstance(parameter, DTensor):
             return parameter if known is None else known

@@ -9,10 +9,11 @@ from torch.optim import Optimizer
 
 from peft_dps.config import DPSConfig
 from peft_dps.errors import EngineError, ScoreError
+from peft_dps.located import UNKNOWN
 from peft_dps.moments import second_moments
 from peft_dps.scores import accumulate_squares_, are_finite, find_score
 from peft_dps.sharding import distinct
-from peft_dps.tracked import UNKNOWN, TrackedWeight
+from peft_dps.tracked import TrackedWeight
 
 
 def gather(

@@ -46,12 +46,17 @@ class Limit:
 
 
 LIMITS = {
-    ("dense", "accumulate"): Limit(calls=0, touched=12, kept=8, peak=8),
-    ("dense", "selecting"): Limit(calls=40, touched=117, kept=9, peak=10.3),
-    ("dense", "subnetwork"): Limit(calls=3, touched=18, kept=9, peak=9),
-    ("mix", "accumulate"): Limit(calls=14, touched=42, kept=8, peak=8.5),
-    ("mix", "selecting"): Limit(calls=44, touched=158, kept=9, peak=10),
-    ("mix", "subnetwork"): Limit(calls=6, touched=58, kept=9, peak=10),
+    ("dense", "accumulate"): Limit(calls=1, touched=12, kept=8, peak=8.6),
+    ("dense", "selecting"): Limit(calls=49, touched=152, kept=8.125, peak=10.2),
+    ("dense", "subnetwork"): Limit(calls=7, touched=34.4, kept=8.125, peak=8.7),
+    ("mix", "accumulate"): Limit(calls=15, touched=42.4, kept=8, peak=9.1),
+    ("mix", "selecting"): Limit(calls=51, touched=170.5, kept=8.125, peak=9.2),
+    ("mix", "subnetwork"): Limit(calls=10, touched=66.4, kept=8.125, peak=9.2),
+    # W0 in a file counts 4 at the peak: it is mapped. Here nothing else is alive while the optimizer steps.
+    ("dense lean", "accumulate"): Limit(calls=0, touched=0, kept=0, peak=4.7),
+    ("dense lean", "subnetwork"): Limit(calls=11, touched=59.5, kept=0.125, peak=9.4),
+    ("mix lean", "accumulate"): Limit(calls=14, touched=30.4, kept=0, peak=9.2),
+    ("mix lean", "subnetwork"): Limit(calls=10, touched=66.4, kept=4.125, peak=9.3),
 }
 SLACK = 0.5  # bytes per entry; what is as large as a weight takes 1 (a mask) or more
 CASES = pytest.mark.parametrize(("variant", "step"), LIMITS)
@@ -79,16 +84,23 @@ class Measured:
         return sum(call.name == name for call in self.calls)
 
 
+def _config(variant: str, names: list[str]) -> DPSConfig:
+    kind, *lean = variant.split()
+    return DPSConfig(target_modules=names, variant=kind, stage_steps=2, lean=bool(lean))
+
+
 @cache
 def steps_of(variant: str, layers: int) -> dict[str, Measured]:
     """Train a net of equal linear layers for two cycles, and return what a step of each name did."""
+    if layers > 1:
+        steps_of(variant, 1)  # makes what is made once in a process
     torch.manual_seed(0)
     measured = {}
     with LiveTensors() as live:
         model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
         if variant != PLAIN:
             names = [str(index) for index in range(layers)]
-            model = get_peft_model(model, DPSConfig(target_modules=names, variant=variant, stage_steps=2))
+            model = get_peft_model(model, _config(variant, names))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         x = torch.randn(4, WIDTH, requires_grad=True)  # so that the first layer is like the others
 
@@ -127,7 +139,7 @@ def test_bytes_that_are_kept(variant, step):
     kinds = {kind: excess(variant, step, 8, lambda each, kind=kind: each.kinds[kind]) for kind in KINDS}
     assert {kind for kind, size in kinds.items() if size > 0} <= set(STATE)
     assert sum(kinds.values()) <= (LIMITS[variant, step].kept + SLACK) * 8 * ENTRIES
-    assert kinds["W0"] == 4 * 8 * ENTRIES
+    assert kinds["W0"] == (0 if "lean" in variant else 4 * 8 * ENTRIES)
     if step == "accumulate":
         assert kinds["snapshots"] == 0
     else:

@@ -35,7 +35,7 @@ class LiveTensors(TorchDispatchMode):
     """Counts the bytes of all tensors that operators have made or taken and that are still alive.
 
     It works on any device, and counts the same on every machine. What it misses are temporary buffers inside of
-    kernels. Memory that tensors share counts once.
+    kernels. Memory that tensors share counts once, and what is mapped from a file not at all.
     """
 
     def __init__(self) -> None:
@@ -57,8 +57,8 @@ class LiveTensors(TorchDispatchMode):
         return output
 
     def _see(self, storage: torch.UntypedStorage) -> None:
-        if id(storage) in self._known:
-            return
+        if id(storage) in self._known or (storage.device.type == "cpu" and storage.filename is not None):
+            return  # seen before, or mapped from a file
         key, size = id(storage), storage.nbytes()
 
         def forget(_: object) -> None:

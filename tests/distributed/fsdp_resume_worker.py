@@ -181,6 +181,7 @@ def what_does_not_belong_together_is_refused_on_all(folder: Path) -> None:
     own = statefile.find_save(place / STATE).paths[rank]
     other = statefile.find_save(place / STATE).paths[1]
     whole = other.read_bytes()
+    dist.barrier()  # before the first process damages it
     on_first(other.write_bytes, whole[:-3] + bytes([whole[-3] ^ 4]) + whole[-2:])
     refused(load, "is damaged" if rank == 1 else elsewhere)
     on_first(other.write_bytes, whole[:-100])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from peft_dps.adapters import find_subnetworks, offloaded_parameters
+from peft_dps.adapters import find_subnetworks
 
 KINDS = ("trained weights", "W0", "other weights", "gradients", "optimizer", "scores", "masks", "snapshots")
 # Where a tracked weight keeps what; anything else that it keeps counts as a snapshot.
@@ -37,13 +37,11 @@ def tensor_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
 
     Returns:
         Bytes of each of `KINDS`. "W0" are the pretrained weights that are kept beside their trained copies. Memory
-        that several tensors share counts once, for the first of the kinds.
+        that several tensors share counts once, for the first of the kinds, and what is mapped from a file not at all.
     """
     found: list[tuple[str, Any]] = []
-    in_files = offloaded_parameters(model)
     for name, parameter in model.named_parameters():
-        if parameter not in in_files:
-            found += [(_kind(name, parameter), parameter), ("gradients", parameter.grad)]
+        found += [(_kind(name, parameter), parameter), ("gradients", parameter.grad)]
     found += [("optimizer", value) for state in optimizer.state.values() for value in state.values()]
     for subnetwork in find_subnetworks(model).values():
         for weight in subnetwork.weights:
@@ -58,7 +56,8 @@ def tensor_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
         for tensor in _tensors(value):
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
             storage = local.untyped_storage()
-            if storage.data_ptr() not in seen:
+            in_file = storage.device.type == "cpu" and storage.filename is not None
+            if storage.data_ptr() not in seen and not in_file:
                 seen.add(storage.data_ptr())
                 sizes[kind] += storage.nbytes()
     return sizes

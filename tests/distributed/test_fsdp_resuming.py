@@ -26,6 +26,8 @@ PLANS = [
     {"fields": {"frozen": "gradient"}, "stop": 5},
     {"fields": {**MIX, "frozen": "gradient"}, "stop": 5},
     {"fields": {**MIX, "offload_base": True}, "stop": 4},
+    {"fields": {"lean": True}, "stop": 7},
+    {"fields": {**MIX, "lean": True}, "stop": 5},
 ]
 REPLICAS = [
     {"fields": {"scope": "model"}, "stop": 2, "mesh": [2, 2]},

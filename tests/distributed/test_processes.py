@@ -12,6 +12,7 @@ from tests.resuming import Training, assert_same
 
 MIX = {"variant": "mix"}
 OFFLOADED = {"offload_base": True}
+LEAN = {"lean": True}
 
 
 @pytest.mark.supports("Training", "DDP: as one process")
@@ -59,6 +60,8 @@ def test_ddp_resumes_bitwise(tmp_path):
                     "blocks": ["words", "conv", "head"],
                 },
                 {"fields": {**OFFLOADED, **MIX}, "recompute": True, "blocks": []},
+                {"fields": LEAN, "micro": 2},
+                {"fields": {**LEAN, **MIX, "scope": "model"}},
                 {"sharding": {"on_host": True}, "clip": 0.1},
                 {"fields": {**OFFLOADED, **MIX}, "sharding": {"on_host": True}, "micro": 2},
             ],

@@ -50,12 +50,12 @@ def test_no_file_is_left_behind(tmp_path, monkeypatch):
 
 
 def test_memory_is_freed():
-    tensor = torch.randn(4 << 20)
+    tensor = torch.randn(16 << 20)  # so large that malloc gives it back at once, whatever it has learned from others
     gc.collect()
     before = anonymous_bytes()
     tensor = on_disk(tensor)
     gc.collect()
-    assert before - anonymous_bytes() > 12 << 20
+    assert before - anonymous_bytes() > 48 << 20
     assert torch.isfinite(tensor).all()
 
 

@@ -210,7 +210,7 @@ class Subnetwork:
         self.calls += 1
         for weight in weights:
             if weight.exists():
-                weight.hold(exact=self.config.frozen == "exact", lean=self.config.lean)
+                weight.hold(exact=self.config.frozen == "exact")
 
     def on_forward(self, layer: DPSLayer) -> EffectiveWeight | None:
         """Prepare a training forward of a layer.

@@ -196,14 +196,15 @@ class TrackedWeight(LocatedWeight):
         self.changed_outside = True
         return True
 
-    def hold(self, *, exact: bool, lean: bool = False) -> None:
+    def hold(self, *, exact: bool) -> None:
         """Give frozen entries back the bits they had when the stage began, if the policy is exact."""
         if self.mask is None:
             return
         self._follow_weight()
         if self.held is not None:
             restore_frozen_(self.weight, self.mask, self.held)
-            self.held = None if lean else self.held
+            if self.checksum is not None:  # in lean mode that stands in for them until the next step
+                self.held = None
         elif exact and self.snapshot is not None:
             restore_from_snapshot_(self.weight, self.mask, self.snapshot)
         self.version = self.parameter._version

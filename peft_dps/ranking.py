@@ -9,7 +9,7 @@ import torch
 
 from peft_dps.config import DPSConfig
 from peft_dps.errors import ConfigError, EngineError
-from peft_dps.scores import Evidence, find_score, relax_by_participation_, score_dtype
+from peft_dps.scores import Evidence, find_score, relax_by_participation_
 from peft_dps.selection import select, select_across, selected_count
 from peft_dps.sharded_selection import WEIGHTS_AT_ONCE, check_scores, select_sharded
 from peft_dps.sharding import Ranks, together
@@ -77,7 +77,7 @@ def ranked_together(weights: Iterable[TrackedWeight]) -> list[list[TrackedWeight
     """
     alike: dict[tuple[Ranks | None, torch.dtype], list[TrackedWeight]] = {}
     for weight in weights:
-        alike.setdefault((weight.ranks, score_dtype(weight.weight)), []).append(weight)
+        alike.setdefault((weight.ranks, weight.score_dtype), []).append(weight)
     batches = []
     for (ranks, _), found in alike.items():
         at_once = 1 if ranks is None else WEIGHTS_AT_ONCE

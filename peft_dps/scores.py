@@ -6,12 +6,16 @@ name that `DPSConfig(score=...)` accepts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from peft_dps.errors import ConfigError
+
+SCORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by what `DPSConfig.score_dtype` calls them
+_CPU_CHUNK = 1 << 16
+_DEVICE_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -19,8 +23,9 @@ class Evidence:
     """What a score may look at, for one weight.
 
     Attributes:
-        squared_gradients: Sum over the stage of the squared gradients, shape of the weight, fp32 (fp64 for an fp64
-            weight), relaxed by participation in Mix; None if the score was registered with `uses_gradients=False`.
+        squared_gradients: Sum over the stage of the squared gradients, shape of the weight, in `score_dtype` (by
+            default fp32, or fp64 for an fp64 weight), relaxed by participation in Mix; None if the score was
+            registered with `uses_gradients=False`.
         weight: The weight as trained so far, in the adapter's dtype.
         base_weight: The pretrained weight, same shape, in the base model's dtype.
         generator: Random numbers of this weight and cycle, on the CPU: the same on every process.
@@ -120,9 +125,15 @@ def random(evidence: Evidence) -> torch.Tensor:
     return evidence.part_of(scores).to(evidence.weight.device)
 
 
-def score_dtype(weight: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which scores of a weight are accumulated: fp32, or fp64 for an fp64 weight."""
-    return torch.promote_types(weight.dtype, torch.float32)
+def score_dtype(weight: torch.Tensor, choice: str = "float32") -> torch.dtype:
+    """Return the dtype in which scores of a weight are accumulated.
+
+    Args:
+        weight: The weight.
+        choice: `DPSConfig.score_dtype`; "float32" means fp64 for an fp64 weight.
+    """
+    dtype = SCORE_DTYPES[choice]
+    return torch.promote_types(weight.dtype, dtype) if dtype is torch.float32 else dtype
 
 
 @torch.no_grad()
@@ -147,7 +158,8 @@ def accumulate_squares_(totals: Sequence[torch.Tensor], gradients: Sequence[torc
     """Add the squared gradients to the totals in place: S += (G / scale)^2.
 
     Args:
-        totals: Scores so far, one per weight, in the dtype of `score_dtype`.
+        totals: Scores so far, one per weight, in the dtype of `score_dtype`. Bf16 sums are added to in fp32, and
+            rounded once.
         gradients: Gradients the optimizer is about to apply, same shapes, any floating dtype.
         scale: Factor that a gradient scaler has left in the gradients.
     """
@@ -155,9 +167,22 @@ def accumulate_squares_(totals: Sequence[torch.Tensor], gradients: Sequence[torc
     if all(gradient.dtype == total.dtype for total, gradient in zip(totals, gradients, strict=True)):
         torch._foreach_addcmul_(list(totals), list(gradients), list(gradients), value=factor)
         return
-    for total, gradient in zip(totals, gradients, strict=True):  # one wider copy at a time
-        wide = gradient.to(total.dtype)
-        total.addcmul_(wide, wide, value=factor)
+    for total, gradient in zip(totals, gradients, strict=True):
+        if total.dtype is torch.bfloat16:
+            for part, piece in _pieces(total, gradient):
+                wide = piece.to(torch.float32)
+                part.copy_(part.to(torch.float32).addcmul_(wide, wide, value=factor))
+        else:  # one wider copy at a time
+            wide = gradient.to(total.dtype)
+            total.addcmul_(wide, wide, value=factor)
+
+
+def _pieces(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
+    """Cut tensors of the same shape into pieces whose wider copies stay in the cache, where their layout allows it."""
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        return [tensors]
+    chunk = _CPU_CHUNK if tensors[0].device.type == "cpu" else _DEVICE_CHUNK
+    return zip(*(tensor.view(-1).split(chunk) for tensor in tensors), strict=True)
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from peft_dps.errors import StateError
 from peft_dps.freezing import frozen_checksum
 from peft_dps.moments import MomentScores
 from peft_dps.schedule import Stage
-from peft_dps.scores import score_dtype
 from peft_dps.sharding import Ranks, together, world_of
 from peft_dps.subnetwork import Subnetwork
 from peft_dps.tracked import TrackedWeight
@@ -28,8 +27,19 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 # What makes two trainings the same method. Only the length of the training may change.
-SETTINGS = ("variant", "density", "stage_steps", "scope", "frozen", "score", "participation_decay", "lean", "seed")
-_SETTINGS_BEFORE = {"lean": False}  # of states that were saved before there was the setting
+SETTINGS = (
+    "variant",
+    "density",
+    "stage_steps",
+    "scope",
+    "frozen",
+    "score",
+    "score_dtype",
+    "participation_decay",
+    "lean",
+    "seed",
+)
+_SETTINGS_BEFORE = {"lean": False, "score_dtype": "float32"}  # of states that were saved before there was the setting
 LOADING = "Loading the training state"
 OTHER_VALUES = (
     "The values of the weight of {!r} are not those with which the training state was saved. Load the adapter's "
@@ -47,7 +57,7 @@ def state_of(subnetwork: Subnetwork) -> dict[str, Any]:
     Returns:
         `"header"`: plain values, fit for JSON. `"tensors"`: a flat dict, by `"<path of the layer>.<what>"`:
 
-        - `total`: scores of this ACCUMULATE stage, the weight's shape, fp32 (fp64 for an fp64 weight)
+        - `total`: scores of this ACCUMULATE stage, the weight's shape, in `score_dtype`
         - `moment`: in lean mode, the optimizer's second moment when the stage began, in its dtype
         - `participation`: steps in which each column took part, `[columns]`, fp32, in Mix
         - `mask`: that of this SUBNETWORK stage, row-major, 8 entries a byte, uint8
@@ -215,7 +225,7 @@ def _check_weight(
         raise StateError(OTHER_VALUES.format(weight.name))
     parameter = weight.weight
     expected: dict[str, tuple[torch.dtype, list[int]]] = {
-        "total": (score_dtype(parameter), list(parameter.shape)),
+        "total": (weight.score_dtype, list(parameter.shape)),
         "participation": (torch.float32, [weight.layer.columns.count]),
         "mask": (torch.uint8, [-(-parameter.numel() // 8)]),
     }

@@ -89,7 +89,7 @@ class Subnetwork:
             name: Path of the layer in the base model.
             layer: The layer, whose copy of this adapter exists already.
         """
-        self.weights.append(TrackedWeight(name, layer, self.adapter))
+        self.weights.append(TrackedWeight(name, layer, self.adapter, self.config.score_dtype))
         self._announce()
 
     @property

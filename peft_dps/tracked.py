@@ -35,6 +35,7 @@ class TrackedWeight(LocatedWeight):
         name: Path of its layer in the base model.
         layer: The layer.
         adapter: Name of the adapter.
+        adds_up_in: `DPSConfig.score_dtype`.
 
     Attributes:
         total: Squared gradients added up in this ACCUMULATE stage.
@@ -52,8 +53,9 @@ class TrackedWeight(LocatedWeight):
         changed_outside: Whether something else changed the weight in this SUBNETWORK stage.
     """
 
-    def __init__(self, name: str, layer: DPSLayer, adapter: str) -> None:
+    def __init__(self, name: str, layer: DPSLayer, adapter: str, adds_up_in: str = "float32") -> None:
         super().__init__(name, layer, adapter)
+        self._adds_up_in = adds_up_in
         self.selected: int | None = None
         self.columns: torch.Tensor | None = None
         self._spare: torch.Tensor | None = None
@@ -85,11 +87,15 @@ class TrackedWeight(LocatedWeight):
         """The mask of this SUBNETWORK stage in bytes: int8 of the weight's shape, -1 where updated."""
         return None if self.mask is None else self.mask.keep
 
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """Dtype of the accumulated squared gradients."""
+        return score_dtype(self.weight, self._adds_up_in)
+
     def running_total(self) -> torch.Tensor:
         """Return the accumulated squared gradients, zero if there are none yet, on the weight's device."""
         if self.total is None:
-            weight = self.weight
-            memory = self._memory(score_dtype(weight))
+            memory = self._memory(self.score_dtype)
             self.total = memory.zero_() if self.moment is None else self._from_moment(self.moment, memory)
         self._follow_weight()
         return self.total

@@ -22,9 +22,11 @@ class ReferenceDense:
         scope: str = "tensor",
         frozen: str = "exact",
         forget: float = 1.0,
+        adds_up_in: torch.dtype = torch.float32,
     ) -> None:
         self.weights = weights
         self.forget = forget  # factor of scores from step to step: 1 but for scores from a second moment
+        self.adds_up_in = adds_up_in
         self.density = density
         self.stage_steps = stage_steps
         self.scope = scope
@@ -47,7 +49,8 @@ class ReferenceDense:
                 if first_of_stage:
                     self.scores[index] = [torch.tensor(0.0)] * weight.numel()
                 self.scores[index] = [
-                    self.forget * total + square for total, square in zip(self.scores[index], squares, strict=True)
+                    (self.forget * total + square).to(self.adds_up_in).float()
+                    for total, square in zip(self.scores[index], squares, strict=True)
                 ]
             return
         if first_of_stage:

@@ -33,6 +33,7 @@ class Plan:
     frozen: str = "exact"
     scope: str = "tensor"
     score: str = "squared_gradient"
+    score_dtype: str = "float32"
     optimizer: str = "adamw"
     micro_batches: int = 1
     density: float = 0.4
@@ -48,7 +49,7 @@ class Training:
         self.plan = plan
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(12, 17), nn.Dropout(0.1), nn.Tanh(), nn.Linear(17, 3))
-        names = ("variant", "frozen", "scope", "score", "density", "stage_steps", "lean")
+        names = ("variant", "frozen", "scope", "score", "score_dtype", "density", "stage_steps", "lean")
         config = DPSConfig(target_modules=["0", "3"], **{name: getattr(plan, name) for name in names})
         self.model = get_peft_model(net, config).train()
         self.optimizer = OPTIMIZERS[plan.optimizer]([p for p in self.model.parameters() if p.requires_grad])

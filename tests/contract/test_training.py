@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_dps import DPSLayer, Stage
+from peft_dps.adapters import find_subnetworks
 
 
 def changed(before, after):
@@ -53,6 +54,25 @@ def test_both_stages_train(case, variant):
     for name, weight in before.items():
         moved = int((model.get_parameter(name) != weight).sum())
         assert 0 < moved <= math.ceil(0.5 * weight.numel()), name
+
+
+@pytest.mark.parametrize("variant", ["dense", "mix"])
+def test_scores_in_bf16_are_those_of_fp32_rounded(case, variant):
+    """In the first step, where there is nothing to add to; and they choose entries as any scores do."""
+    totals = []
+    for score_dtype in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        model = case.model(variant=variant, score_dtype=score_dtype)
+        case.train(model, steps=1)
+        totals.append([weight.total for weight in find_subnetworks(model)["default"].weights])
+    for wide, narrow in zip(*totals, strict=True):
+        assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(wide.to(torch.bfloat16), narrow)
+    case.train(model, steps=3)
+    status = model.dps_status()
+    assert (status.engaged, status.frozen_moved) == (True, False)
+    for layer in status.layers.values():
+        assert layer.selected == math.ceil(0.5 * layer.entries)
 
 
 def test_a_fresh_adapter_changes_no_output(case):

@@ -8,6 +8,7 @@ import re
 import warnings
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftConfig, TaskType
@@ -26,11 +27,11 @@ NOT_DEFAULT = {
     "scope": "model",
     "frozen": "gradient",
     "score": "random",
+    "score_dtype": "bfloat16",
     "participation_decay": True,
     "train_bias": False,
     "train_remaining": True,
     "offload_base": True,
-    "lean": True,
     "modules_to_save": ["classifier"],
     "layers_to_transform": [0, 2],
     "layers_pattern": "layer",
@@ -38,6 +39,7 @@ NOT_DEFAULT = {
     "init_weights": False,
     "task_type": "SEQ_CLS",
 }
+LEAN = {"lean": True}  # which has no scores to choose a dtype for
 
 REFUSED = [
     # field, bad value, what the message says, field and value included
@@ -51,6 +53,8 @@ REFUSED = [
     ("frozen", True, "`frozen` must be one of 'exact', 'gradient', got True"),
     ("frozen", "none", "`frozen` must be one of 'exact', 'gradient', got 'none'"),
     ("score", "fisher", "`score` must be one of 'squared_gradient', 'random', got 'fisher'"),
+    *(("score_dtype", bad, f"`score_dtype` must be one of 'float32', 'bfloat16', got {bad!r}")
+      for bad in ("float16", None, torch.bfloat16)),
     ("score", None, "`score` must be one of 'squared_gradient', 'random', got None"),
     *((name, bad, f"`{name}` must be True or False, got {bad!r}")
       for name in ("train_bias", "train_remaining", "lean", "offload_base", "init_weights")
@@ -89,6 +93,7 @@ def saved(tmp_path):
 
 def test_the_defaults_are_the_papers():
     config = DPSConfig()
+    assert config.lean is False
     assert {name: getattr(config, name) for name in NOT_DEFAULT} == {
         "target_modules": "all-linear",
         "target_parameters": None,
@@ -100,11 +105,11 @@ def test_the_defaults_are_the_papers():
         "scope": "tensor",
         "frozen": "exact",
         "score": "squared_gradient",
+        "score_dtype": "float32",
         "participation_decay": None,
         "train_bias": True,
         "train_remaining": False,
         "offload_base": False,
-        "lean": False,
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -130,6 +135,11 @@ def test_every_field_of_ours_is_documented_in_the_docstring_and_in_its_help():
 def test_layer_numbers_beside_a_regular_expression_are_refused():
     with pytest.raises(ConfigError, match=r"`layers_to_transform` works with.*got the regular expression 'h\.1\.x'"):
         DPSConfig(target_modules="h.1.x", layers_to_transform=[1])
+
+
+def test_a_dtype_of_scores_beside_lean_is_refused():
+    with pytest.raises(ConfigError, match=r"`score_dtype='bfloat16'` has nothing to do with `lean=True`"):
+        DPSConfig(score_dtype="bfloat16", **LEAN)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["query"]])
@@ -179,7 +189,7 @@ def test_lists_of_modules_become_sets_and_expressions_stay(field):
 
 
 @pytest.mark.parametrize("cls", [DPSConfig, PeftConfig])
-@pytest.mark.parametrize("fields", [{}, NOT_DEFAULT], ids=["defaults", "other values"])
+@pytest.mark.parametrize("fields", [{}, NOT_DEFAULT, LEAN], ids=["defaults", "other values", "lean"])
 def test_a_saved_config_comes_back(cls, fields, saved):
     config = DPSConfig(**fields)
     loaded = cls.from_pretrained(saved(config))
@@ -189,9 +199,9 @@ def test_a_saved_config_comes_back(cls, fields, saved):
 
 def test_no_field_is_missing_from_the_round_trip():
     ours = set(DPSConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
-    assert ours <= set(NOT_DEFAULT)
+    assert ours <= {*NOT_DEFAULT, *LEAN}
     default = DPSConfig()
-    assert not [name for name, value in NOT_DEFAULT.items() if getattr(default, name) == value]
+    assert not [name for name, value in (NOT_DEFAULT | LEAN).items() if getattr(default, name) == value]
 
 
 def test_the_file_names_the_tuner_in_plain_text(tmp_path):

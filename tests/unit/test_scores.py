@@ -101,6 +101,29 @@ def test_squares_add_up_in_fp32_whatever_the_gradient(dtype):
     assert total[0] > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_scores_in_bf16_are_rounded_once_a_step(dtype):
+    assert score_dtype(torch.zeros(2, dtype=dtype), "bfloat16") is torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    size = 3 * 2**15 + 5  # several pieces on a CPU
+    total, expected = torch.zeros(size, dtype=torch.bfloat16), torch.zeros(size, dtype=torch.bfloat16)
+    for _ in range(5):
+        gradient = torch.randn(size, generator=generator).to(dtype)
+        accumulate_squares_([total], [gradient], scale=2.0)
+        wide = gradient.float()
+        expected = torch.addcmul(expected.float(), wide, wide, value=0.25).bfloat16()
+    assert torch.equal(total, expected)
+
+
+def test_scores_in_bf16_of_a_weight_that_is_no_flat_piece_of_memory():
+    gradient = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).t()
+    totals = [torch.zeros(5, 6, dtype=torch.bfloat16), torch.zeros(6, 5, dtype=torch.bfloat16).t()]
+    for total in totals:
+        accumulate_squares_([total], [gradient])
+    assert torch.equal(*totals)
+    assert torch.equal(totals[0], (gradient * gradient).bfloat16())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

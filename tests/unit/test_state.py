@@ -31,6 +31,7 @@ PLANS = [
     for variant, frozen, scope, optimizer, micro_batches in itertools.product(*AXES)
 ]
 PLANS += [Plan(variant=variant, score="random") for variant in ("dense", "mix")]
+PLANS += [Plan(variant=variant, score_dtype="bfloat16") for variant in ("dense", "mix")]
 PLANS += [Plan(variant=variant, density=1.0) for variant in ("dense", "mix")]
 PLANS += [
     Plan(variant=variant, frozen=frozen, scope=scope, micro_batches=micro_batches, lean=True)
@@ -251,6 +252,7 @@ def test_the_fixtures_fit(model, state):
         ("scope", "model"),
         ("frozen", "gradient"),
         ("score", "random"),
+        ("score_dtype", "bfloat16"),
         ("participation_decay", True),
         ("seed", 1),
     ],

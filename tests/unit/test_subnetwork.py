@@ -44,11 +44,13 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("frozen", ["exact", "gradient"])
 @pytest.mark.parametrize("scope", ["tensor", "model"])
-def test_training_is_bitwise_the_reference(make_model, make_net, batches, optimizer, frozen, scope):
+@pytest.mark.parametrize("score_dtype", ["float32", "bfloat16"])
+def test_training_is_bitwise_the_reference(make_model, make_net, batches, optimizer, frozen, scope, score_dtype):
     fields = {"density": 0.3, "stage_steps": 3, "scope": scope, "frozen": frozen}
     sizes = (12, 7, 9, 3)
-    model, plain = make_model(sizes=sizes, **fields), make_net(sizes=sizes)
-    reference = ReferenceDense([layer.weight for layer in plain.layers], **fields)
+    model, plain = make_model(sizes=sizes, score_dtype=score_dtype, **fields), make_net(sizes=sizes)
+    adds_up_in = getattr(torch, score_dtype)
+    reference = ReferenceDense([layer.weight for layer in plain.layers], adds_up_in=adds_up_in, **fields)
     ours, theirs = OPTIMIZERS[optimizer](trainable(model)), OPTIMIZERS[optimizer](plain.parameters())
     for x, y in batches(14):
         train(model, ours, [(x, y)])

@@ -1,6 +1,8 @@
 """Masks at work: zero the gradients of frozen entries, and keep the bits of frozen entries whatever an optimizer does.
 
-Floats are handled as the integers of their bits, so that the result is exact for every value, NaN and -0.0 included.
+Floats are handled as the integers of their bits, so that the result is exact for every value, NaN and -0.0 included;
+integers wrap around, so that products with 0 and -1 and sums are exact too. One pass that multiplies and adds takes
+less time than several of logic.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def hold_frozen(weight: torch.Tensor, mask: Mask, out: torch.Tensor | None = Non
     bits = bits_of(weight)
     held = torch.empty_like(bits) if out is None else bits_of(out)
     for kept, piece, frozen in mask.along(bits, held):
-        torch.bitwise_and(piece, ~kept, out=frozen)
+        torch.addcmul(piece, piece, kept, out=frozen)
     return held
 
 
@@ -54,7 +56,7 @@ def restore_frozen_(weight: torch.Tensor, mask: Mask, held: torch.Tensor) -> Non
         held: What `hold_frozen` returned.
     """
     for kept, piece, bits in mask.along(bits_of(weight), held):
-        piece.bitwise_and_(kept).bitwise_or_(bits)
+        torch.addcmul(bits, piece, kept, value=-1, out=piece)
 
 
 @torch.no_grad()
@@ -67,7 +69,7 @@ def restore_from_snapshot_(weight: torch.Tensor, mask: Mask, snapshot: torch.Ten
         snapshot: A copy of the weight, same shape and dtype.
     """
     for kept, piece, bits in mask.along(bits_of(weight), bits_of(snapshot)):
-        piece.bitwise_xor_(bits).bitwise_and_(kept).bitwise_xor_(bits)
+        torch.addcmul(bits, piece.sub_(bits), kept, value=-1, out=piece)
 
 
 @torch.no_grad()

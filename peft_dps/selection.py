@@ -9,11 +9,12 @@ scores. Histograms add up, so scores on several devices are ranked together, and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from peft_dps.errors import ConfigError, ScoreError
+from peft_dps.scratch import scratch
 
 DIGIT_BITS = 16
 _DIGITS = 1 << DIGIT_BITS
@@ -135,18 +136,19 @@ def digit_histogram(key: torch.Tensor, shift: int, prefix: int) -> torch.Tensor:
         if top_digit:
             digits = chunk >> shift
         else:
-            digits = (chunk[(chunk >> (shift + DIGIT_BITS)) == prefix] >> shift).bitwise_and_(_DIGITS - 1)
+            digits = (chunk[_compare(torch.eq, chunk >> (shift + DIGIT_BITS), prefix)] >> shift) & (_DIGITS - 1)
         histogram += torch.bincount(digits, minlength=_DIGITS)
     return histogram
 
 
 def mask_above(key: torch.Tensor, threshold: int, ties: int) -> tuple[torch.Tensor, int]:
     """Select keys above the threshold and the first `ties` equal to it; return how many ties are left to take."""
-    mask = key > threshold
+    mask = torch.empty_like(key, dtype=torch.bool)
     for selected, chunk in zip(_chunks(mask), _chunks(key), strict=True):
+        _compare(torch.gt, chunk, threshold, out=selected)
         if ties == 0:
-            break
-        equal = chunk == threshold
+            continue
+        equal = _compare(torch.eq, chunk, threshold)
         found = int(equal.count_nonzero())
         if found > ties:
             equal[equal.nonzero().view(-1)[ties:]] = False
@@ -154,6 +156,18 @@ def mask_above(key: torch.Tensor, threshold: int, ties: int) -> tuple[torch.Tens
         selected |= equal
         ties -= found
     return mask, ties
+
+
+def _compare(
+    comparison: Callable[..., torch.Tensor], chunk: torch.Tensor, value: int, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compare integers with a value, by `torch.gt` or another; the result is bool."""
+    out = torch.empty_like(chunk, dtype=torch.bool) if out is None else out
+    if chunk.device.type == "cpu":  # where torch does not vectorize comparisons whose result is bool
+        wide = comparison(chunk, value, out=scratch.empty(chunk.shape, chunk.dtype, "comparison"))
+        out.view(torch.int8).copy_(wide)
+        return out
+    return comparison(chunk, value, out=out)
 
 
 def _chunks(flat: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -18,7 +18,7 @@ from benchmarks.settings import Settings
 ALL, LINEAR = "all", "linear"
 # Per set of trained parameters: full fine-tuning of them, and what is held against it.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
-    ALL: ("full", ("lora", "dps-remaining", "mix-remaining", "dps-lean", "mix-lean")),
+    ALL: ("full", ("lora", "dps-remaining", "mix-remaining", "dps-narrow", "dps-lean", "mix-lean")),
     LINEAR: ("full-linear", ("lora", "dps-exact", "mix-exact")),
 }
 # What a process takes before it has a model: the libraries in memory, or a context on the device.

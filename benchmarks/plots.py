@@ -15,7 +15,7 @@ from benchmarks.footprint import ACTIVATIONS
 from benchmarks.memory import KINDS
 from benchmarks.ratio import TARGETS
 from benchmarks.rounds import ACCUMULATE, FIGURES, SUBNETWORK
-from benchmarks.variant import DENSE, LEAN_DENSE, LEAN_MIX, MIX, VARIANTS
+from benchmarks.variant import DENSE, LEAN_DENSE, LEAN_MIX, MIX, NARROW_DENSE, VARIANTS
 from peft_dps.compare.palette import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Style, canvas, headline
 
 # Per setting that is swept, what it is called, and the unit of its values.
@@ -28,6 +28,7 @@ SWEEPS = {
 STYLES = {
     DENSE: Style(RED, "s", stressed=True),
     MIX: Style(BLUE, "D", stressed=True),
+    NARROW_DENSE: Style(ORANGE, "o"),
     LEAN_DENSE: Style(RED, "s", line="--", filled=False),
     LEAN_MIX: Style(BLUE, "D", line="--", filled=False),
 }

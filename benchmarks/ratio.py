@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.rounds import ACCUMULATE, FIGURES, SELECTING, SUBNETWORK, Run
-from benchmarks.variant import COMPARISONS, DENSE, LEAN_DENSE, LEAN_MIX, MIX, VARIANTS
+from benchmarks.variant import COMPARISONS, DENSE, LEAN_DENSE, LEAN_MIX, MIX, NARROW_DENSE, VARIANTS
 from benchmarks.worker import StepTimes
 
 MEMORY, LOADING = "memory", "loading"
@@ -18,6 +18,7 @@ _MIX = {ACCUMULATE: 1.05, SELECTING: 1.3, SUBNETWORK: 1.05, MEMORY: 1.45, LOADIN
 TARGETS: dict[str, dict[str, float]] = {
     DENSE: _DENSE,
     MIX: _MIX,
+    NARROW_DENSE: _DENSE,
     LEAN_DENSE: {**_DENSE, MEMORY: 1.03},
     LEAN_MIX: {**_MIX, MEMORY: 1.15},
 }

@@ -16,6 +16,7 @@ from peft_dps import DPSConfig
 
 Prepare = Callable[[PreTrainedModel, Settings], nn.Module]
 DENSE, MIX, LEAN_DENSE, LEAN_MIX = "DPS Dense", "DPS Mix", "DPS Dense, lean", "DPS Mix, lean"
+NARROW_DENSE = "DPS Dense, bf16 scores, frozen by gradient"
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,13 @@ VARIANTS: dict[str, Variant] = {
         _linear("mix-offloaded", "DPS Mix, offload_base=True,", MIX, variant="mix", offload_base=True),
         _remaining("dps-remaining", "DPS Dense, frozen='exact',", DENSE),
         _remaining("mix-remaining", "DPS Mix, frozen='exact',", MIX, variant="mix"),
+        _remaining(
+            "dps-narrow",
+            "DPS Dense, score_dtype='bfloat16', frozen='gradient',",
+            NARROW_DENSE,
+            score_dtype="bfloat16",
+            frozen="gradient",
+        ),
         _remaining("dps-lean", "DPS Dense, lean=True,", LEAN_DENSE, lean=True),
         _remaining("mix-lean", "DPS Mix, lean=True,", LEAN_MIX, variant="mix", lean=True),
     )

@@ -66,11 +66,6 @@ class Mask:
         """Where it lies."""
         return self._stored.device
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that it takes."""
-        return self._stored.nbytes
-
     def to(self, device: torch.device) -> Mask:
         """Return the mask on another device."""
         return Mask(

@@ -9,28 +9,40 @@ from typing import Any
 
 from peft_dps.compare.demo import Demo
 from peft_dps.compare.own import OwnData
+from peft_dps.compare.plan import Settings
 from peft_dps.compare.specification import read_specification
 
 _GIVEN = argparse.SUPPRESS  # a flag that is not given leaves the word to the file
+_SETTINGS = {
+    "epochs": "passes over the training examples",
+    "batch-size": "examples in a batch",
+    "weight-decay": "decay of AdamW",
+    "warmup": "fraction of the steps in which the learning rate rises",
+    "max-length": "tokens of an example at most",
+    "validation-size": "training examples held out to choose learning rates by, at most a fifth",
+    "test-size": "test examples per domain at most (default: all)",
+    "evaluations": "points of the learning curve",
+}
+_FRACTIONS = ("epochs", "weight-decay", "warmup")
 _OURS = ("command", "run", "report")  # of the command line, not of the comparison
 
 
 def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `compare`. Their names are those of the specification file."""
     add = parser.add_argument
-    add("--file", type=Path, default=_GIVEN, help="specification, .toml or .yaml; flags go before it")
+    add("--file", type=Path, default=_GIVEN, help="specification, .toml or .yaml; a flag overrides what the file says")
     add("--methods", nargs="+", default=_GIVEN, metavar="METHOD", help='names, as lora or dps-dense:{"density":0.3}')
     add("--tasks", nargs="+", default=_GIVEN, metavar="TASK", help="names, as sentiment or glue/cola")
-    _add_data_flags(parser, default=_GIVEN)
+    _add_data_flags(parser, default=_GIVEN, otherwise="or give --tasks")
     add("--model", default=_GIVEN, help="path or Hub id of the model (default: a 22M one from the package index)")
     add("--train-sizes", "--train-size", nargs="+", default=_GIVEN, metavar="N", help="training examples, or all")
     add("--seeds", nargs="+", default=_GIVEN, metavar="SEED", help="seeds, as 0 1 2 or 0-4 (default: 0-4)")
     add("--tuning-seeds", type=int, default=_GIVEN, metavar="N", help="seeds each learning rate is tried with")
     add("--learning-rates", nargs="+", default=_GIVEN, metavar="RATE", help="for all, or METHOD=RATE,RATE")
-    for name, kind in (("epochs", float), ("weight-decay", float), ("warmup", float)):
-        add(f"--{name}", type=kind, default=_GIVEN, help="see Settings")
-    for name in ("batch-size", "max-length", "validation-size", "test-size", "evaluations"):
-        add(f"--{name}", type=int, default=_GIVEN, metavar="N", help="see Settings")
+    for name, meaning in _SETTINGS.items():
+        default = getattr(Settings(), name.replace("-", "_"))
+        shown = "" if default is None else f" (default: {default})"
+        add(f"--{name}", type=float if name in _FRACTIONS else int, default=_GIVEN, metavar="N", help=meaning + shown)
     add("--precision", choices=("fp32", "bf16"), default=_GIVEN, help="bf16 is mixed precision (default: fp32)")
     add("--jobs", type=int, default=_GIVEN, metavar="N", help="runs at the same time, on GPUs in turn (default: 1)")
     add("--no-timing", dest="timing", action="store_false", default=_GIVEN, help="measure no step times in the end")
@@ -45,7 +57,7 @@ def add_demo_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `demo`."""
     add = parser.add_argument
     add("--model", help="path or Hub id of a model (default: a 22M one from the package index)")
-    _add_data_flags(parser, default=None)
+    _add_data_flags(parser, default=None, otherwise="default: movie reviews")
     add("--train-size", type=int, help="training examples (default: 1000, or all of --data)")
     add("--test-size", type=int, default=500, help="test examples per domain at most")
     add("--epochs", type=float, default=3, help="passes over the training examples")
@@ -62,9 +74,9 @@ def add_report_flags(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, help="folder for the report (default: named after the result file, beside it)")
 
 
-def _add_data_flags(parser: argparse.ArgumentParser, default: Any) -> None:
+def _add_data_flags(parser: argparse.ArgumentParser, default: Any, otherwise: str) -> None:
     add = parser.add_argument
-    add("--data", default=default, help="Hub id, or csv, tsv, json, jsonl or parquet file (default: movie reviews)")
+    add("--data", default=default, help=f"Hub id, or csv, tsv, json, jsonl or parquet file ({otherwise})")
     add("--test", default=default, help="the same for the test data (default: a split of --data)")
     add("--text-column", action="append", default=default, help="column of texts in --data; twice for pairs")
     add("--label-column", default=default, help="column to predict in --data (default: label)")

@@ -133,15 +133,17 @@ def find_method(name: str) -> Method:
     Raises:
         ValueError: There is none.
     """
-    if name.startswith(PEFT_PREFIX):
-        return _peft_method(name)
     if name in METHODS:
         return METHODS[name]
-    if name.endswith(NO_DROPOUT) and (known := METHODS.get(name.removesuffix(NO_DROPOUT))):
+    plain = name.removesuffix(NO_DROPOUT)
+    if plain != name and (plain in METHODS or plain.startswith(PEFT_PREFIX)):
+        known = find_method(plain)
         defaults = {**known.defaults, DROPOUT: False}
         return Method(
             name, f"{known.title}, no dropout", known.prepare, known.learning_rates, defaults, known.only_config
         )
+    if name.startswith(PEFT_PREFIX):
+        return _peft_method(name)
     raise ValueError(
         f"`methods` must be among {', '.join(METHODS)}, any of them with {NO_DROPOUT!r} after it, or "
         f'{PEFT_PREFIX}<class>:<JSON> for any of PEFT\'s, as peft:LoraConfig:{{"r": 8}}, got {name!r}.'

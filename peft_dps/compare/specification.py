@@ -22,6 +22,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+
+class _YamlLoader(yaml.SafeLoader):  # type: ignore[misc]  # no types come with it
+    """Takes 3e-5 for a number, as YAML 1.2 and everybody else does; YAML 1.1 wants 3.0e-5."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(Settings))
 _OWN = frozenset(field.name for field in dataclasses.fields(OwnData))
 _PLACE = frozenset(field.name for field in dataclasses.fields(Place))
@@ -46,7 +55,7 @@ def read_specification(path: Path) -> dict[str, Any]:
         raise ValueError(f"`file` must be a .toml, .yaml or .yml file, got {path.name!r}.")
     text = path.read_text(encoding="utf-8")
     try:
-        content = tomllib.loads(text) if suffix == ".toml" else yaml.safe_load(text)
+        content = tomllib.loads(text) if suffix == ".toml" else yaml.load(text, _YamlLoader)  # noqa: S506, a SafeLoader
     except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"`file` {str(path)!r} is not well formed: {error}") from error
     if not isinstance(content, dict):

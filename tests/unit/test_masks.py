@@ -30,7 +30,7 @@ def test_a_mask_is_minus_one_where_updated_and_zero_elsewhere(shape, in_bits):
 def test_a_cpu_keeps_bits():
     mask = Mask.of(selection(10, 100))
     assert mask.packed is not None
-    assert mask.nbytes == 125
+    assert mask.packed.nbytes == 125
 
 
 def test_bytes_use_the_memory_of_the_selection():

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from peft_dps.compare.__main__ import main
+from peft_dps.compare.command import main
 from peft_dps.compare.results import read
 
 

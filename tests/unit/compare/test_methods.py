@@ -27,9 +27,11 @@ def gpt2():
     )
 
 
-@pytest.mark.parametrize("name", [*METHODS, "full-nodropout", "dps-mix-nodropout", "peft:IA3Config"])
+@pytest.mark.parametrize(
+    "name", [*METHODS, "full-nodropout", "dps-mix-nodropout", "peft:IA3Config", "peft:IA3Config-nodropout"]
+)
 def test_every_method_trains_what_it_says_and_the_head(name, tiny_bert):
-    options = {"target_modules": ["key"], "feedforward_modules": []} if name == "peft:IA3Config" else {}
+    options = {"target_modules": ["key"], "feedforward_modules": []} if "IA3" in name else {}
     options = {"stage_steps": 2} if name.startswith(("dps", "random")) else options
     base = tiny_bert()
     head = {name: parameter.clone() for name, parameter in base.named_parameters() if name.startswith("classifier")}

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from peft_dps.compare import export
-from peft_dps.compare.__main__ import main
+from peft_dps.compare.command import main
 from peft_dps.compare.contest import contests_of
 from peft_dps.compare.corpora import DataError
 from peft_dps.compare.plan import Plan

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from peft_dps.compare.__main__ import _parser
 from peft_dps.compare.choice import Choice
+from peft_dps.compare.command import _parser
 from peft_dps.compare.comparison import METHODS, Comparison
 from peft_dps.compare.flags import specification_of
 from peft_dps.compare.own import OwnData
@@ -32,7 +32,7 @@ tasks: [glue/rte]
 train_sizes: [500, all]
 seeds: ["0-2", 7]
 epochs: 5
-learning_rates: {full: [1.0e-5]}
+learning_rates: {full: [1e-5]}
 methods:
   - full
   - 'lora:{"r": 4}'

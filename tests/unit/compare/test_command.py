@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from peft_dps.compare import __main__ as module
-from peft_dps.compare.__main__ import main
+from peft_dps.compare import command as module
+from peft_dps.compare.__main__ import main as start
+from peft_dps.compare.command import main
 from peft_dps.compare.methods import METHODS
 from peft_dps.compare.plan import Plan
 from peft_dps.compare.results import append, read
@@ -154,3 +155,15 @@ def test_a_report_that_cannot_be_written_leaves_the_results(finished, capsys):
     assert "peft-dps report" in shown
     assert "cola, all training examples: 100 x m" in shown
     assert finished.read_bytes() == before
+
+
+def test_what_the_extra_lacks_is_named_with_the_remedy(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft_dps.compare.command", None)
+    assert start(["compare", "--tasks", "sentiment"]) == 1
+    assert "needs the extra `compare`" in capsys.readouterr().err
+
+
+def test_the_program_starts_the_command_line(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        start(["compare", "--help"])
+    assert "(default: 0.01)" in capsys.readouterr().out

@@ -47,13 +47,17 @@ class _OpenStep:
                 continue
             if self.closure_runs <= 1:
                 subnetwork.begin_call(weights, self.optimizer)
-                subnetwork.accept_changes(weights)
             elif subnetwork.stage is Stage.ACCUMULATE:
                 raise EngineError(
                     f"{type(self.optimizer).__name__} evaluated its closure {self.closure_runs} times in one step, so "
                     "it is unclear which gradient to score. Use an optimizer that evaluates it once."
                 )
             subnetwork.take_gradients(with_gradient, self.optimizer, grad_scale)
+            subnetwork.hold_bits(weights)  # of a stage that has begun now
+
+    def expect(self) -> None:
+        for subnetwork, weights in self.work:
+            subnetwork.expect_call(weights)
 
     def wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure that hands over the gradients when the original has made them."""
@@ -97,6 +101,8 @@ def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     """
     work = _find_work(optimizer)
     if not work:
+        if _open.steps:
+            _close_abandoned(_stack())  # they keep their callers' tensors alive
         return None
     stack = _stack()
     outer = next((step for step in _open.steps if step.frames[0] in stack and step.covers(work)), None)
@@ -108,6 +114,7 @@ def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
         return None
     _refuse_unsupported(optimizer, work)
     step = _OpenStep(optimizer, work, stack[0])
+    step.expect()
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
     if closure is None:
         step.take_gradients()
@@ -129,10 +136,20 @@ def after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, 
     for step in [step for step in _open.steps if step.frames[0] in stack and step.covers(work)]:
         # An inner step that raised, and was caught by the outer one, is not on the stack any more.
         step.frames = [frame for frame in step.frames if frame in stack]
-        step.frames.pop()
-        if not step.frames:
-            _open.steps.remove(step)
-            step.hold()
+        if len(step.frames) > 1:
+            step.frames.pop()
+        else:
+            _close(step)
+
+
+def _close(step: _OpenStep) -> None:
+    """Finish a step. One whose finish is interrupted stays open, and the next step of the thread finishes it."""
+    try:
+        step.hold()
+    except Exception:
+        _open.steps.remove(step)
+        raise
+    _open.steps.remove(step)
 
 
 @dataclass(frozen=True)
@@ -176,8 +193,7 @@ def _match(parameters: tuple[int, ...]) -> _Match:
 def _close_abandoned(stack: list[FrameType]) -> None:
     """Finish steps that an exception ended: what they did to frozen entries is undone."""
     for step in [step for step in _open.steps if step.frames[0] not in stack]:
-        _open.steps.remove(step)
-        step.hold()
+        _close(step)
 
 
 def _refuse_unsupported(optimizer: Optimizer, work: Work) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from peft_dps.masks import Mask
+from peft_dps.scratch import scratch
 
 _INT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHECKSUM_CHUNK = 1 << 20  # the same on every device: its int64 temporaries are large
@@ -69,7 +70,10 @@ def restore_from_snapshot_(weight: torch.Tensor, mask: Mask, snapshot: torch.Ten
         snapshot: A copy of the weight, same shape and dtype.
     """
     for kept, piece, bits in mask.along(bits_of(weight), bits_of(snapshot)):
-        torch.addcmul(bits, piece.sub_(bits), kept, value=-1, out=piece)
+        change = torch.sub(
+            piece, bits, out=scratch.like(piece, "change")
+        )  # apart, so that no interrupt can be between
+        torch.addcmul(bits, change, kept, value=-1, out=piece)
 
 
 @torch.no_grad()

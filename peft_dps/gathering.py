@@ -72,6 +72,11 @@ def check_gathered(
             "this step."
         )
     for weight in weights:
+        if find_score(config.score).uses_gradients and weight.observed > 0 and not weight.is_scored:
+            raise ScoreError(
+                f"Adapter {adapter!r}: no gradient of {weight.name!r} in the ACCUMULATE stage that ended with step "
+                f"{step} was finite, so it has no scores. Look for the cause of NaN or inf in its gradients."
+            )
         if weight.observed == 0 and weight.version not in (UNKNOWN, weight.parameter._version):
             raise EngineError(
                 f"The weight of {weight.name!r} was changed, but no optimizer step with its gradient was seen. Its "

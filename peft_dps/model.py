@@ -92,7 +92,7 @@ class DPSModel(BaseTuner):
             check_ties(model, adapter_name)
             if config.offload_base or config.lean:
                 offload_bases(model, adapter_name)
-            self._originals_wait = config.lean and not config.inference_mode
+            self._originals_wait |= config.lean and not config.inference_mode
             if config.train_remaining:
                 tie_saved_modules(model, adapter_name)
             # PEFT leaves this to PeftModel, which transformers' `add_adapter` does without.

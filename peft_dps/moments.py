@@ -9,17 +9,17 @@ the accumulated squared gradient with weights from beta2^(n - 1) to 1. v_0 waits
 
 from __future__ import annotations
 
-import tempfile
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch.optim import Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from peft_dps.errors import EngineError
 from peft_dps.sharding import local_part
+from peft_dps.shelf import Piece, shelf
 
 _COUPLED = (Adam, NAdam, RAdam, RMSprop, Adagrad)  # add weight decay to the gradient unless told otherwise
 
@@ -66,7 +66,8 @@ def _second_moment(optimizer: Optimizer, group: dict[str, Any], parameter: torch
     if share <= 0.0 or (state and not _is_like(value, parameter)):
         raise EngineError(
             f"`lean=True` takes scores from the optimizer's second moment, and {kind} keeps none of {name!r} that DPS "
-            "can read. Use torch.optim.AdamW, or `lean=False`."
+            "can read: of the weight's shape, in fp32 or fp64. Use torch.optim.AdamW on weights in fp32, or "
+            "`lean=False`."
         )
     if isinstance(optimizer, _COUPLED) and group.get("weight_decay") and not _is_decoupled(optimizer, group):
         raise EngineError(
@@ -91,12 +92,12 @@ class MomentScores:
         self.share = share
         self.decay = decay
         self.steps = steps
-        self._file: IO[bytes] | None = None
+        self._piece: Piece | None = None
         if before is not None:
             self._dtype, self._shape = before.dtype, before.shape
-            self._file = tempfile.TemporaryFile(prefix="peft_dps-")  # noqa: SIM115, open as long as this lives
-            weakref.finalize(self, self._file.close)
-            self._file.write(before.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            content = before.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            self._piece = shelf.put(content)
+            weakref.finalize(self, shelf.free, self._piece)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -105,11 +106,9 @@ class MomentScores:
 
     def before(self) -> torch.Tensor | None:
         """Return v_0, on the CPU; None if it was zero."""
-        if self._file is None:
+        if self._piece is None:
             return None
-        content = bytearray(self._shape.numel() * self._dtype.itemsize)
-        self._file.seek(0)
-        self._file.readinto(content)  # type: ignore[attr-defined]
+        content = shelf.get(self._piece)
         if not content:
             return torch.empty(self._shape, dtype=self._dtype)
         return torch.frombuffer(content, dtype=self._dtype).view(self._shape)
@@ -150,7 +149,10 @@ class MomentScores:
 
 
 def _is_like(value: object, parameter: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.is_floating_point()
+    """Tell whether a second moment can be read; in 16 bits what a stage adds is lost in its rounding."""
+    if not (isinstance(value, torch.Tensor) and value.shape == parameter.shape):
+        return False
+    return value.is_floating_point() and value.element_size() >= 4
 
 
 def _is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:

@@ -40,16 +40,16 @@ class ParamWrapper(DPSLayer):
         """
         if subnetwork.is_mix and self._is_transposed() is None:
             raise TargetError(
-                f"The parameter {self.key!r} has the shape {tuple(self._pretrained()[0].shape)}, and nothing tells "
-                "which axis holds inputs, so that Mix has no columns to put noise on. Use `variant='dense'`, or leave "
-                "it out of `target_parameters`."
+                f"The parameter {self.key!r} has the shape {tuple(self.pretrained_parameter.shape)}, and nothing "
+                "tells which axis holds inputs, so that Mix has no columns to put noise on. Use `variant='dense'`, or "
+                "leave it out of `target_parameters`."
             )
         super().update_layer(adapter_name, config, subnetwork, low_cpu_mem_usage)
 
     @property
     def columns(self) -> Columns:
         """One column per input of each expert."""
-        experts = self._pretrained()[0].shape[0]
+        experts = self.pretrained_parameter.shape[0]
         inputs = self.in_features
         return Columns((experts, inputs, 1) if self._is_transposed() else (experts, 1, inputs))
 
@@ -72,7 +72,7 @@ class ParamWrapper(DPSLayer):
     def _is_transposed(self) -> bool | None:
         """Tell whether the experts' weights are `[experts, in, out]`; None if there is no telling."""
         transposed = getattr(self.get_base_layer(), "is_transposed", None)
-        known = isinstance(transposed, bool) and self._pretrained()[0].dim() == 3
+        known = isinstance(transposed, bool) and self.pretrained_parameter.dim() == 3
         return transposed if known else None
 
     def extra_repr(self) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from peft_dps.config import DPSConfig
-from peft_dps.errors import ConfigError, EngineError
+from peft_dps.errors import ConfigError, EngineError, ScoreError
 from peft_dps.scores import Evidence, find_score, relax_by_participation_
-from peft_dps.selection import select, select_across, selected_count
+from peft_dps.selection import select, select_across, selected_count, sortable_key
 from peft_dps.sharded_selection import WEIGHTS_AT_ONCE, check_scores, select_sharded
 from peft_dps.sharding import Ranks, together
 from peft_dps.tracked import TrackedWeight
@@ -52,16 +53,17 @@ def scores_of(weight: TrackedWeight, config: DPSConfig, *, index: int, step: int
     evidence = Evidence(
         squared_gradients=total,
         weight=weight.weight.detach(),
-        base_weight=weight.base_weight,
+        load_base=lambda: weight.base_weight,
         generator=torch.Generator().manual_seed(seed),
         whole_shape=None if weight.sharding is None else weight.sharding.shape,
         first_row=0 if weight.sharding is None else weight.sharding.first,
     )
     scores = score.function(evidence)
-    if scores.shape != weight.weight.shape:
+    found, wanted = (scores.shape, scores.device), (weight.weight.shape, weight.weight.device)
+    if found != wanted:
         raise ConfigError(
-            f"The score {config.score!r} returned shape {tuple(scores.shape)} for the weight of {weight.name!r}; it "
-            f"must have the weight's shape {tuple(weight.weight.shape)}."
+            f"The score {config.score!r} returned shape {tuple(found[0])} on {found[1]} for the weight of "
+            f"{weight.name!r}; it must be {tuple(wanted[0])} on {wanted[1]}, as the weight."
         )
     return scores
 
@@ -118,11 +120,33 @@ def masks_of(
             scores_of(weight, config, index=places[id(weight)], step=step, stage_steps=stage_steps)
             for weight in weights
         ]
-        if ranks is not None:
+        if ranks is not None or across:
+            for weight, each in zip(weights, scores, strict=True):
+                with _named(weight):
+                    sortable_key(each)
             check_scores(scores)
     if ranks is not None:
         return select_sharded(scores, [weight.entries for weight in weights], density, ranks, together=across)
     if across:
         masks = select_across(scores, density)
         return masks, [int(mask.count_nonzero()) for mask in masks]
-    return [select(each, density) for each in scores], [selected_count(each.numel(), density) for each in scores]
+    return [_select(*each, density) for each in zip(weights, scores, strict=True)], [
+        selected_count(each.numel(), density) for each in scores
+    ]
+
+
+def _select(weight: TrackedWeight, scores: torch.Tensor, density: float) -> torch.Tensor:
+    with _named(weight):
+        return select(scores, density)
+
+
+@contextmanager
+def _named(weight: TrackedWeight) -> Iterator[None]:
+    """Add to an error of scores whose they are, and what to do."""
+    try:
+        yield
+    except ScoreError as error:
+        raise ScoreError(
+            f"The weight of {weight.name!r}: {error} Look for NaN or inf in the gradients of this stage, or in what a "
+            "score of your own returns."
+        ) from error

@@ -27,7 +27,7 @@ class Evidence:
             default fp32, or fp64 for an fp64 weight), relaxed by participation in Mix; None if the score was
             registered with `uses_gradients=False`.
         weight: The weight as trained so far, in the adapter's dtype.
-        base_weight: The pretrained weight, same shape, in the base model's dtype.
+        load_base: Returns the pretrained weight, same shape, in the base model's dtype.
         generator: Random numbers of this weight and cycle, on the CPU: the same on every process.
         whole_shape: Shape of the whole weight, where FSDP2 has cut it over processes and all of the above is this
             process's rows of it; None where it is whole.
@@ -36,10 +36,15 @@ class Evidence:
 
     squared_gradients: torch.Tensor | None
     weight: torch.Tensor
-    base_weight: torch.Tensor
+    load_base: Callable[[], torch.Tensor]
     generator: torch.Generator
     whole_shape: torch.Size | None = None
     first_row: int = 0
+
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """The pretrained weight; with `offload_base` each look at it reads it from its file."""
+        return self.load_base()
 
     def part_of(self, whole: torch.Tensor) -> torch.Tensor:
         """Cut a tensor with as many rows as the whole weight to the rows that are here."""

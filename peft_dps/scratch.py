@@ -26,8 +26,20 @@ class Scratch(threading.local):
         size = math.prod(shape)
         buffer = self._buffers.get((use, dtype))
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[use, dtype] = torch.empty(size, dtype=dtype)
+            with torch.inference_mode(False):  # else nobody may write into it outside of that mode
+                buffer = self._buffers[use, dtype] = torch.empty(size, dtype=dtype)
         return buffer[:size].view(shape)
+
+    def like(self, tensor: torch.Tensor, use: str) -> torch.Tensor:
+        """Return memory of a tensor's shape and dtype, new on an accelerator, whose allocator is fast.
+
+        Args:
+            tensor: The tensor.
+            use: Name of the use.
+        """
+        if tensor.device.type != "cpu":
+            return torch.empty_like(tensor)
+        return self.empty(tensor.shape, tensor.dtype, use)
 
 
 scratch = Scratch()

@@ -105,8 +105,7 @@ def load_state(subnetwork: Subnetwork, state: Mapping[str, Any]) -> None:
         check_header(subnetwork, header)
         progress = _check_progress(subnetwork, header["progress"])
         masks = {
-            weight.name: _check_weight(weight, header["weights"][weight.name], header["settings"], tensors)
-            for weight in alive
+            weight.name: _check_weight(weight, header["weights"][weight.name], header, tensors) for weight in alive
         }
         _check_names(header["weights"], tensors)
     for ranks in world:
@@ -211,9 +210,15 @@ def check_header(subnetwork: Subnetwork, header: Mapping[str, Any]) -> None:
 
 
 def _check_weight(
-    weight: TrackedWeight, facts: Mapping[str, Any], settings: Mapping[str, Any], tensors: Mapping[str, Any]
+    weight: TrackedWeight, facts: Mapping[str, Any], header: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> torch.Tensor | None:
     """Check what the state has of one weight, and return its mask if there is one."""
+    settings = header["settings"]
+    missing = {"selected", "observed", "changed_outside", "frozen_checksum", "moment"} - set(facts)
+    if header["progress"]["entered"] == Stage.SUBNETWORK.value and settings["density"] < 1.0:
+        missing |= {"mask"} - set(facts["tensors"])
+    if missing:
+        raise StateError(f"The training state lacks {sorted(missing)} of {weight.name!r}. It is damaged.")
     for name, now in place_of(weight).items():
         if facts[name] != now:
             raise StateError(
@@ -266,7 +271,10 @@ def _check_progress(subnetwork: Subnetwork, progress: Mapping[str, Any]) -> dict
     """Check the progress, and enter the number of steps of the training to come."""
     before, now = progress["total_steps"], subnetwork.total_steps
     counts = [progress[name] for name in ("step", "scored_steps", "unscored_steps")]
-    if not all(type(count) is int and count >= 0 for count in counts) or progress["entered"] not in _STAGES:
+    stage_steps, names = progress["stage_steps"], {weight.name for weight in subnetwork.weights}
+    fits = stage_steps is None or (type(stage_steps) is int and stage_steps > 0)
+    fits = fits and progress["entered"] in _STAGES and set(progress["in_round"]) <= names
+    if not fits or not all(type(count) is int and count >= 0 for count in counts):
         raise StateError(f"The training state for adapter {subnetwork.adapter!r} is damaged: {progress}.")
     if now is not None and before is not None and before != now:
         logger.warning(

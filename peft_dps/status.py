@@ -102,7 +102,7 @@ def selected_fraction_of(subnetwork: Subnetwork) -> float | None:
     Returns:
         The fraction; None before the first selection.
     """
-    return _fraction((weight.selected, weight.entries) for weight in subnetwork.weights)
+    return _fraction((weight.selected, weight.entries) for weight in subnetwork.weights if weight.exists())
 
 
 def _fraction(counts: Iterable[tuple[int | None, int]]) -> float | None:
@@ -135,5 +135,6 @@ def status_of(subnetwork: Subnetwork) -> DPSStatus:
                 frozen_moved=weight.frozen_moved(),
             )
             for weight in subnetwork.weights
+            if weight.exists()
         },
     )

@@ -63,6 +63,7 @@ class Subnetwork:
         self._schedule: StageSchedule | None = None
         self._entered: Stage | None = None
         self._in_round: set[str] = set()
+        self._counted: set[bool] = set()  # whether this step was scored, by each of its optimizers
         self._prepared_for: int | None = None
         self._noise: ColumnNoise | None = None
         self._by_layer: dict[int, TrackedWeight] = {}
@@ -141,6 +142,19 @@ class Subnetwork:
             self._schedule = StageSchedule(progress["stage_steps"])
             self.position = self._schedule.at(self.step) if self.step > 0 else None
 
+    def expect_call(self, weights: Sequence[TrackedWeight]) -> None:
+        """Get ready for an optimizer that may change weights before it asks for gradients, in SUBNETWORK.
+
+        Args:
+            weights: Tracked weights that belong to the optimizer.
+        """
+        if self._entered is not Stage.SUBNETWORK:
+            return
+        position = self.position if self._joins(weights) else self._timetable().at(self.step + 1)
+        if position is not None and position.stage is Stage.SUBNETWORK:
+            self._accept_changes(weights)
+            self.hold_bits(weights)
+
     def begin_call(self, weights: Sequence[TrackedWeight], optimizer: Optimizer) -> None:
         """Take note that an optimizer is about to make a step.
 
@@ -153,16 +167,25 @@ class Subnetwork:
         self.at_rest = False
         for weight in weights:
             weight.belongs_to(optimizer)
-        names = {weight.name for weight in weights}
-        if self._in_round and not names & self._in_round:
-            self._in_round |= names
-            return
+        if self._joins(weights):
+            self._in_round |= {weight.name for weight in weights}
+        else:
+            self._begin_step(weights)
+        for weight in weights:
+            weight.follow_changes()
+
+    def _joins(self, weights: Iterable[TrackedWeight]) -> bool:
+        """Tell whether a call with these weights belongs to the latest step, and begins no new one."""
+        return bool(self._in_round) and not any(weight.name in self._in_round for weight in weights)
+
+    def _begin_step(self, weights: Iterable[TrackedWeight]) -> None:
         self.position = self._enter_next_stage()
         if self._prepared_for != self.step:  # no training forward of this step drew noise for it
             for weight in self.weights:
                 weight.columns = None
         self.step += 1
-        self._in_round = names
+        self._in_round = {weight.name for weight in weights}
+        self._counted = set()
 
     def take_gradients(
         self, weights: Sequence[TrackedWeight], optimizer: Optimizer, grad_scale: torch.Tensor | None
@@ -181,9 +204,20 @@ class Subnetwork:
                 self._count_scored(gather(weights, self.config, optimizer, grad_scale))
             return
         for weight in weights:
-            weight.mask_gradient(hold=self.config.lean and self.config.frozen == "exact")
+            weight.mask_gradient()
+
+    def hold_bits(self, weights: Iterable[TrackedWeight]) -> None:
+        """Keep the bits of frozen entries for this step, in lean mode with the policy `"exact"`."""
+        if self.config.lean and self.config.frozen == "exact":
+            for weight in weights:
+                if weight.exists():
+                    weight.hold_bits()
 
     def _count_scored(self, scored: bool) -> None:
+        """Count a step once, however many optimizers take part in it."""
+        if scored in self._counted:
+            return
+        self._counted.add(scored)
         if scored:
             self.scored_steps += 1
             return
@@ -194,7 +228,7 @@ class Subnetwork:
             self.step,
         )
 
-    def accept_changes(self, weights: Iterable[TrackedWeight]) -> None:
+    def _accept_changes(self, weights: Iterable[TrackedWeight]) -> None:
         """Take values that were written from outside since the latest step, such as a loaded state, as they are."""
         for weight in weights:
             if weight.accept_changes():
@@ -250,8 +284,7 @@ class Subnetwork:
         if coming is Stage.SUBNETWORK:
             self._enter_next_stage()
         else:
-            if coming is not self._entered:
-                self._forget_dead()
+            self._forget_dead()
             if self._noise is None:
                 counts = [weight.layer.columns.count for weight in self.weights]
                 self._noise = ColumnNoise(self.config.seed, counts, self.config.density)

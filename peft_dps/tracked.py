@@ -58,6 +58,7 @@ class TrackedWeight(LocatedWeight):
         self._adds_up_in = adds_up_in
         self.selected: int | None = None
         self.columns: torch.Tensor | None = None
+        self._exact = False
         self._spare: torch.Tensor | None = None
         self._optimizer: weakref.ref[Optimizer] | None = None
         self.total: torch.Tensor | None = None
@@ -92,6 +93,11 @@ class TrackedWeight(LocatedWeight):
         """Dtype of the accumulated squared gradients."""
         return score_dtype(self.weight, self._adds_up_in)
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether there is anything to make scores from, or a mask that was made of them."""
+        return any(each is not None for each in (self.total, self.moment, self.mask))
+
     def running_total(self) -> torch.Tensor:
         """Return the accumulated squared gradients, zero if there are none yet, on the weight's device."""
         if self.total is None:
@@ -113,7 +119,12 @@ class TrackedWeight(LocatedWeight):
                 "Keep the optimizer until the stage ends, or use `lean=False`."
             )
         now = second_moments(optimizer, {self.name: self.parameter})[self.name].value
-        return memory.zero_() if now is None else moment.scores(now, memory)
+        if now is None:
+            raise EngineError(
+                f"`lean=True` takes scores from the optimizer's second moment, and {type(optimizer).__name__} has "
+                f"none of {self.name!r} after its steps. Use torch.optim.AdamW itself, or `lean=False`."
+            )
+        return moment.scores(now, memory)
 
     def belongs_to(self, optimizer: Optimizer) -> None:
         """Take note of the optimizer that updates the weight."""
@@ -154,6 +165,7 @@ class TrackedWeight(LocatedWeight):
         self._spare = self._spare if self.total is None else self.total
         self.total = self.participation = self.columns = self.moment = None
         self.selected = selected
+        self._exact = exact
         self.mask = Mask.of(selection)
         self.dtype = self.weight.dtype
         if snapshot:
@@ -173,17 +185,17 @@ class TrackedWeight(LocatedWeight):
             return spare.view(dtype)
         return torch.empty_like(weight, dtype=dtype)
 
-    def mask_gradient(self, *, hold: bool = False) -> None:
-        """Zero the gradient of frozen entries.
-
-        Args:
-            hold: Keep their bits until the optimizer has made its step, in lean mode.
-        """
+    def mask_gradient(self) -> None:
+        """Zero the gradient of frozen entries."""
         if self.mask is not None:
             self._follow_weight()
             zero_frozen_(self.gradient, self.mask)
-            if hold and self.snapshot is None:
-                self.held = hold_frozen(self.weight, self.mask)
+
+    def hold_bits(self) -> None:
+        """Keep the bits of frozen entries until the optimizer has made its step, unless they are kept already."""
+        if self.mask is not None and self.held is None and self.snapshot is None:
+            self._follow_weight()
+            self.held = hold_frozen(self.weight, self.mask)
 
     def accept_changes(self) -> bool:
         """Take values that were written from outside since the latest step, such as a loaded state, as they are.
@@ -192,15 +204,23 @@ class TrackedWeight(LocatedWeight):
             Whether frozen entries had other values.
         """
         touched = self.mask is not None and self.version not in (UNKNOWN, self.parameter._version)
-        self.version = self.parameter._version
-        if not touched or self.mask is None or self.checksum is not None or not self.frozen_moved():
+        if self.mask is not None:
+            self.version = self.parameter._version
+        if not touched or self.mask is None or not self._exact or not self.frozen_moved():
             return False  # with the policy "gradient" the optimizer moves frozen entries too
         if self.held is not None:
             self.held = hold_frozen(self.weight, self.mask)
+        if self.checksum is not None:
+            self.checksum = frozen_checksum(self.weight, self.mask.keep)
         if self.snapshot is not None:
             restore_from_snapshot_(self.snapshot, self.mask, self.weight)
         self.changed_outside = True
         return True
+
+    def follow_changes(self) -> None:
+        """Take note of the weight's version in ACCUMULATE, where any change is fine."""
+        if self.mask is None:
+            self.version = self.parameter._version
 
     def hold(self, *, exact: bool) -> None:
         """Give frozen entries back the bits they had when the stage began, if the policy is exact."""

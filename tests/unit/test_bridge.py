@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from peft_dps import EngineError, Stage, bridge
+from peft_dps import EngineError, ScoreError, Stage, bridge
+from peft_dps.tracked import TrackedWeight
 from tests.unit.conftest import layers_of, subnetwork_of, train, trainable, weights_of
 
 DENSE_GRADIENT_OPTIMIZERS = sorted(
@@ -446,3 +447,106 @@ def test_deepspeed_zero_is_refused_by_name_in_the_first_forward(mark, make_model
         setattr(weight, mark, None)
     with pytest.raises(EngineError, match="DeepSpeed"):
         train(model, optimizer, batches(1))
+
+
+@pytest.mark.parametrize("fields", [{}, {"lean": True}, {"variant": "mix"}], ids=str)
+def test_an_interrupt_while_frozen_bits_are_given_back_loses_none(make_model, batches, monkeypatch, fields, caplog):
+    model = make_model(**fields)
+    optimizer = AdamW(trainable(model), lr=1e-2, weight_decay=0.5)
+    train(model, optimizer, batches(3))
+    before, hold, calls = copies(model), TrackedWeight.hold, []
+
+    def interrupted(self, *, exact):
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        hold(self, exact=exact)
+
+    monkeypatch.setattr(TrackedWeight, "hold", interrupted)
+    backward(model, batches(1)[0])
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    stack = bridge._stack()
+    bridge._close_abandoned(stack)  # as the next step does
+    assert not bridge._open.steps
+    assert_frozen_bits_kept(model, before)
+    assert not model.dps_status().frozen_moved
+    assert not caplog.text
+
+
+def test_any_later_step_lets_go_of_what_a_failed_one_held(make_model, make_net, batches):
+    class Failing(AdamW):
+        def step(self, closure=None):
+            raise MemoryError
+
+    model, other = make_model(), make_net()
+    backward(model, batches(1)[0])
+    with pytest.raises(MemoryError):
+        Failing(trainable(model)).step()
+    assert bridge._open.steps
+    SGD(other.parameters(), lr=0.1).step()
+    assert not bridge._open.steps
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_frozen_bits_are_those_before_an_optimizer_that_moves_weights_and_then_asks_for_gradients(
+    make_model, batches, lean
+):
+    class LookingAhead(AdamW):
+        def step(self, closure):
+            with torch.no_grad():
+                for weight in self.param_groups[0]["params"]:
+                    weight.add_(0.01)
+            return super().step(closure)
+
+    model = make_model(lean=lean)
+    optimizer, data = LookingAhead(trainable(model), lr=1e-2), batches(4)
+
+    def step(batch):
+        model.zero_grad()
+        optimizer.step(lambda: backward(model, batch))
+
+    for batch in data[:3]:
+        step(batch)
+    before = copies(model)
+    step(data[3])
+    assert_frozen_bits_kept(model, before)
+
+
+def test_a_bad_step_of_several_optimizers_is_counted_and_told_once(make_model, batches, caplog):
+    model = make_model(stage_steps=3)
+    optimizers = [SGD([parameter], lr=0.1) for parameter in trainable(model)]
+    for number, batch in enumerate(batches(3)):
+        model.zero_grad()
+        backward(model, batch)
+        for parameter in trainable(model):
+            if number == 0:
+                parameter.grad.fill_(torch.nan)
+        for optimizer in optimizers:
+            if number > 0:
+                optimizer.step()
+            else:
+                bridge.before_step(optimizer, (optimizer,), {})
+                bridge._open.steps.clear()
+    status = model.dps_status()
+    assert (status.steps, status.unscored_steps) == (3, 1)
+    assert subnetwork_of(model).scored_steps == 2
+    assert caplog.text.count("are not finite") == 1
+
+
+def test_a_weight_whose_gradients_were_never_finite_is_named(make_model, batches):
+    model = make_model()
+    optimizers = [SGD([parameter], lr=0.0) for parameter in trainable(model)]
+    for batch in batches(2):
+        model.zero_grad()
+        backward(model, batch)
+        weights_of(model)[1].grad.fill_(torch.inf)
+        for optimizer in optimizers:
+            if optimizer.param_groups[0]["params"][0] is weights_of(model)[1]:
+                bridge.before_step(optimizer, (optimizer,), {})
+                bridge._open.steps.clear()
+            else:
+                optimizer.step()
+    backward(model, batches(1)[0])
+    with pytest.raises(ScoreError, match=r"no gradient of 'layers.1' in the ACCUMULATE stage that ended with step 2"):
+        optimizers[0].step()

@@ -108,7 +108,7 @@ def test_the_originals_of_modules_trained_in_full_are_kept_in_a_file(make_net, b
     assert torch.equal(original.weight, values)
 
 
-def test_frozen_entries_that_are_changed_from_outside_are_told_and_held_as_they_are(make_model, batches):
+def test_frozen_entries_that_are_changed_from_outside_are_told_and_held_as_they_are(make_model, batches, caplog):
     model = make_model(lean=True)
     optimizer = AdamW(trainable(model), lr=1e-2)
     train(model, optimizer, batches(3))
@@ -120,6 +120,7 @@ def test_frozen_entries_that_are_changed_from_outside_are_told_and_held_as_they_
     train(model, optimizer, batches(1))
     assert torch.equal(weight.weight[frozen], before)
     assert model.dps_status().frozen_moved
+    assert caplog.text.count("changed outside of the optimizer") == 1
 
 
 def test_a_weight_without_gradient_in_a_stage_scores_zero(make_model, batches):
@@ -169,6 +170,30 @@ def test_adam_with_decoupled_weight_decay_is_taken():
     assert (found.decay, found.share) == (0.999, pytest.approx(0.001))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_second_moment_in_16_bits_is_refused(dtype):
+    weight = nn.Parameter(torch.ones(2, 2, dtype=dtype))
+    optimizer = AdamW([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    with pytest.raises(EngineError, match=r"AdamW keeps none of 'w' that DPS can read.* on weights in fp32"):
+        second_moments(optimizer, {"w": weight})
+
+
+def test_an_optimizer_whose_state_is_kept_by_another_is_refused(make_model, batches):
+    class Wrapping(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            self.optim = AdamW(parameters)
+            super().__init__(self.optim.param_groups, self.optim.defaults)
+
+        def step(self, closure=None):
+            self.optim.step()
+
+    model = make_model(lean=True)
+    with pytest.raises(EngineError, match=r"Wrapping has none of 'layers.0' after its steps"):
+        train(model, Wrapping(trainable(model)), batches(3))
+
+
 def test_an_optimizer_that_is_gone_is_told(make_model, batches):
     model = make_model(lean=True)
     train(model, AdamW(trainable(model), lr=1e-2), batches(2))
@@ -182,7 +207,7 @@ def test_a_nan_in_the_second_moment_is_told_at_the_selection(make_model, batches
     train(model, optimizer, batches(1))
     weight = subnetwork_of(model).weights[0].parameter
     optimizer.state[weight]["exp_avg_sq"][0, 0] = torch.nan
-    with pytest.raises(ScoreError, match="NaN"):
+    with pytest.raises(ScoreError, match=r"The weight of 'layers.0': .* NaN.* Look for NaN or inf in the gradients"):
         train(model, optimizer, batches(2))
 
 

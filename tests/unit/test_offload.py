@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from peft_dps import EngineError
 from peft_dps.effective import NoisyWeight
 from peft_dps.offload import on_disk
 
@@ -62,3 +65,26 @@ def test_memory_is_freed():
 def test_noise_takes_the_pretrained_weight_from_another_device():
     noisy = NoisyWeight(torch.randn(3, 4), torch.ones(4, device="meta"), 0.5)
     assert noisy.of(torch.empty(3, 4, device="meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("size", [0, 10])
+def test_a_full_disk_is_told_before_anything_is_written(monkeypatch, size):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    tensor = torch.rand(size)
+    if size == 0:
+        assert torch.equal(on_disk(tensor), tensor)
+        return
+    with pytest.raises(EngineError, match=r"no room for 0 MiB of weights in .* Set TMPDIR"):
+        on_disk(tensor)
+
+
+def test_a_file_system_that_cannot_reserve_is_used_all_the_same(monkeypatch):
+    def unable(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unable)
+    tensor = torch.rand(10)
+    assert torch.equal(on_disk(tensor), tensor)

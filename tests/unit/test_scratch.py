@@ -29,3 +29,19 @@ def test_threads_share_nothing():
     thread.start()
     thread.join()
     assert found[0].data_ptr() != mine.data_ptr()
+
+
+def test_memory_that_was_made_in_inference_mode_serves_training_too():
+    scratch = Scratch()
+    with torch.inference_mode():
+        scratch.empty((4,), torch.float32, "one").fill_(1.0)
+    row = torch.ones(4, requires_grad=True)
+    product = row * scratch.empty((4,), torch.float32, "one").fill_(2.0)
+    product.sum().backward()
+    assert row.grad.tolist() == [2.0] * 4
+
+
+def test_memory_like_a_tensor():
+    scratch = Scratch()
+    like = scratch.like(torch.ones(2, 3, dtype=torch.int16), "one")
+    assert (like.shape, like.dtype) == ((2, 3), torch.int16)

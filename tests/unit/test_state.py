@@ -325,6 +325,10 @@ def test_a_state_that_is_damaged_is_refused(model, state):
     refused(model, broken(lambda _, tensors: tensors.update({"layers.0.snapshot": half})), "float16")
     refused(model, broken(lambda header, _: header["progress"].update(step="3")), "is damaged")
     refused(model, broken(lambda header, _: header["progress"].update(entered="resting")), "is damaged")
+    refused(model, broken(lambda header, _: header["progress"].update(stage_steps=0)), "is damaged")
+    refused(model, broken(lambda header, _: header["progress"].update(in_round=["nobody"])), "is damaged")
+    refused(model, broken(lambda header, _: header["weights"]["layers.0"].pop("selected")), r"lacks \['selected'\]")
+    refused(model, broken(lambda header, _: header["weights"]["layers.0"].update(tensors=[])), r"lacks \['mask'\]")
     refused(model, broken(lambda header, _: header.pop("weights")), "is damaged, or is none: KeyError")
     refused(model, {"some": "thing"}, "is damaged, or is none")
 

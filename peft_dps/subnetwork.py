@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 
 from peft_dps import agreement
 from peft_dps.canary import Canary
+from peft_dps.clock import Clock
 from peft_dps.config import DPSConfig
 from peft_dps.effective import EffectiveWeight
 from peft_dps.errors import EngineError
 from peft_dps.gathering import check_gathered, gather
 from peft_dps.layer import DPSLayer
 from peft_dps.noise import ColumnNoise
-from peft_dps.schedule import Position, Stage, StageSchedule
+from peft_dps.schedule import Position, Stage
 from peft_dps.scores import find_score
 from peft_dps.sharding import distinct, together
 from peft_dps.switch import select_subnetwork
@@ -27,7 +28,7 @@ from peft_dps.tracked import TrackedWeight
 logger = logging.getLogger(__name__)
 
 
-class Subnetwork:
+class Subnetwork(Clock):
     """Drives the stages of one adapter: scores in ACCUMULATE, selection at the switch, masks in SUBNETWORK.
 
     It counts steps only when told to by the bridge, and touches weights and gradients only then.
@@ -41,11 +42,9 @@ class Subnetwork:
     generation: ClassVar[int] = 0  # goes on whenever a weight is tracked anew or forgotten, anywhere
 
     def __init__(self, adapter: str, config: DPSConfig) -> None:
-        self.adapter = adapter
-        self.config = config
         self.at_rest = False  # a copy that a Trainer leaves alone, such as TRL's reference: Mix adds no noise to it
         self.weights: list[TrackedWeight] = []
-        self.restart(config.total_steps)
+        super().__init__(adapter, config)
         self._announce()
 
     def restart(self, total_steps: int | None) -> None:
@@ -54,16 +53,8 @@ class Subnetwork:
         Args:
             total_steps: Number of optimizer steps of that training, if known.
         """
-        self.total_steps = total_steps
-        self.step = 0
+        super().restart(total_steps)
         self.calls = 0
-        self.scored_steps = 0
-        self.unscored_steps = 0
-        self.position: Position | None = None
-        self._schedule: StageSchedule | None = None
-        self._entered: Stage | None = None
-        self._in_round: set[str] = set()
-        self._counted: set[bool] = set()  # whether this step was scored, by each of its optimizers
         self._prepared_for: int | None = None
         self._noise: ColumnNoise | None = None
         self._by_layer: dict[int, TrackedWeight] = {}
@@ -94,53 +85,9 @@ class Subnetwork:
         self._announce()
 
     @property
-    def stage(self) -> Stage | None:
-        """Stage of the latest step; None before the first."""
-        return None if self.position is None else self.position.stage
-
-    @property
-    def stage_is_over(self) -> bool:
-        """Whether the latest step was the last one of its stage."""
-        schedule, position = self._schedule, self.position
-        return schedule is not None and position is not None and position.step_in_stage == schedule.stage_steps
-
-    @property
-    def schedule(self) -> StageSchedule | None:
-        """The timetable; None before the first step."""
-        return self._schedule
-
-    @property
     def is_mix(self) -> bool:
         """Whether training forwards use effective weights."""
         return self.config.is_mix
-
-    @property
-    def progress(self) -> dict[str, Any]:
-        """How far the training is, in plain values: all that an exact resume needs but for what the weights hold."""
-        return {
-            "step": self.step,
-            "total_steps": self.total_steps,
-            "stage_steps": None if self._schedule is None else self._schedule.stage_steps,
-            "entered": None if self._entered is None else self._entered.value,
-            "scored_steps": self.scored_steps,
-            "unscored_steps": self.unscored_steps,
-            "in_round": sorted(self._in_round),
-        }
-
-    def resume(self, progress: Mapping[str, Any]) -> None:
-        """Go on where another training was; what its weights held is given to them afterwards.
-
-        Args:
-            progress: What `progress` was there.
-        """
-        self.restart(progress["total_steps"])
-        self.step = progress["step"]
-        self.scored_steps, self.unscored_steps = progress["scored_steps"], progress["unscored_steps"]
-        self._in_round = set(progress["in_round"])
-        self._entered = None if progress["entered"] is None else Stage(progress["entered"])
-        if progress["stage_steps"] is not None:
-            self._schedule = StageSchedule(progress["stage_steps"])
-            self.position = self._schedule.at(self.step) if self.step > 0 else None
 
     def expect_call(self, weights: Sequence[TrackedWeight]) -> None:
         """Get ready for an optimizer that may change weights before it asks for gradients, in SUBNETWORK.
@@ -150,7 +97,8 @@ class Subnetwork:
         """
         if self._entered is not Stage.SUBNETWORK:
             return
-        position = self.position if self._joins(weights) else self._timetable().at(self.step + 1)
+        joins = self._joins(weight.name for weight in weights)
+        position = self.position if joins else self._timetable().at(self.step + 1)
         if position is not None and position.stage is Stage.SUBNETWORK:
             self._accept_changes(weights)
             self.hold_bits(weights)
@@ -167,24 +115,21 @@ class Subnetwork:
         self.at_rest = False
         for weight in weights:
             weight.belongs_to(optimizer)
-        if self._joins(weights):
-            self._in_round |= {weight.name for weight in weights}
+        names = {weight.name for weight in weights}
+        if self._joins(names):
+            self._in_round |= names
         else:
-            self._begin_step(weights)
+            self._begin_step(names)
         for weight in weights:
             weight.follow_changes()
 
-    def _joins(self, weights: Iterable[TrackedWeight]) -> bool:
-        """Tell whether a call with these weights belongs to the latest step, and begins no new one."""
-        return bool(self._in_round) and not any(weight.name in self._in_round for weight in weights)
-
-    def _begin_step(self, weights: Iterable[TrackedWeight]) -> None:
+    def _begin_step(self, names: set[str]) -> None:
         self.position = self._enter_next_stage()
         if self._prepared_for != self.step:  # no training forward of this step drew noise for it
             for weight in self.weights:
                 weight.columns = None
         self.step += 1
-        self._in_round = {weight.name for weight in weights}
+        self._in_round = names
         self._counted = set()
 
     def take_gradients(
@@ -212,21 +157,6 @@ class Subnetwork:
             for weight in weights:
                 if weight.exists():
                     weight.hold_bits()
-
-    def _count_scored(self, scored: bool) -> None:
-        """Count a step once, however many optimizers take part in it."""
-        if scored in self._counted:
-            return
-        self._counted.add(scored)
-        if scored:
-            self.scored_steps += 1
-            return
-        self.unscored_steps += 1
-        logger.warning(
-            "Adapter %r: the gradients of step %d are not finite; the step is counted but not scored.",
-            self.adapter,
-            self.step,
-        )
 
     def _accept_changes(self, weights: Iterable[TrackedWeight]) -> None:
         """Take values that were written from outside since the latest step, such as a loaded state, as they are."""
@@ -295,10 +225,6 @@ class Subnetwork:
                     rows[device] = self._noise.draw(self.step + 1, device)
                 weight.columns = rows[device][index]
         self._prepared_for = self.step
-
-    def _timetable(self) -> StageSchedule:
-        self._schedule = self._schedule or StageSchedule.resolve(self.config.stage_steps, self.total_steps)
-        return self._schedule
 
     def _enter_next_stage(self) -> Position:
         """Make sure that the stage of the next step has begun, and return the step's position."""

@@ -103,21 +103,17 @@ class Mask:
         return self._unpacked(self.packed, tensors)
 
     def _unpacked(self, packed: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
-        dtype, table = _INT_DTYPES[tensors[0].element_size()], _table(packed.device)
+        table = _table(_INT_DTYPES[tensors[0].element_size()], packed.device)
         chunk = _CPU_CHUNK if packed.device.type == "cpu" else _DEVICE_CHUNK
         cut = (tensor.view(-1).split(chunk) for tensor in tensors)
         for octets, *parts in zip(packed.split(chunk // _BYTE), *cut, strict=True):
             if packed.device.type == "cpu":
                 places = scratch.empty(octets.shape, torch.int32, "mask places").copy_(octets)
-                eights = torch.index_select(
-                    table, 0, places, out=scratch.empty(octets.shape, torch.int64, "mask bytes")
-                )
-                kept = eights.view(torch.int8)
-                if dtype is not torch.int8:  # widened apart from the work: an operator on two dtypes is slow
-                    kept = scratch.empty(kept.shape, dtype, "mask").copy_(kept)
+                kept = scratch.empty((octets.numel(), _BYTE), table.dtype, "mask")
+                torch.index_select(table, 0, places, out=kept)
             else:
-                kept = table.index_select(0, octets.int()).view(torch.int8)
-            yield kept[: parts[0].numel()], *parts
+                kept = table.index_select(0, octets.int())
+            yield kept.view(-1)[: parts[0].numel()], *parts
 
     @property
     def _bytes(self) -> torch.Tensor:
@@ -136,12 +132,12 @@ def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     return zip(*(tensor.view(-1).split(_CPU_CHUNK) for tensor in tensors), strict=True)
 
 
-_tables: dict[torch.device, torch.Tensor] = {}
+_tables: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
 
-def _table(device: torch.device) -> torch.Tensor:
-    """Return what each value of a byte unpacks to: `[256]`, int64, of 8 times int8 with -1 for a bit that is set."""
-    if device not in _tables:
-        unpacked = -((torch.arange(1 << _BYTE).unsqueeze(1) >> torch.arange(_BYTE)) & 1).to(torch.int8)
-        _tables[device] = unpacked.view(torch.int64).view(-1).to(device)
-    return _tables[device]
+def _table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return what each value of a byte unpacks to: `[256, 8]`, -1 for a bit that is set."""
+    if (dtype, device) not in _tables:
+        places = torch.arange(_BYTE)
+        _tables[dtype, device] = -((torch.arange(1 << _BYTE).unsqueeze(1) >> places) & 1).to(device, dtype)
+    return _tables[dtype, device]

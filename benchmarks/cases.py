@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.first_step import measure_loading
 from benchmarks.footprint import Footprint, count_footprints
-from benchmarks.ratio import memory_ratios, seconds, step_ratios
+from benchmarks.ratio import seconds, step_ratios
 from benchmarks.rounds import FIGURES, Round, run_rounds
 from benchmarks.settings import Settings
 
@@ -91,7 +91,7 @@ def measure_steps(case: Case, tell: Tell, footprints: dict[str, Any]) -> dict[st
         Ratios, and the seconds of each step; JSON-ready.
     """
     groups = group_to_fit(case, {name: Footprint(**each) for name, each in footprints.items()})
-    result: dict[str, Any] = {"groups": groups, "ratios": [], "memory": [], "runs": []}
+    result: dict[str, Any] = {"groups": groups, "ratios": [], "runs": []}
     for names in groups:
 
         def after(each: Round, names: list[str] = names) -> None:
@@ -102,7 +102,6 @@ def measure_steps(case: Case, tell: Tell, footprints: dict[str, Any]) -> dict[st
         comparisons = [pair for pair in case.comparisons if pair[0] in names]
         result["threads"] = run.threads
         result["ratios"] += [asdict(ratio) for ratio in step_ratios(run, comparisons)]
-        result["memory"] += [asdict(ratio) for ratio in memory_ratios(run, comparisons)]
         result["runs"].append(
             {
                 name: {

@@ -97,8 +97,9 @@ class Entry:
         """Return the ratio of peaks of the processes; None on an accelerator, whose memory it does not show."""
         if self.settings["device"] != "cpu":
             return None
-        found = self._found("steps", {}).get("memory", [])
-        return next((ratio["peak"] for ratio in found if ratio["variant"] == variant), None)
+        found = self.footprints
+        ours, theirs = (found.get(name, {}).get("process") for name in (variant, self.variants[0]))
+        return ours / theirs if ours and theirs else None
 
     def loading(self, variant: str) -> tuple[float, float] | None:
         """Return the median ratios of loading and first step, without and with loading the base."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from benchmarks.crew import crew_of
@@ -26,36 +28,36 @@ class Footprint:
         peaks: Per figure, the most bytes that were alive in such a step.
         kinds: Per figure, the bytes of what lives from step to step by kind, at the end of such a step with its
             gradients; and of what the forward leaves for the backward pass, "activations".
+        process: Most memory of its process, above that before the model was built; of the host, also on CUDA. 0 if
+            it was not measured.
     """
 
     peak: int
     peaks: dict[str, int]
     kinds: dict[str, dict[str, int]]
+    process: int = 0
 
 
 class Accountant:
-    """Trains variants for one cycle and a step each, and counts.
+    """Trains a variant for one cycle and a step, and counts.
 
     Args:
-        _name: Its own name.
+        name: Name of the variant.
         settings: Settings of the run; stages have two steps nevertheless.
     """
 
-    def __init__(self, _name: str, settings: Settings) -> None:
+    def __init__(self, name: str, settings: Settings) -> None:
         set_up(settings)
+        self.name = name
         self.settings = replace(settings, stage_steps=_STAGE_STEPS)
 
-    def count(self, name: str) -> Footprint:
-        """Train a variant and return what was counted.
-
-        Args:
-            name: Name of the variant.
-        """
+    def count(self) -> Footprint:
+        """Train the variant and return what was counted."""
         schedule = StageSchedule(_STAGE_STEPS)
         peaks: dict[str, int] = {}
         kinds: dict[str, dict[str, int]] = {}
         with meter_of(self.settings.device) as meter:
-            trainee = Trainee(name, self.settings)
+            trainee = Trainee(self.name, self.settings)
             gc.collect()
             building = meter.peak
             for number in range(1, 2 * _STAGE_STEPS + 2):
@@ -67,17 +69,28 @@ class Accountant:
                 trainee.step(position.stage.value, between=lambda kept=kept: kept.append(meter.live))
                 peaks[figure] = max(peaks.get(figure, 0), meter.peak)
                 kinds[figure] = {**trainee.tensors[position.stage.value], ACTIVATIONS: kept[0] - before}
-        del trainee
-        gc.collect()
-        return Footprint(max(building, *peaks.values()), peaks, kinds)
+        return Footprint(max(building, *peaks.values()), peaks, kinds, trainee.finish().peak_above)
 
 
 def count_footprints(names: Sequence[str], settings: Settings) -> dict[str, Footprint]:
-    """Count the memory of variants, one after the other, in a process apart.
+    """Count the memory of variants, one after the other, each in a process of its own.
 
     Args:
         names: Names of the variants.
         settings: Settings of the run.
     """
-    with crew_of(Accountant, ["accountant"], settings) as crew:
-        return {name: crew.ask("accountant", "count", name) for name in names}
+    found = {}
+    for name in names:
+        with _usual_malloc(), crew_of(Accountant, [name], settings) as crew:
+            found[name] = crew.ask(name, "count")
+    return found
+
+
+@contextmanager
+def _usual_malloc() -> Iterator[None]:
+    """Let processes begin without settings of malloc: one that keeps freed memory for speed blurs their peaks."""
+    settings = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("MALLOC_")}
+    try:
+        yield
+    finally:
+        os.environ.update(settings)

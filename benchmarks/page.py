@@ -14,6 +14,7 @@ from benchmarks.memory import KINDS
 from benchmarks.plots import SWEEPS, draw_memory, draw_sweep
 from benchmarks.ratio import LOADING, MEMORY, target
 from benchmarks.rounds import FIGURES
+from benchmarks.settings import Settings
 from benchmarks.variant import VARIANTS
 from peft_dps.compare.palette import save
 
@@ -34,14 +35,16 @@ compare.
   round. "Selecting" is the first step of SUBNETWORK, one in a cycle.
 - **memory**: most bytes that torch's allocator had handed out at a time, over that of full fine-tuning; gradients,
   activations and temporary tensors included. On a CPU every tensor is counted that an operator makes or takes, which
-  leaves out buffers inside of kernels. **process**: the same ratio of the peak memory of the process, above its state
-  before the model was built.
+  leaves out buffers inside of kernels. **process**: the same ratio of the peak memory of a process that trains nothing
+  else, above its state before the model was built; with what the system's malloc keeps for itself, and with pages of
+  W0 that are in memory although a file stands behind them.
 - **load + first step**: `PeftModel.from_pretrained(base, folder, is_trainable=True)`, the optimizer and one step, over
   `from_pretrained` of a fully fine-tuned checkpoint, the optimizer and one step. The second number includes loading
   the pretrained model that the adapter goes onto.
 
 Models are built from configurations with random weights. The aims: a step 1.02 for Dense and 1.05 for Mix, 1.3 where
-it selects, peak memory 1.30 and 1.45, loading with the first step 1.05.
+it selects, peak memory 1.30 and 1.45 (in lean mode 1.03 and 1.15), loading with the first step 1.05. Everything is in
+fp32, with fused AdamW, density {density} and dropout {dropout}, unless a row says otherwise.
 """
 _NONE = "There are no results yet: `make benchmark` makes them.\n"
 
@@ -85,7 +88,9 @@ def make_page(documents: dict[str, dict[str, Any]]) -> Page:
     Args:
         documents: Per name of a file, its content.
     """
-    parts, images = [_HEAD if documents else f"{_HEAD}\n{_NONE}"], {}
+    usual = Settings()
+    head = _HEAD.format(density=usual.density, dropout=usual.dropout)
+    parts, images = [head if documents else f"{head}\n{_NONE}"], {}
     for name, document in documents.items():
         results = Findings(document)
         parts.append(f"## {name.removeprefix('suite_').upper()}\n\n{_machine(results)}")

@@ -71,26 +71,6 @@ class Ratio:
     cpu: Spread
 
 
-@dataclass(frozen=True)
-class MemoryRatio:
-    """Peak memory of a process over another's, both above the state before the model was built.
-
-    Attributes:
-        variant: Name of the variant.
-        against: Name of the other.
-        target: What the ratio should not exceed; None where nothing is aimed at.
-        peak: The ratio.
-        tensors: The same ratio of the live tensors between steps, at their largest stage: without activations and
-            temporary tensors.
-    """
-
-    variant: str
-    against: str
-    target: float | None
-    peak: float
-    tensors: float
-
-
 def target(variant: str, figure: str) -> float | None:
     """Return what the median of a variant's ratio should not exceed; None where nothing is aimed at.
 
@@ -131,20 +111,6 @@ def step_ratios(run: Run, comparisons: Sequence[tuple[str, str]] = COMPARISONS) 
                     cpu=Spread.of([ours.cpu / theirs.cpu for ours, theirs in pairs]),
                 )
             )
-    return ratios
-
-
-def memory_ratios(run: Run, comparisons: Sequence[tuple[str, str]] = COMPARISONS) -> list[MemoryRatio]:
-    """Compare peak memory of processes, for each comparison whose variants were run."""
-    ratios = []
-    for variant, against in _of(run, comparisons):
-        ours, theirs = run.summaries[variant], run.summaries[against]
-        tensors = [max(sum(kinds.values()) for kinds in each.tensors.values()) for each in (ours, theirs)]
-        ratios.append(
-            MemoryRatio(
-                variant, against, target(variant, MEMORY), ours.peak_above / theirs.peak_above, tensors[0] / tensors[1]
-            )
-        )
     return ratios
 
 

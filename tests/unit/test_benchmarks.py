@@ -59,7 +59,6 @@ def test_every_comparison_has_every_figure(found):
         assert steps["groups"] == [[reference, *others]]
         names = [(each["variant"], each["against"], each["figure"]) for each in steps["ratios"]]
         assert names == [(name, reference, figure) for name, figure in product(others, FIGURES)]
-        assert [each["variant"] for each in steps["memory"]] == list(others)
         counts = {"accumulate": 3, "selecting": 2, "subnetwork": 2}
         for ratio in steps["ratios"]:
             for reading in ("step", "own", "cpu"):
@@ -100,6 +99,7 @@ def test_memory_is_counted_by_kind(found):
     assert full["gradients"] == full["trained weights"] == base
     assert full[ACTIVATIONS] == exact["kinds"]["accumulate"][ACTIVATIONS] > 0
     plain = footprints["full-linear"]["peaks"]["accumulate"]
+    assert all(footprint["process"] > footprint["peak"] / 2 for footprint in footprints.values())
     once = 1 << 15  # tables and buffers of a process, which a larger model would not notice
     assert plain < exact["peaks"]["accumulate"] <= plain + base + weights + once
     assert exact["peak"] == max(exact["peaks"].values())  # the selection's histograms are larger than a toy

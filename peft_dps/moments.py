@@ -10,7 +10,7 @@ the accumulated squared gradient with weights from beta2^(n - 1) to 1. v_0 waits
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,11 @@ import torch
 from torch.optim import Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from peft_dps.errors import EngineError
+from peft_dps.scratch import scratch
 from peft_dps.sharding import local_part
 from peft_dps.shelf import Piece, shelf
 
+_CPU_CHUNK = 1 << 18
 _COUPLED = (Adam, NAdam, RAdam, RMSprop, Adagrad)  # add weight decay to the gradient unless told otherwise
 
 
@@ -129,14 +131,30 @@ class MomentScores:
             now: v_n.
             out: Memory for the result, of the weight's shape.
         """
-        out.copy_(now)
-        before = self.before()
-        if before is not None:
-            left = before.to(out.device, out.dtype).mul_(self.decay)
-            out.sub_(left)
+        if self._piece is None:
+            return torch.div(now, self.share, out=out)
+        floor = (self.steps + 1) * torch.finfo(now.dtype).eps
+        for left, value, score in self._along(now, out):
+            left.mul_(self.decay)
+            torch.sub(value, left, out=score)
             # Rounding leaves a little, or less than nothing, where no gradient came.
-            out.masked_fill_(out <= left.mul_((self.steps + 1) * torch.finfo(now.dtype).eps), 0.0)
-        return out.div_(self.share)
+            above = torch.gt(score, left.mul_(floor), out=left)  # in floats, since torch is slow at writing bool
+            score.mul_(above).abs_().div_(self.share)
+        return out
+
+    def _along(self, now: torch.Tensor, out: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Cut tensors into pieces that stay in a CPU's cache, with v_0 of each, which may be written to."""
+        if self._piece is None or not _is_plain(now, out):
+            before = self.before()
+            if before is not None:
+                yield before.to(out.device, out.dtype, copy=True), now, out
+            return
+        start = 0
+        for value, score in zip(now.view(-1).split(_CPU_CHUNK), out.view(-1).split(_CPU_CHUNK), strict=True):
+            left = scratch.empty(value.shape, self._dtype, "second moment")
+            shelf.read(self._piece, start, left.view(torch.uint8).numpy().data)
+            start += left.nbytes
+            yield left, value, score
 
     def __getstate__(self) -> dict[str, Any]:
         return {"before": self.before(), **self.facts}
@@ -146,6 +164,11 @@ class MomentScores:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MomentScores:
         return MomentScores(**self.__getstate__())
+
+
+def _is_plain(now: torch.Tensor, out: torch.Tensor) -> bool:
+    """Tell whether both are on a CPU, of one dtype, in the order in which v_0 was written."""
+    return now.dtype == out.dtype and all(each.device.type == "cpu" and each.is_contiguous() for each in (now, out))
 
 
 def _is_like(value: object, parameter: torch.Tensor) -> bool:

@@ -63,18 +63,32 @@ class Shelf:
         return piece
 
     def get(self, piece: Piece) -> bytearray:
-        """Read a piece.
+        """Return the bytes of a piece.
+
+        Raises:
+            EngineError: If the file has lost them.
+        """
+        content = bytearray(piece.size)
+        self.read(piece, 0, memoryview(content))
+        return content
+
+    def read(self, piece: Piece, start: int, into: memoryview) -> None:
+        """Read a part of a piece.
+
+        Args:
+            piece: The piece.
+            start: Where in it the part begins.
+            into: Memory for the part, as many bytes as it has.
 
         Raises:
             EngineError: If the file has lost it.
         """
-        content, read = bytearray(piece.size), 0
-        while read < piece.size:
-            count = os.preadv(piece.file, [memoryview(content)[read:]], piece.place + read)
+        read = 0
+        while read < len(into):
+            count = os.preadv(piece.file, [into[read:]], piece.place + start + read)
             if count == 0:
                 raise EngineError("A temporary file of this process was cut short by something else.")
             read += count
-        return content
 
     def free(self, piece: Piece) -> None:
         """Give up the room of a piece."""

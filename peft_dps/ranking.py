@@ -124,15 +124,15 @@ def masks_of(
             for weight, each in zip(weights, scores, strict=True):
                 with _named(weight):
                     sortable_key(each)
+        if ranks is not None:
             check_scores(scores)
     if ranks is not None:
         return select_sharded(scores, [weight.entries for weight in weights], density, ranks, together=across)
     if across:
         masks = select_across(scores, density)
         return masks, [int(mask.count_nonzero()) for mask in masks]
-    return [_select(*each, density) for each in zip(weights, scores, strict=True)], [
-        selected_count(each.numel(), density) for each in scores
-    ]
+    masks = [_select(weight, each, density) for weight, each in zip(weights, scores, strict=True)]
+    return masks, [selected_count(each.numel(), density) for each in scores]
 
 
 def _select(weight: TrackedWeight, scores: torch.Tensor, density: float) -> torch.Tensor:

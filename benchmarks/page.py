@@ -42,6 +42,9 @@ compare.
   `from_pretrained` of a fully fine-tuned checkpoint, the optimizer and one step. The second number includes loading
   the pretrained model that the adapter goes onto.
 
+"Lean" is `lean=True`, and "bf16" is `score_dtype="bfloat16"` with `frozen="gradient"`. Everything else has
+`frozen="exact"`.
+
 Models are built from configurations with random weights. The aims: a step 1.02 for Dense and 1.05 for Mix, 1.3 where
 it selects, peak memory 1.30 and 1.45 (in lean mode 1.03 and 1.15), loading with the first step 1.05. Everything is in
 fp32, with fused AdamW, density {density} and dropout {dropout}, unless a row says otherwise.

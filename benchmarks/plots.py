@@ -87,7 +87,16 @@ def _draw_bars(axes: Axes, entry: Entry) -> None:
         axes.bar(places, heights, bottom=bottoms, color=_COLORS[kind], width=0.75, label=kind)
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     peaks = [found["peaks"][figure] / _MIB for _, found, figure in bars]
-    axes.plot(places, peaks, linestyle="none", marker="_", markersize=18, markeredgewidth=2, color=BLACK, label="peak")
+    axes.plot(
+        places,
+        peaks,
+        linestyle="none",
+        marker="_",
+        markersize=min(18, 120 / len(bars)),
+        markeredgewidth=2,
+        color=BLACK,
+        label="peak",
+    )
     axes.set_xticks(places, [name for name, _, _ in bars], rotation=40, ha="right", rotation_mode="anchor")
     axes.grid(visible=False, axis="x")
     axes.set_title(entry.title)

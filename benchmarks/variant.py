@@ -16,7 +16,7 @@ from peft_dps import DPSConfig
 
 Prepare = Callable[[PreTrainedModel, Settings], nn.Module]
 DENSE, MIX, LEAN_DENSE, LEAN_MIX = "DPS Dense", "DPS Mix", "DPS Dense, lean", "DPS Mix, lean"
-NARROW_DENSE = "DPS Dense, bf16 scores, frozen by gradient"
+NARROW_DENSE = "DPS Dense, bf16"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from peft_dps.masks import Mask
 from peft_dps.noise import unfold_groups
 from peft_dps.scratch import scratch
 
+_COLUMNS_TOGETHER = 32
+
 
 class EffectiveWeight(Protocol):
     """A weight as a training forward sees it."""
@@ -209,20 +211,25 @@ def _weight_gradient(
         return effective.gradient_((rows.t() @ columns if input_axis == 1 else columns.t() @ rows).to(dtype))
     # Columns without a gradient are left out of the product and read from a column of zeros behind it.
     inputs, count = columns.shape[-1], active.numel()
-    taken = scratch.empty((columns.shape[0], count), columns.dtype, "columns")
-    columns = torch.index_select(columns, 1, active, out=taken)
+    width = _rounded_up(count + 1, inputs + 1)
+    taken = scratch.empty((columns.shape[0], width), columns.dtype, "columns")
+    torch.index_select(columns, 1, F.pad(active, (0, width - count)), out=taken)
     place = torch.full((inputs,), count, device=active.device)
     place[active] = torch.arange(count, device=active.device)
     outputs = rows.shape[-1]
-    shape = (outputs, count + 1) if input_axis == 1 else (count + 1, outputs)
+    shape = (outputs, width) if input_axis == 1 else (width, outputs)
     product = scratch.empty(shape, rows.dtype, "weight")  # W_eff has been used by now
+    torch.mm(*((rows.t(), taken) if input_axis == 1 else (taken.t(), rows)), out=product)
     product.select(input_axis, count).zero_()
-    factors = (rows.t(), columns) if input_axis == 1 else (columns.t(), rows)
-    torch.mm(*factors, out=product.narrow(input_axis, 0, count))
     if dtype == product.dtype:
         return product.index_select(input_axis, place)
     whole = scratch.empty((outputs, inputs) if input_axis == 1 else (inputs, outputs), product.dtype, "cast")
     return torch.index_select(product, input_axis, place, out=whole).to(dtype)
+
+
+def _rounded_up(columns: int, most: int) -> int:
+    """Round to one of few widths: oneDNN compiles a kernel for each shape and keeps a thousand of them in memory."""
+    return min(-(-columns // _COLUMNS_TOGETHER) * _COLUMNS_TOGETHER, most)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -16,7 +16,7 @@ from peft_dps.compare.tasks import Place
 METHODS = (
     Choice("full", learning_rates=(1e-4,)),
     Choice("lora", learning_rates=(1e-3,)),
-    Choice("bitfit", learning_rates=(1e-3,)),
+    Choice("bitfit", learning_rates=(3e-3,)),
     Choice("dps-dense", {"scope": "model"}, (1e-4,), "DPS Dense"),
     Choice("dps-mix", {"scope": "model"}, (1e-4,), "DPS Mix"),
 )

@@ -24,6 +24,7 @@ with."""
 # A factor of about 3 between neighbours, and as many for every method: more tries would be an advantage.
 FULL_RATES = (3e-5, 1e-4, 3e-4)
 ADAPTER_RATES = (3e-4, 1e-3, 3e-3)
+FEW_ENTRIES_RATES = (1e-3, 3e-3, 1e-2)
 PEFT_PREFIX = "peft:"
 DROPOUT = "dropout"
 NO_DROPOUT = "-nodropout"
@@ -190,7 +191,7 @@ def lora(model: PreTrainedModel, **fields: Any) -> PeftConfig:
     return LoraConfig(**{**defaults, **fields})
 
 
-@register_method("bitfit", "BitFit", ADAPTER_RATES)
+@register_method("bitfit", "BitFit", FEW_ENTRIES_RATES)
 def bitfit(model: PreTrainedModel) -> PreTrainedModel:
     """Train every bias term and the head."""
     return apply_bitfit(model)
@@ -202,7 +203,7 @@ def houlsby(model: PreTrainedModel, size: int = 64) -> PreTrainedModel:
     return add_houlsby(model, size)
 
 
-@register_method("pfeiffer", "Pfeiffer adapters", ADAPTER_RATES)
+@register_method("pfeiffer", "Pfeiffer adapters", FEW_ENTRIES_RATES)
 def pfeiffer(model: PreTrainedModel, size: int | None = None) -> PreTrainedModel:
     """Train one bottleneck adapter a layer, and the head."""
     return add_pfeiffer(model, size)

@@ -7,6 +7,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -161,6 +162,42 @@ def test_gradients_are_the_formulas_in_float64(kind, input_axis):
     torch.testing.assert_close(x.grad, x2.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(bias.grad, bias2.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(stored.grad, dense.grad * factor, rtol=1e-12, atol=1e-12)
+
+
+class ShapesOfProducts(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name() in ("aten::mm", "aten::mm.out"):
+            self.seen.add(tuple(tuple(factor.shape) for factor in args[:2]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("input_axis", [0, 1])
+def test_products_have_few_shapes_whatever_the_noise(input_axis):
+    """A new shape is a new kernel to oneDNN, which keeps it: one for every draw fills the memory."""
+    weight = torch.randn(16, 512) if input_axis == 1 else torch.randn(512, 16)
+    weight.requires_grad_()
+    generator, kept = torch.Generator().manual_seed(0), set()
+    with ShapesOfProducts() as products:
+        for _ in range(60):
+            columns = torch.rand(512, generator=generator) < 0.7
+            kept.add(int(columns.sum()))
+            noise = columns.float() if input_axis == 1 else columns.float().unsqueeze(1)
+            effective = NoisyWeight(torch.zeros_like(weight), noise, 0.7)
+            effective_linear(torch.ones(3, 512), weight, None, effective, input_axis=input_axis).sum().backward()
+    assert len(kept) > 20
+    assert len(products.seen) <= 6  # three of the gradient's, and those of the forward
+
+
+def test_an_infinite_gradient_leaves_other_columns_at_zero():
+    weight = torch.randn(4, 6, requires_grad=True)
+    effective = NoisyWeight(torch.zeros(4, 6), torch.tensor([1.0, 0, 1, 1, 0, 1]), 0.6)
+    effective_linear(torch.ones(3, 6), weight, None, effective, input_axis=1).backward(torch.full((3, 4), torch.inf))
+    assert weight.grad[:, [1, 4]].eq(0).all()
+    assert weight.grad[:, [0, 2, 3, 5]].isinf().all()
 
 
 def test_nothing_of_a_weights_size_is_kept_for_backward_but_the_weight_itself(make_model, batches):

@@ -13,9 +13,10 @@ bootstrap interval of the mean over seeds (9,999 resamples). With few seeds it i
 distributed scores it holds the true mean in about 84 of 100 cases, for ten in 90, for twenty in 93. It tells of seeds
 only, not of how the test examples were drawn.
 
-"vs" is the mean difference to full fine-tuning over the seeds that both have, in points. "p" is that of a paired
-permutation test, two-sided: if the methods did not differ, each difference could as well have the other sign. Up to
-14 pairs all sign patterns are gone through; beyond, 16,384 are drawn. The smallest p that n pairs allow is 2 / 2^n.
+"vs" is the mean difference to the method that it names over the seeds that both have, in points. "p" is that of a
+paired permutation test, two-sided: if the methods did not differ, each difference could as well have the other
+sign. Up to 14 pairs all sign patterns are gone through; beyond, 16,384 are drawn. The smallest p that n pairs allow
+is 2 / 2^n.
 "p (Holm)" is corrected for the number of methods tested in the table. It is not corrected for the number of tables:
 of 20 tables without any true difference, one may well show something.
 

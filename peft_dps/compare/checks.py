@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 
-from peft_dps.compare.contest import REFERENCE, Contest
+from peft_dps.compare.contest import Contest
 from peft_dps.compare.run import Run
 
 
@@ -47,7 +47,7 @@ def _missing(contest: Contest) -> Iterator[str]:
 
 def _pairing(contest: Contest) -> Iterator[str]:
     if contest.reference is None:
-        yield f"There is no run of {REFERENCE!r}, so nothing is tested against full fine-tuning."
+        yield f"There is no run of {contest.reference_variant!r}, so nothing is tested against it."
     for what, get in (("examples", _data), ("order of the training examples", _order)):
         broken = []
         for seed in contest.seeds:

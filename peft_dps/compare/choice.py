@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft_dps.compare.methods import PEFT_PREFIX, find_method
-from peft_dps.compare.plan import Plan, Settings
+from peft_dps.compare.plan import Plan, Settings, variant
 from peft_dps.compare.run import Candidate, Run
 
 
@@ -65,6 +65,11 @@ class Choice:
         written = ", ".join(f"{name}={value}" for name, value in self.options.items())
         title = self.title or (f"{method.title} ({written})" if written else method.title)
         return replace(self, learning_rates=tuple(map(float, rates)), title=title)
+
+    @property
+    def variant(self) -> str:
+        """The method with its options, as `Plan.variant` has it."""
+        return variant(self.method, self.options)
 
     @property
     def rates(self) -> tuple[float, ...]:

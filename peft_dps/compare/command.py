@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from peft_dps.compare.assets import AssetError
+from peft_dps.compare.choice import Choice
 from peft_dps.compare.comparison import Comparison
 from peft_dps.compare.corpora import DataError
 from peft_dps.compare.flags import add_compare_flags, add_demo_flags, add_report_flags, demo_of, specification_of
@@ -88,7 +89,7 @@ def _run(comparison: Comparison, report: Path | None, console: Console) -> int:
 
 def _report(options: argparse.Namespace, console: Console) -> int:
     output = options.output or report_folder(options.results)
-    show_report(write_report(options.results, output), console)
+    show_report(write_report(options.results, output, Choice.parse(options.reference).variant), console)
     console.print(f"Report: {output / PAGE}", markup=False, soft_wrap=True)
     return 0
 

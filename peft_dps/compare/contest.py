@@ -6,14 +6,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from peft_dps.compare.results import Results
 from peft_dps.compare.run import Run, Timing
 
 REFERENCE = "full"
-"""Variant of the method that the others are tested against."""
+"""Variant of the method that the others are tested against, unless another is named."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Contest:
         metrics: Names of the metrics whose mean is the score.
         timing: Step times, measured interleaved, if they were.
         superseded: Runs of which a later one, or one that finished, has the same method and seed.
+        reference_variant: Variant of the method that the others are tested against.
     """
 
     name: str
@@ -69,11 +70,17 @@ class Contest:
     metrics: tuple[str, ...]
     timing: Timing | None = None
     superseded: tuple[Run, ...] = ()
+    reference_variant: str = REFERENCE
 
     @property
     def reference(self) -> Contender | None:
         """The contender that the others are tested against, if it is there."""
-        return next((each for each in self.contenders if each.variant == REFERENCE), None)
+        return next((each for each in self.contenders if each.variant == self.reference_variant), None)
+
+    @property
+    def reference_title(self) -> str:
+        """What tables and figures call the reference, also where it is not there."""
+        return self.reference.title if self.reference else self.reference_variant
 
     @property
     def runs(self) -> list[Run]:
@@ -86,21 +93,22 @@ class Contest:
         return "mean of " + " and ".join(self.metrics) if len(self.metrics) > 1 else "".join(self.metrics) or "score"
 
 
-def contests_of(results: Results) -> list[Contest]:
+def contests_of(results: Results, reference: str = REFERENCE) -> list[Contest]:
     """Sort the reported runs of a result file into contests, in the order in which they appear.
 
     Args:
         results: The result file.
+        reference: Variant of the method that the others are tested against.
     """
     groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in results.reported:
         plan = run.plan
         groups[plan.task, plan.train_size, plan.model, tuple(asdict(plan.settings).items()), plan.protocol].append(run)
-    order = _titles(results)
+    order = _titles(results, reference)
     names = _distinct([_name(runs, key, groups.keys()) for key, runs in groups.items()], " ")
     slugs = _distinct([re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "contest" for name in names], "-")
     return [
-        _contest(name, slug, runs, order, results.timings)
+        replace(_contest(name, slug, runs, order, results.timings), reference_variant=reference)
         for name, slug, runs in zip(names, slugs, groups.values(), strict=True)
     ]
 
@@ -143,14 +151,14 @@ def _score(run: Run, domain: str) -> float:
     return run.score(domain) if not run.failed and domain in run.scores else math.nan
 
 
-def _titles(results: Results) -> dict[str, str]:
+def _titles(results: Results, reference: str) -> dict[str, str]:
     """Per variant its title, the reference first and the others as they appear; no two alike."""
     found: dict[str, str] = {}
     for run in results.reported:
         found[run.plan.variant] = run.title or found.get(run.plan.variant, "") or run.plan.variant
     alike = {title for title in found.values() if list(found.values()).count(title) > 1}
     titles = {variant: f"{title} [{variant}]" if title in alike else title for variant, title in found.items()}
-    return {variant: titles[variant] for variant in sorted(titles, key=lambda variant: variant != REFERENCE)}
+    return {variant: titles[variant] for variant in sorted(titles, key=lambda variant: variant != reference)}
 
 
 def _name(runs: Sequence[Run], key: tuple[Any, ...], keys: Iterable[tuple[Any, ...]]) -> str:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from peft_dps.compare.contest import REFERENCE, Contender, Contest
+from peft_dps.compare.contest import Contender, Contest
 from peft_dps.compare.run import Run, Timing
 
 
@@ -53,9 +53,10 @@ def costs_of(contest: Contest) -> list[Costs]:
         contest: The contest.
     """
     targets = reference_ends(contest)
-    ratios = step_ratios(contest.timing) if contest.timing else {}
+    reference = contest.reference_variant
+    ratios = step_ratios(contest.timing, reference) if contest.timing else {}
     found = [_costs(each, targets, ratios.get(each.variant)) for each in contest.contenders]
-    return found if REFERENCE in ratios else [replace(each, time_to_reference=None) for each in found]
+    return found if reference in ratios else [replace(each, time_to_reference=None) for each in found]
 
 
 def reference_ends(contest: Contest) -> dict[int, float]:
@@ -65,18 +66,19 @@ def reference_ends(contest: Contest) -> dict[int, float]:
     return {seed: score for seed, score in ends.items() if not math.isnan(score)}
 
 
-def timed_against(timing: Timing) -> str:
+def timed_against(timing: Timing, reference: str) -> str:
     """Return the variant whose steps are the measure: the reference if it was timed, else the first one."""
-    return REFERENCE if timing.seconds.get(REFERENCE) else next(iter(timing.seconds), "")
+    return reference if timing.seconds.get(reference) else next(iter(timing.seconds), "")
 
 
-def step_ratios(timing: Timing) -> dict[str, float]:
+def step_ratios(timing: Timing, reference: str) -> dict[str, float]:
     """Return per variant the median over the rounds of its step time divided by that of the measure.
 
     Args:
         timing: Step times, measured interleaved.
+        reference: The variant that is the measure if it was timed.
     """
-    measure = timing.seconds.get(timed_against(timing), [])
+    measure = timing.seconds.get(timed_against(timing, reference), [])
     rounds = {name: list(zip(times, measure, strict=False)) for name, times in timing.seconds.items()}
     return {name: statistics.median(own / other for own, other in pairs) for name, pairs in rounds.items() if pairs}
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_dps.compare.contest import REFERENCE
 from peft_dps.compare.demo import Demo
 from peft_dps.compare.own import OwnData
 from peft_dps.compare.plan import Settings
@@ -72,6 +73,7 @@ def add_report_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("results", type=Path, nargs="+", help="result files of comparisons (JSON lines)")
     add("--output", type=Path, help="folder for the report (default: named after the result file, beside it)")
+    add("--reference", default=REFERENCE, metavar="METHOD", help="what the others are tested against (default: full)")
 
 
 def _add_data_flags(parser: argparse.ArgumentParser, default: Any, otherwise: str) -> None:

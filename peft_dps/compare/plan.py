@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -77,4 +78,14 @@ class Plan:
     @property
     def variant(self) -> str:
         """The method with its options, as the command line writes it: what is compared with what."""
-        return self.method + (":" + json.dumps(self.options, sort_keys=True) if self.options else "")
+        return variant(self.method, self.options)
+
+
+def variant(method: str, options: Mapping[str, Any]) -> str:
+    """Return a method with its options as text, equal for equal options.
+
+    Args:
+        method: Name of the method.
+        options: What is set otherwise than by default.
+    """
+    return method + (":" + json.dumps(options, sort_keys=True) if options else "")

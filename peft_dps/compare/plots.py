@@ -107,7 +107,7 @@ def draw_curves(contest: Contest, styles: Styles) -> Figure | None:
                 color="0.4",
                 linestyle=":",
                 linewidth=1.2,
-                label="full fine-tuning at its end",
+                label=f"{contest.reference_title} at its end",
             )
         top.set(ylabel="training loss" + (f", mean of {window} steps" if window > 1 else ""))
         top.xaxis.set_major_locator(MaxNLocator(integer=True))

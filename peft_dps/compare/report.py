@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from peft_dps.compare.captions import CAPTIONS, READING
 from peft_dps.compare.checks import checks
-from peft_dps.compare.contest import Contest, contests_of
+from peft_dps.compare.contest import REFERENCE, Contest, contests_of
 from peft_dps.compare.corpora import DataError
 from peft_dps.compare.export import costs_csv, overall_csv, runs_csv, scores_csv
 from peft_dps.compare.mask_plots import draw_overlap, draw_overlap_by_layer, draw_selection
@@ -26,27 +26,32 @@ FIGURES = "figures"
 PAGE = "report.html"
 
 
-def write_report(source: Path | Sequence[Path], output: Path) -> list[Section]:
+def write_report(source: Path | Sequence[Path], output: Path, reference: str = REFERENCE) -> list[Section]:
     """Write tables, figures, a Markdown file and an HTML page. The same result files give the same tables.
 
     Args:
         source: The result file, or several: their runs are reported together, each once.
         output: Folder to write to; files of an earlier report are replaced.
+        reference: The method that the others are tested against, with its options if it has any.
 
     Returns:
         The sections of the report.
 
     Raises:
         DataError: A file does not exist, or none holds a run to report.
+        ValueError: `reference` is another method than full fine-tuning, and no run is of it.
         OSError: The folder cannot be written to.
     """
     sources = [source] if isinstance(source, Path) else list(source)
     parts = [_read(path) for path in sources]
     results = merge(parts)
-    contests = contests_of(results)
+    contests = contests_of(results, reference)
     if not contests:
         names = " and ".join(repr(str(path)) for path in sources)
         raise DataError(f"There is no run to report in {names}, only {len(results.runs)} trial runs.")
+    if reference != REFERENCE and not any(contest.reference for contest in contests):
+        known = sorted({run.plan.variant for run in results.reported})
+        raise ValueError(f"`reference` must be a method of the report, {', '.join(known)}, got {reference!r}.")
     styles = styles_of(contests)
     (output / FIGURES).mkdir(parents=True, exist_ok=True)
     for name, text in {

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_dps.compare import cells
 from peft_dps.compare.cells import NONE, p_value, points
-from peft_dps.compare.contest import REFERENCE, Contest
+from peft_dps.compare.contest import Contest
 from peft_dps.compare.costs import Costs, costs_of, timed_against
 from peft_dps.compare.run import Run
 from peft_dps.compare.sheet import Sheet
@@ -24,7 +24,7 @@ def score_sheet(contest: Contest, domain: str) -> Sheet:
         domain: One of its domains.
     """
     found = standings(contest, domain)
-    base = contest.reference.title if contest.reference else REFERENCE
+    base = contest.reference_title
     where = "in domain" if domain == contest.domains[0] else "out of domain"
     place = domain if domain == contest.task else f"{contest.task}, tested on {domain}"
     return Sheet(
@@ -57,7 +57,7 @@ def cost_sheet(contest: Contest) -> Sheet:
         contest: The contest.
     """
     costs = costs_of(contest)
-    base = contest.reference.title if contest.reference else REFERENCE
+    base = contest.reference_title
     columns = _cost_columns(contest, base)
     return Sheet(
         title=f"{contest.name}: costs",
@@ -95,7 +95,7 @@ def _cost_notes(contest: Contest, costs: Sequence[Costs], base: str) -> Iterator
     yield f"Trained in {settings.precision}{mixed}, {settings.batch_size} examples a step, {settings.epochs:g} epochs."
     if contest.timing:
         titles = {each.variant: each.title for each in contest.contenders}
-        measure = timed_against(contest.timing)
+        measure = timed_against(contest.timing, contest.reference_variant)
         rounds = min(map(len, contest.timing.seconds.values()), default=0)
         yield (
             f"Step time: relative to {titles.get(measure, measure)}, median of {rounds} rounds in which each method "
@@ -117,7 +117,7 @@ def overall_sheet(contests: Sequence[Contest]) -> Sheet:
         contests: The contests.
     """
     found = sorted(overall(contests), key=lambda each: (-each.contests, each.rank))
-    base = next((each.reference.title for each in contests if each.reference), REFERENCE)
+    base = next((each for each in contests if each.reference), contests[0]).reference_title
     return Sheet(
         title="All tasks together, each in its own domain",
         header=(

@@ -59,7 +59,7 @@ def test_frozen_entries_may_move_under_the_gradient_policy():
 
 
 def test_a_missing_reference_is_said():
-    assert said(run("lora")) == ["There is no run of 'full', so nothing is tested against full fine-tuning."]
+    assert said(run("lora")) == ["There is no run of 'full', so nothing is tested against it."]
 
 
 def test_a_run_that_another_replaced_is_said():

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import json
 from html.parser import HTMLParser
 
 import pytest
@@ -214,6 +215,25 @@ def test_several_files_make_one_report(tmp_path, capsys):
     assert "and b.jsonl (SHA-256" in text
     assert "Lines of b.jsonl that hold no record were left out: 3." in text
     assert "1 runs are in more than one of the files; each counts once." in text
+
+
+def test_another_reference(tmp_path, capsys):
+    source = tmp_path / "runs.jsonl"
+    scores = {"full": 0.5, "lora": 0.6, 'dps-dense:{"density": 0.3, "seed": 1}': 0.8}
+    for seed in (0, 1):
+        for variant, score in scores.items():
+            method, _, options = variant.partition(":")
+            plan = Plan(method, 1e-4, "cola", seed, "tiny", options=json.loads(options or "{}"))
+            append(Run(plan, method, "", ["m"], {"cola": {"m": score + seed / 10}}), source)
+    arguments = ["report", str(source), "--reference"]
+    assert main([*arguments, 'dps-dense:{"seed": 1, "density": 0.3}']) == 0
+    found = {row["title"]: row["difference"] for row in rows(tmp_path / "runs", "scores.csv")}
+    assert found == {"dps-dense": "", "full": "-0.300000", "lora": "-0.200000"}
+    assert next(iter(found)) == "dps-dense"
+    assert "vs dps-dense" in (tmp_path / "runs" / "report.md").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert main([*arguments, "bitfit"]) == 1
+    assert "full, lora, got 'bitfit'" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_folder_of_a_report_is_no_result_file(tmp_path):

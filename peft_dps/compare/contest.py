@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from peft_dps.compare.methods import DROPOUT, NO_DROPOUT
 from peft_dps.compare.results import Results
 from peft_dps.compare.run import Run, Timing
 
@@ -111,6 +112,27 @@ def contests_of(results: Results, reference: str = REFERENCE) -> list[Contest]:
         replace(_contest(name, slug, runs, order, results.timings), reference_variant=reference)
         for name, slug, runs in zip(names, slugs, groups.values(), strict=True)
     ]
+
+
+def without_dropout(contest: Contest) -> Contest | None:
+    """Return what of a contest is like for like without dropout: those methods beside full fine-tuning without it.
+
+    Args:
+        contest: The contest.
+
+    Returns:
+        The contest of these methods; None without such methods, and where another reference was asked for.
+    """
+    reference = REFERENCE + NO_DROPOUT
+    alike = tuple(each for each in contest.contenders if _is_without_dropout(each))
+    if contest.reference_variant != REFERENCE or len(alike) < 2 or reference not in {each.variant for each in alike}:
+        return None
+    return replace(contest, contenders=alike, reference_variant=reference)
+
+
+def _is_without_dropout(contender: Contender) -> bool:
+    plan = next(iter(contender.runs.values())).plan
+    return plan.method.endswith(NO_DROPOUT) or plan.options.get(DROPOUT) is False
 
 
 def _contest(name: str, slug: str, runs: Sequence[Run], titles: Mapping[str, str], timings: list[Timing]) -> Contest:

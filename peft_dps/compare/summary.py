@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_dps.compare import cells
 from peft_dps.compare.cells import NONE, p_value, points
-from peft_dps.compare.contest import Contest
+from peft_dps.compare.contest import Contest, without_dropout
 from peft_dps.compare.costs import Costs, costs_of, timed_against
 from peft_dps.compare.run import Run
 from peft_dps.compare.sheet import Sheet
@@ -45,7 +45,7 @@ def score_sheet(contest: Contest, domain: str) -> Sheet:
             )
             for each in found
         ),
-        notes=tuple(_verdict(found, base)),
+        notes=(*_verdict(found, base), *_like_for_like([contest], lambda alike: standings(alike[0], domain))),
         best=_highest(found),
     )
 
@@ -147,7 +147,7 @@ def overall_sheet(contests: Sequence[Contest]) -> Sheet:
             )
             for each in found
         ),
-        notes=tuple(_resolution(found)),
+        notes=(*_resolution(found), *_like_for_like(contests, overall)),
     )
 
 
@@ -201,6 +201,22 @@ def _verdict(found: Sequence[Standing], base: str) -> list[str]:
     elif least_p(max(each.pairs for each in tested)) * len(tested) <= LEVEL:
         said += f" Nothing differs significantly from {base}."
     return [said, *_resolution(found)]
+
+
+def _like_for_like(
+    contests: Sequence[Contest], stand: Callable[[list[Contest]], Sequence[Standing] | Sequence[Overall]]
+) -> list[str]:
+    """How the methods without dropout stand beside full fine-tuning without it."""
+    alike = [found for found in map(without_dropout, contests) if found is not None]
+    if not alike:
+        return []
+    tested = [each for each in stand(alike) if each.p is not None]
+    said = "; ".join(
+        f"{each.contender.title} {points(each.difference, sign=True)} (p {p_value(each.p)}, "
+        f"Holm {p_value(each.corrected_p)})"
+        for each in tested
+    )
+    return [f"Like for like, beside {alike[0].reference_title}: {said}."] if tested else []
 
 
 def _resolution(found: Sequence[Standing] | Sequence[Overall]) -> list[str]:

@@ -129,6 +129,22 @@ def test_overall_is_sorted_by_rank():
     assert (own["mean rank"], own["vs full"], own["tasks better"], own["pairs"]) == ("1.00", "+10.00", "2 of 2", "2")
 
 
+def test_methods_without_dropout_are_set_beside_full_fine_tuning_without_it():
+    scores = {"full": 0.5, "full-nodropout": 0.6, "lora": 0.7, "lora-nodropout": 0.62, "dps-dense-nodropout": 0.55}
+    runs = [run(name, seed, score, task) for task in ("a", "b") for seed in (0, 1) for name, score in scores.items()]
+    found = contests(*runs)
+    expected = (
+        "Like for like, beside full-nodropout: lora-nodropout +2.00 (p {0}, Holm {1}); dps-dense-nodropout -5.00 (p {0}, "
+        "Holm {1})."
+    )
+    assert score_sheet(found[0], "a").notes[-1] == expected.format("0.5000", "1.0000")
+    assert overall_sheet(found).notes[-1] == expected.format("0.1250", "0.2500")
+    asked_for = contests_of(Results({each.plan.key: each for each in runs}), "lora")
+    assert "Like for like" not in " ".join(score_sheet(asked_for[0], "a").notes)
+    alone = contests(*(each for each in runs if each.plan.method != "full-nodropout"))
+    assert "Like for like" not in " ".join(score_sheet(alone[0], "a").notes)
+
+
 def test_setup_names_all_hardware():
     runs = [
         run("full", seed, 0.5, hardware={"gpu": None, "cores": cores, "memory": 2**33})

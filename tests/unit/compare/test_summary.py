@@ -134,8 +134,8 @@ def test_methods_without_dropout_are_set_beside_full_fine_tuning_without_it():
     runs = [run(name, seed, score, task) for task in ("a", "b") for seed in (0, 1) for name, score in scores.items()]
     found = contests(*runs)
     expected = (
-        "Like for like, beside full-nodropout: lora-nodropout +2.00 (p {0}, Holm {1}); dps-dense-nodropout -5.00 (p {0}, "
-        "Holm {1})."
+        "Like for like, beside full-nodropout: lora-nodropout +2.00 (p {0}, Holm {1}); "
+        "dps-dense-nodropout -5.00 (p {0}, Holm {1})."
     )
     assert score_sheet(found[0], "a").notes[-1] == expected.format("0.5000", "1.0000")
     assert overall_sheet(found).notes[-1] == expected.format("0.1250", "0.2500")

@@ -80,10 +80,10 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
 def _run(comparison: Comparison, report: Path | None, console: Console) -> int:
     with Observer(console) as observer:
         results = compare(comparison, observer)
-    show(results, console)
+    show(results, console, comparison.reference)
     console.print(f"Results: {comparison.output}", markup=False, soft_wrap=True)
     if report is not None:
-        leave_report(comparison.output, report, console)
+        leave_report(comparison.output, report, console, comparison.reference)
     return int(any(run.failed for run in results.runs.values()))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_dps.compare.choice import Choice
+from peft_dps.compare.contest import REFERENCE
 from peft_dps.compare.own import OwnData
 from peft_dps.compare.plan import Settings
 from peft_dps.compare.tasks import Place
@@ -47,6 +48,7 @@ class Comparison:
         settings: The budget.
         jobs: Runs at the same time, each in a process of its own.
         timing: Whether to measure step times interleaved in the end.
+        reference: Variant of the method that tables and report test the others against.
         imports: Modules that register further methods or tasks.
         place: Where tasks find their data.
     """
@@ -62,6 +64,7 @@ class Comparison:
     settings: Settings = field(default_factory=Settings)
     jobs: int = 1
     timing: bool = True
+    reference: str = REFERENCE
     imports: Sequence[str] = ()
     place: Place = field(default_factory=Place)
 
@@ -87,6 +90,9 @@ class Comparison:
         for name in ("train_sizes", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` must name at least one, got none.")
+        variants = [choice.variant for choice in self.methods]
+        if self.reference not in (REFERENCE, *variants):
+            raise ValueError(f"`reference` must be among the methods, {', '.join(variants)}, got {self.reference!r}.")
         _require_int("jobs", self.jobs, 1)
         _require_int("tuning_seeds", self.tuning_seeds, 1)
         for seed in self.seeds:

@@ -36,7 +36,8 @@ _OWN = frozenset(field.name for field in dataclasses.fields(OwnData))
 _PLACE = frozenset(field.name for field in dataclasses.fields(Place))
 _PLAIN = frozenset({"model", "tasks", "tuning_seeds", "jobs", "timing", "imports"})
 _CHOICE = frozenset({"method", "options", "learning_rates", "title"})
-KEYS = frozenset({"output", "methods", "data", "train_sizes", "seeds", "learning_rates"}) | _PLAIN | _SETTINGS | _PLACE
+_OTHERS = frozenset({"output", "methods", "data", "train_sizes", "seeds", "learning_rates", "reference"})
+KEYS = _OTHERS | _PLAIN | _SETTINGS | _PLACE
 ALL = "all"
 
 
@@ -95,6 +96,8 @@ def to_comparison(content: Mapping[str, Any]) -> Comparison:
             None if size == ALL else _number("train_sizes", size)
             for size in _listed("train_sizes", content["train_sizes"])
         ]
+    if "reference" in content:
+        values["reference"] = Choice.parse(_text("reference", content["reference"])).variant
     if "seeds" in content:
         values["seeds"] = _seeds(_listed("seeds", content["seeds"]))
     if isinstance(rates, Mapping) and (unknown := set(rates) - {choice.method for choice in methods}):

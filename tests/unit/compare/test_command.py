@@ -96,6 +96,10 @@ def test_a_comparison_that_is_killed_goes_on(command, data_files, my_methods, ca
         (["compare"], "`tasks` must name a task"),
         (["--methods", "lorra", "--tasks", "sentiment"], "`methods` must be among full"),
         (["--file", "absent.toml"], "absent.toml"),
+        (
+            ["--methods", "lora", "--tasks", "sentiment", "--reference", "bitfit"],
+            "among the methods, lora, got 'bitfit'",
+        ),
         (["compare", "--tasks", "sentiment", "--imports", "no_such_module"], "no_such_module"),
     ],
 )

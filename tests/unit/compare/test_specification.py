@@ -74,6 +74,7 @@ def test_flags_alone():
         *("--data", "mine.csv", "--text-column", "a", "--text-column", "b", "--label-column", "c"),
         *("--test", "test.csv", "--other", "far=far.csv", "--metrics", "accuracy", "f1"),
         *("--train-size", "10", "all", "--learning-rates", "lora=1e-3,1e-2", "--jobs", "2", "--no-timing"),
+        *("--reference", "lora"),
     )
     assert comparison.own == [
         OwnData("mine.csv", "test.csv", ["a", "b"], "c", others={"far": "far.csv"}, metrics=["accuracy", "f1"])
@@ -82,7 +83,7 @@ def test_flags_alone():
     rates = {choice.method: choice.learning_rates for choice in comparison.methods}
     assert (rates["lora"], rates["full"]) == ((1e-3, 1e-2), None)
     assert (comparison.jobs, comparison.timing, comparison.train_sizes) == (2, False, [10, None])
-    assert str(comparison.output) == "runs/compare.jsonl"
+    assert (str(comparison.output), comparison.reference) == ("runs/compare.jsonl", "lora")
     comparison.check()
 
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from peft_dps.compare.head import head_parameters, train_only
 
-INIT_STD = 1e-3  # close to the identity at the start: Houlsby et al., section 2.1
+HOULSBY_STD = 1e-3  # close to the identity at the start: Houlsby et al., section 2.1
+PFEIFFER_STD = 0.02  # that of BERT's own layers, as AdapterHub draws them
 _PARTS = ("dense", "dropout", "LayerNorm")
 
 
@@ -22,15 +23,16 @@ class Bottleneck(nn.Module):
         width: Size of h.
         size: Size of the bottleneck; D is `[size, width]`, U is `[width, size]`.
         activation: "gelu" or "relu".
+        std: Standard deviation of D and U at the start, before what lies beyond two of it is drawn again.
     """
 
-    def __init__(self, width: int, size: int, activation: str) -> None:
+    def __init__(self, width: int, size: int, activation: str, std: float) -> None:
         super().__init__()
         self.down = nn.Linear(width, size)
         self.up = nn.Linear(size, width)
         self.activation = F.gelu if activation == "gelu" else F.relu
         for linear in (self.down, self.up):
-            nn.init.trunc_normal_(linear.weight, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD)
+            nn.init.trunc_normal_(linear.weight, std=std, a=-2 * std, b=2 * std)
             nn.init.zeros_(linear.bias)
 
     def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,7 +54,7 @@ class PfeifferOutput(nn.Module):
     def __init__(self, output: Any, size: int) -> None:
         super().__init__()
         self.output: Any = output
-        self.adapter = Bottleneck(_width(output), size, "relu")
+        self.adapter = Bottleneck(_width(output), size, "relu", PFEIFFER_STD)
 
     def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
         """Project, adapt, add, normalize."""
@@ -82,7 +84,7 @@ def add_houlsby(model: PreTrainedModel, size: int = 64) -> PreTrainedModel:
     trained = head_parameters(model)
     for path, module in outputs.items():
         # Its forward is LayerNorm(dropout(dense(h)) + x): after dropout is where the adapter belongs.
-        adapter = _like(module, Bottleneck(_width(module), size, "gelu"))
+        adapter = _like(module, Bottleneck(_width(module), size, "gelu", HOULSBY_STD))
         module.dropout = nn.Sequential(module.dropout, adapter)
         trained |= {f"{path}.dropout.1.{name}" for name, _ in adapter.named_parameters()}
     trained |= {name for name, _ in model.named_parameters() if ".LayerNorm." in name}

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 
-from peft_dps.compare.contest import Contest
+from peft_dps.compare.contest import Contender, Contest
 from peft_dps.compare.run import Run
 
 
@@ -77,18 +77,25 @@ def _superseded(contest: Contest) -> Iterator[str]:
 
 
 def _edges(contest: Contest) -> Iterator[str]:
+    given = [each.title for each in contest.contenders if len(_tried(contest, each)) == 1]
+    if given:
+        yield f"The learning rate was given, and not chosen among several, for {', '.join(given)}."
     for each in contest.contenders:
-        found = set()
-        for run in each.runs.values():
-            rates = sorted(candidate.learning_rate for candidate in run.candidates)
-            chosen = [candidate.learning_rate for candidate in run.candidates if candidate.chosen]
-            if len(rates) > 1 and chosen:
-                found |= {"largest"} if chosen[0] == rates[-1] else {"smallest"} if chosen[0] == rates[0] else set()
+        rates, found = _tried(contest, each), set()
+        if len(rates) > 1:
+            ends = {min(rates): "smallest", max(rates): "largest"}
+            found = {ends[run.plan.learning_rate] for run in each.runs.values() if run.plan.learning_rate in ends}
         if found:
             yield (
                 f"{each.title}: the {' and the '.join(sorted(found))} learning rate tried was chosen; a better one "
                 "may lie beyond."
             )
+
+
+def _tried(contest: Contest, contender: Contender) -> frozenset[float]:
+    """Return the learning rates that were tried, in this comparison or in a later one that tried more."""
+    known = {candidate.learning_rate for run in contender.runs.values() for candidate in run.candidates}
+    return contest.tried.get(contender.variant, frozenset()) | known
 
 
 def _selection(contest: Contest) -> Iterator[str]:

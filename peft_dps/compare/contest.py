@@ -6,7 +6,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from peft_dps.compare.methods import DROPOUT, NO_DROPOUT
@@ -58,6 +58,7 @@ class Contest:
         timing: Step times, measured interleaved, if they were.
         superseded: Runs of which a later one, or one that finished, has the same method and seed.
         reference_variant: Variant of the method that the others are tested against.
+        tried: Per variant, the learning rates that were tried on the validation split.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Contest:
     timing: Timing | None = None
     superseded: tuple[Run, ...] = ()
     reference_variant: str = REFERENCE
+    tried: Mapping[str, frozenset[float]] = field(default_factory=dict)
 
     @property
     def reference(self) -> Contender | None:
@@ -103,15 +105,27 @@ def contests_of(results: Results, reference: str = REFERENCE) -> list[Contest]:
     """
     groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in results.reported:
-        plan = run.plan
-        groups[plan.task, plan.train_size, plan.model, tuple(asdict(plan.settings).items()), plan.protocol].append(run)
+        groups[_key(run)].append(run)
+    tried: dict[tuple[Any, ...], dict[str, frozenset[float]]] = defaultdict(dict)
+    for run in results.runs.values():
+        if run.plan.phase == "tune":
+            rates = tried[_key(run)]
+            rates[run.plan.variant] = rates.get(run.plan.variant, frozenset()) | {run.plan.learning_rate}
     order = _titles(results, reference)
     names = _distinct([_name(runs, key, groups.keys()) for key, runs in groups.items()], " ")
     slugs = _distinct([re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "contest" for name in names], "-")
     return [
-        replace(_contest(name, slug, runs, order, results.timings), reference_variant=reference)
-        for name, slug, runs in zip(names, slugs, groups.values(), strict=True)
+        replace(
+            _contest(name, slug, groups[key], order, results.timings), reference_variant=reference, tried=tried[key]
+        )
+        for name, slug, key in zip(names, slugs, groups, strict=True)
     ]
+
+
+def _key(run: Run) -> tuple[Any, ...]:
+    """What the runs of a contest have in common."""
+    plan = run.plan
+    return plan.task, plan.train_size, plan.model, tuple(asdict(plan.settings).items()), plan.protocol
 
 
 def without_dropout(contest: Contest) -> Contest | None:
@@ -191,9 +205,9 @@ def _name(runs: Sequence[Run], key: tuple[Any, ...], keys: Iterable[tuple[Any, .
     parts = [plan.task, size if plan.train_size is not None or sizes else "all training examples"]
     if len({other[2] for other in others}) > 1:
         parts.append(plan.model)
-    for position, (field, value) in enumerate(key[3]):
+    for position, (setting, value) in enumerate(key[3]):
         if len({other[3][position][1] for other in others}) > 1:
-            parts.append(f"{field} {value}")
+            parts.append(f"{setting} {value}")
     if len({other[4] for other in others}) > 1:
         parts.append(f"protocol {plan.protocol}")
     return ", ".join(parts)

@@ -1,12 +1,17 @@
-"""The head of a model: what comes after the pretrained part, and is new for the task."""
+"""The head of a model: what comes after its layers."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+POOLER = "pooler"
+
 
 def head_parameters(model: PreTrainedModel) -> set[str]:
-    """Return the names of the parameters outside the pretrained part.
+    """Return the names of the parameters outside the pretrained part, and of its pooler.
+
+    A model that was pretrained to embed texts by their mean has a pooler that nothing has trained. Methods that train
+    the head alone would classify through random features there.
 
     Args:
         model: A model with a head, as `AutoModelForSequenceClassification` loads it.
@@ -19,7 +24,12 @@ def head_parameters(model: PreTrainedModel) -> set[str]:
     names = {name for name in every if not name.startswith(prefix)}
     if names in (set(), every):
         raise ValueError(f"{type(model).__name__} has no head beside {prefix[:-1]!r}: load it with one for the task.")
-    return names
+    return names | {name for name in every if name.startswith(f"{prefix}{POOLER}.")}
+
+
+def has_pooler(model: PreTrainedModel) -> bool:
+    """Return whether the pretrained part ends in a pooler."""
+    return getattr(model.base_model, POOLER, None) is not None
 
 
 def train_only(model: PreTrainedModel, names: set[str]) -> None:

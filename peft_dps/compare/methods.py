@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from peft_dps.compare.bitfit import apply_bitfit
 from peft_dps.compare.bottleneck import add_houlsby, add_pfeiffer
+from peft_dps.compare.head import POOLER, has_pooler
 from peft_dps.config import DPSConfig
 from peft_dps.dropout import disable_dropout
 
@@ -51,12 +52,15 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     only_config: bool = False
 
-    def apply(self, model: PreTrainedModel, options: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    def apply(
+        self, model: PreTrainedModel, options: Mapping[str, Any], seed: int = 0
+    ) -> tuple[nn.Module, dict[str, Any]]:
         """Make a model ready to train.
 
         Args:
             model: The pretrained model with a new head; changed in place.
             options: Options of the method. "dropout": false sets the model's dropout to 0, for every method.
+            seed: For the random numbers that DPS draws, unless the options have one.
 
         Returns:
             The model, and the method's configuration, ready for JSON.
@@ -66,6 +70,8 @@ class Method:
             disable_dropout(model)
         prepared = self.prepare(model, **given)
         config = {DROPOUT: {**self.defaults, **options}.get(DROPOUT, True), **given}
+        if isinstance(prepared, DPSConfig) and "seed" not in given:
+            prepared.seed = seed
         if isinstance(prepared, PeftConfig):
             config.update(_plain(prepared.to_dict()))
             return get_peft_model(model, prepared), config
@@ -185,9 +191,11 @@ def full(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @register_method("lora", "LoRA", ADAPTER_RATES, only_config=True)
-def lora(model: PreTrainedModel, **fields: Any) -> PeftConfig:
+def lora(model: PreTrainedModel | None, **fields: Any) -> PeftConfig:
     """Train low-rank updates of all linear layers, and the head (Hu et al., arXiv:2106.09685)."""
-    defaults = {"task_type": "SEQ_CLS", "target_modules": "all-linear", "r": 8, "lora_alpha": 16}
+    defaults: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear", "r": 8, "lora_alpha": 16}
+    if model is not None and has_pooler(model):
+        defaults["modules_to_save"] = [POOLER]  # PEFT does not count it to the head
     return LoraConfig(**{**defaults, **fields})
 
 

@@ -25,10 +25,10 @@ Styles = Mapping[str, Style]
 
 
 def draw_costs(contest: Contest, styles: Styles) -> Figure:
-    """Draw the score in domain against peak memory and against time, with the Pareto fronts.
+    """Draw the score in domain against peak memory and against step time, with the Pareto fronts.
 
-    Time is that of a step beside the reference's where all were measured so, since seconds of a run tell little on a
-    machine that does other things besides.
+    Step time is there if that of all methods was measured, interleaved. Seconds of a run are no substitute: they tell
+    what else the machine did.
 
     Args:
         contest: The contest.
@@ -37,13 +37,14 @@ def draw_costs(contest: Contest, styles: Styles) -> Figure:
     found = standings(contest, contest.domains[0])
     places = [(costs, own) for costs, own in zip(costs_of(contest), found, strict=True) if own.values]
     with canvas(WIDTH, 4.2) as figure:
-        left, right = figure.subplots(1, 2, sharey=True)
+        ratios = [(costs.step_ratio, own) for costs, own in places if costs.step_ratio is not None]
+        panels = figure.subplots(1, 2 if len(ratios) == len(places) else 1, sharey=True, squeeze=False)[0]
+        left = panels[0]
         _draw_front(left, [((costs.peak_memory or 0) / 2**20, own) for costs, own in places], styles)
         left.set(xlabel="peak memory, MiB", ylabel=f"{contest.domains[0]}: 100 x {contest.metric}")
-        ratios = [costs.step_ratio for costs, _ in places]
-        times = [costs.seconds if None in ratios else costs.step_ratio for costs, _ in places]
-        _draw_front(right, [(time or 0, own) for time, (_, own) in zip(times, places, strict=True)], styles)
-        right.set(xlabel="training time, s" if None in ratios else "step time, ratio")
+        for right in panels[1:]:
+            _draw_front(right, ratios, styles)
+            right.set(xlabel="step time, ratio")
         headline(figure, f"{contest.name}: better is up and to the left")
         legend(figure, left, contest.contenders)
     return figure

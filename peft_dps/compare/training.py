@@ -63,7 +63,7 @@ def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[
     memory = PeakMemory()
     base = load_model(task, model_path, plan.seed, tokenizer)
     entries = sum(parameter.numel() for parameter in base.parameters())
-    model, config = find_method(plan.method).apply(base, plan.options)
+    model, config = find_method(plan.method).apply(base, plan.options, plan.seed)
     is_test = plan.phase == "test"
     witness = Witness(task.metrics, plan.settings.evaluations if is_test else 1, report)
     collator = _Collator(tokenizer)
@@ -154,6 +154,15 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|datasets)\.")
 
 
+class _Trainer(Trainer):
+    """Looks at the validation split without touching the random numbers of dropout."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
+
 class _Collator:
     """Pads batches, and takes the fingerprint of the training examples as they come by."""
 
@@ -182,7 +191,7 @@ def _trainer(
     witness: Witness,
     folder: str,
 ) -> Trainer:
-    trainer = Trainer(
+    trainer = _Trainer(
         model=model,
         args=_arguments(plan, folder),
         train_dataset=data.add_column("row", list(range(len(data)))),

@@ -29,6 +29,9 @@ SIZES = {
 }
 
 
+HEAD = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+
+
 def trained(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -36,7 +39,7 @@ def trained(model):
 def test_the_bottlenecks_formula():
     hidden, residual = torch.randn(3, 8), torch.randn(3, 8)
     for name, activation in (("gelu", F.gelu), ("relu", F.relu)):
-        adapter = Bottleneck(8, 4, name)
+        adapter = Bottleneck(8, 4, name, 1e-3)
         torch.nn.init.normal_(adapter.down.bias)
         down, up = adapter.down, adapter.up
         inner = activation(hidden @ down.weight.T + down.bias) @ up.weight.T + up.bias
@@ -77,7 +80,7 @@ def test_what_houlsby_trains(tiny_bert):
     norms = {name for name in names if ".LayerNorm." in name}
     assert len(adapters) == 2 * 2 * 4  # layers, places, tensors
     assert len(norms) == 2 * (1 + 2 * 2)
-    assert names - adapters - norms == {"classifier.weight", "classifier.bias"}
+    assert names - adapters - norms == HEAD
     assert model.bert.encoder.layer[0].attention.output.dropout[1].down.weight.shape == (4, 32)
 
 
@@ -94,7 +97,7 @@ def test_what_pfeiffer_trains(tiny_bert):
     names = trained(model)
     adapters = {name for name in names if ".output.adapter." in name}
     assert len(adapters) == 2 * 4
-    assert names - adapters == {"classifier.weight", "classifier.bias"}
+    assert names - adapters == HEAD
     assert model.bert.encoder.layer[0].output.adapter.down.weight.shape == (2, 32)  # a sixteenth
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,20 @@ def test_nothing_is_said_of_a_fair_contest():
 def test_what_is_wrong_is_said(other, expected):
     found = said(run(order="one"), run("other", **{"order": "one", **other}))
     assert any(expected in sentence for sentence in found), found
+
+
+def test_a_learning_rate_that_was_given_is_said():
+    given = [Candidate(1e-4, [], math.nan, chosen=True)]
+    assert said(run(candidates=given), run("other", candidates=given)) == [
+        "The learning rate was given, and not chosen among several, for full, other."
+    ]
+
+
+def test_rates_that_were_tried_later_count():
+    tried = [Candidate(1e-4, [0], 1, chosen=True), Candidate(1e-5, [0], 0)]
+    tries = [replace(each, plan=replace(each.plan, phase="tune")) for each in (run(rate=1e-4), run(rate=1e-3))]
+    assert said(run(candidates=tried), *tries) == []
+    assert len(said(run(candidates=tried), tries[0])) == 1
 
 
 def test_frozen_entries_may_move_under_the_gradient_policy():

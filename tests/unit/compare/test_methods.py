@@ -21,6 +21,9 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+HEAD = ("classifier", "pooler")
+
+
 def gpt2():
     return GPT2ForSequenceClassification(
         GPT2Config(vocab_size=15, n_positions=16, n_embd=16, n_layer=1, n_head=2, pad_token_id=0)
@@ -34,7 +37,6 @@ def test_every_method_trains_what_it_says_and_the_head(name, tiny_bert):
     options = {"target_modules": ["key"], "feedforward_modules": []} if "IA3" in name else {}
     options = {"stage_steps": 2} if name.startswith(("dps", "random")) else options
     base = tiny_bert()
-    head = {name: parameter.clone() for name, parameter in base.named_parameters() if name.startswith("classifier")}
     model, config = find_method(name).apply(base, options)
     optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -43,7 +45,8 @@ def test_every_method_trains_what_it_says_and_the_head(name, tiny_bert):
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved
     assert moved <= set(trained(model))
-    assert len(head) == sum("classifier" in name for name in moved)
+    for part in HEAD if not name.startswith("peft:") else HEAD[:1]:
+        assert sum(part in each for each in moved) == 2, part
     json.dumps(config)
 
 
@@ -58,6 +61,12 @@ def test_dps_trains_as_many_entries_as_full_fine_tuning(name, tiny_bert):
         "dps-mix": ("mix", "squared_gradient"),
         "random-mask": ("dense", "random"),
     }[name]
+
+
+@pytest.mark.parametrize("name", ["dps-mix", "random-mask"])
+def test_what_dps_draws_follows_the_seed_unless_the_options_have_one(name, tiny_bert):
+    assert find_method(name).apply(tiny_bert(), {}, seed=3)[1]["seed"] == 3
+    assert find_method(name).apply(tiny_bert(), {"seed": 5}, seed=3)[1]["seed"] == 5
 
 
 @pytest.mark.parametrize("name", ["full", "dps-dense", "lora", "houlsby"])
@@ -79,7 +88,9 @@ def test_dropout_is_the_models_or_none(name, tiny_bert):
 def test_bitfit_trains_every_bias_and_the_head(tiny_bert):
     model = apply_bitfit(tiny_bert())
     assert set(trained(model)) == {
-        name for name, _ in model.named_parameters() if name.endswith(".bias") or name.startswith("classifier.")
+        name
+        for name, _ in model.named_parameters()
+        if name.endswith(".bias") or name.startswith(("classifier.", "bert.pooler."))
     }
     assert "bert.encoder.layer.0.output.LayerNorm.bias" in trained(model)
 
@@ -93,8 +104,9 @@ def test_bitfit_needs_biases(tiny_bert):
         apply_bitfit(model)
 
 
-def test_the_head_is_what_is_outside_the_pretrained_part(tiny_bert):
-    assert head_parameters(tiny_bert()) == {"classifier.weight", "classifier.bias"}
+def test_the_head_is_what_is_outside_the_pretrained_part_and_its_pooler(tiny_bert):
+    pooler = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+    assert head_parameters(tiny_bert()) == {"classifier.weight", "classifier.bias", *pooler}
     assert head_parameters(gpt2()) == {"score.weight"}
     with pytest.raises(ValueError, match="GPT2Model has no head"):
         head_parameters(gpt2().transformer)

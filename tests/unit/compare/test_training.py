@@ -74,6 +74,16 @@ def test_the_same_plan_gives_the_same_run(run):
     assert one.losses != run("dps-dense", seed=1).losses
 
 
+def test_looking_at_the_validation_split_leaves_dropout_alone(run):
+    once = replace(SETTINGS, evaluations=1)
+    assert run("full", settings=once).losses == run("full").losses
+
+
+def test_every_seed_draws_random_masks_of_its_own(run):
+    masks = [[selection.overlap for selection in run("random-mask", seed).selections] for seed in (0, 1)]
+    assert masks[0] != masks[1]
+
+
 def test_dps_tells_stages_subnetworks_and_their_overlap(run):
     record = run("dps-dense", options={"density": 0.3, "stage_steps": 3})
     spans = [(span.stage, span.cycle, span.first, span.last) for span in record.stages]
@@ -114,7 +124,7 @@ def test_density_one_selects_all(run):
 def test_bf16_is_mixed_precision(method, run, monkeypatch):
     seen = set()
 
-    class Watching(module.Trainer):
+    class Watching(module._Trainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
             hidden = model.get_base_model() if method == "dps-mix" else model
             layer = hidden.bert.encoder.layer[0].intermediate.dense
@@ -126,7 +136,7 @@ def test_bf16_is_mixed_precision(method, run, monkeypatch):
 
     seen_weights = set()
     plain = run(method)
-    monkeypatch.setattr(module, "Trainer", Watching)
+    monkeypatch.setattr(module, "_Trainer", Watching)
     mixed = run(method, settings=replace(SETTINGS, precision="bf16"))
     assert seen == {torch.bfloat16}
     assert seen_weights == {torch.float32}

@@ -71,13 +71,15 @@ def _uncertainty(contest: Contest) -> list[str]:
 
 def _proofs(contest: Contest) -> list[str]:
     """That DPS engaged, in its own words."""
-    said = []
+    said: dict[tuple[str, str], list[str]] = {}
     for each in contest.contenders:
         engaged = [run for run in each.finished if run.status and run.selections]
         if engaged:
             runs = f"in {len(engaged)} of {len(each.finished)} runs; with seed {engaged[0].plan.seed}, "
             runs = runs if len(contest.seeds) > 1 else ""
-            said.append(
-                f"Proof that {each.title} engaged, {runs}at the end of its last SUBNETWORK: {engaged[0].status}."
-            )
-    return said
+            said.setdefault((runs, engaged[0].status), []).append(each.title)
+    return [
+        f"Proof that {'; '.join(titles)} engaged, {runs}at the end of {'its' if len(titles) == 1 else 'their'} last "
+        f"SUBNETWORK: {status}."
+        for (runs, status), titles in said.items()
+    ]

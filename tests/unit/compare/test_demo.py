@@ -24,10 +24,10 @@ def test_demo_on_the_users_model_and_data(model_folder, data_files, tmp_path, ca
     assert status == 0, shown
     for text in ("full fine-tuning", "LoRA", "BitFit", "DPS Dense", "DPS Mix", "elsewhere", "step time"):
         assert text in shown
-    assert "Proof that DPS Dense engaged, at the end of its last SUBNETWORK: " in shown
+    assert "Proof that DPS Dense; DPS Mix engaged, at the end of their last SUBNETWORK: " in shown
     assert "each accuracy is uncertain by up to" in shown
     page = (output / "report.html").read_text(encoding="utf-8")
-    assert "Proof that DPS Dense engaged, at the end of its last SUBNETWORK: " in page
+    assert "Proof that DPS Dense; DPS Mix engaged, at the end of their last SUBNETWORK: " in page
     assert f"Report: {output / 'report.html'}" in shown
     results = read(output / "runs.jsonl")
     full, lora, bitfit, dense, mix = results.reported

@@ -24,12 +24,14 @@ class Choice:
         learning_rates: Rates to choose from on the validation split; None for the method's own. One is not chosen
             but taken.
         title: What tables call it; None for the method's own title and the options.
+        extends: Whether rates beyond those may be tried. In a checked choice, that is so if none were given.
     """
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     learning_rates: tuple[float, ...] | None = None
     title: str | None = None
+    extends: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Choice:
@@ -64,7 +66,8 @@ class Choice:
                 raise ValueError(f"`learning_rates` of {self.method!r} must be positive numbers, got {rate!r}.")
         written = ", ".join(f"{name}={value}" for name, value in self.options.items())
         title = self.title or (f"{method.title} ({written})" if written else method.title)
-        return replace(self, learning_rates=tuple(map(float, rates)), title=title)
+        extends = self.learning_rates is None and len(rates) > 1
+        return replace(self, learning_rates=tuple(map(float, rates)), title=title, extends=extends)
 
     @property
     def variant(self) -> str:
@@ -119,3 +122,23 @@ def choose(rates: Sequence[float], tried: Sequence[Run]) -> list[Candidate]:
 
     best = max(candidates, key=rank)
     return [replace(candidate, chosen=candidate is best) for candidate in candidates]
+
+
+def beyond(candidates: Sequence[Candidate]) -> float | None:
+    """Return the learning rate to try next: as far beyond the chosen one as the others are apart.
+
+    Args:
+        candidates: At least two, one of them chosen.
+
+    Returns:
+        The rate; None if the chosen one lies between others, or all trials failed.
+    """
+    rates = sorted(candidate.learning_rate for candidate in candidates)
+    chosen = next(candidate for candidate in candidates if candidate.chosen)
+    if math.isnan(chosen.score) or chosen.learning_rate not in (rates[0], rates[-1]):
+        return None
+    # In 1, 3, 10, 30, ... every second step is the same.
+    factor = rates[1] / rates[0] if chosen.learning_rate == rates[-1] else rates[-2] / rates[-1]
+    if len(rates) > 2:
+        factor = rates[-2] / rates[-3] if chosen.learning_rate == rates[-1] else rates[1] / rates[2]
+    return float(f"{chosen.learning_rate * factor:.2g}")

@@ -43,6 +43,11 @@ class Observer:
         self._runs = runs
         self._all = self._bars.add_task(f"{runs} runs", total=runs * _UNITS, note="")
 
+    def add(self, runs: int) -> None:
+        """Say that there are more runs."""
+        self._runs += runs
+        self._set_total()
+
     def start(self, plan: Plan, title: str) -> None:
         """Say that a run begins."""
         bar = self._bars.add_task(describe(plan, title), total=None, note="starting")
@@ -76,12 +81,15 @@ class Observer:
         """Say that runs need not be made, since the result file has them."""
         self.console.print(f"{runs} runs are finished already and are not repeated.")
         self._runs -= runs
-        if self._all is not None:
-            self._bars.update(self._all, total=self._runs * _UNITS, description=f"{self._runs} runs")
+        self._set_total()
 
     def say(self, text: str) -> None:
         """Show a line."""
         self.console.print(text, markup=False)
+
+    def _set_total(self) -> None:
+        if self._all is not None:
+            self._bars.update(self._all, total=self._runs * _UNITS, description=f"{self._runs} runs")
 
     def _advance(self, units: float) -> None:
         if self._all is not None:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from peft_dps.compare.apart import Apart, Seat, WorkError, seats
 from peft_dps.compare.assets import fetch_assets
-from peft_dps.compare.choice import Choice, choose
+from peft_dps.compare.choice import Choice, beyond, choose
 from peft_dps.compare.comparison import EMBEDDED, Comparison
 from peft_dps.compare.machine import hardware, versions
 from peft_dps.compare.observer import Observer
@@ -29,6 +29,8 @@ from peft_dps.compare.training import check_model, longest_input, quieten, train
 
 _logger = logging.getLogger(__name__)
 TIMED_STEPS = 16
+EXTENSIONS = 2
+"""How often a method's own learning rates are extended while the best one is the smallest or the largest."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,10 @@ def find_model(comparison: Comparison) -> str:
     return comparison.model
 
 
+def _rates(runs: Sequence[Run]) -> list[float]:
+    return sorted({run.plan.learning_rate for run in runs})
+
+
 class _Runner:
     def __init__(
         self,
@@ -140,21 +146,31 @@ class _Runner:
         self, name: str, size: int | None, drawn: dict[int, Task], prints: dict[int, str]
     ) -> dict[int, list[Run]]:
         """Try the learning rates; returns the runs of each choice, by its place."""
-        plans = {
-            place: [
-                replace(self._plan(choice, rate, name, size, seed, prints[seed]), phase="tune")
-                for seed in self._tuning_seeds
-                for rate in choice.rates
-            ]
-            for place, choice in enumerate(self.choices)
-            if choice.is_tuned
-        }
-        self._run_all(
-            _Assignment(plan, self.choices[place].title or "", drawn[plan.seed], [])
-            for place, group in plans.items()
-            for plan in group
-        )
-        return {place: [self.results.runs[plan.key] for plan in group] for place, group in plans.items()}
+        tried: dict[int, list[Run]] = {place: [] for place, choice in enumerate(self.choices) if choice.is_tuned}
+        wanted = {place: self.choices[place].rates for place in tried}
+        for round_ in range(1 + EXTENSIONS):
+            plans = {
+                place: [
+                    replace(self._plan(self.choices[place], rate, name, size, seed, prints[seed]), phase="tune")
+                    for seed in self._tuning_seeds
+                    for rate in rates
+                ]
+                for place, rates in wanted.items()
+            }
+            if round_:
+                self.observer.add(sum(map(len, plans.values())))
+            self._run_all(
+                _Assignment(plan, self.choices[place].title or "", drawn[plan.seed], [])
+                for place, group in plans.items()
+                for plan in group
+            )
+            for place, group in plans.items():
+                tried[place] += [self.results.runs[plan.key] for plan in group]
+            wanted = {place: (rate,) for place in plans if (rate := self._beyond(place, tried[place])) is not None}
+        return tried
+
+    def _beyond(self, place: int, tried: Sequence[Run]) -> float | None:
+        return beyond(choose(_rates(tried), tried)) if self.choices[place].extends else None
 
     def _test(
         self,
@@ -168,7 +184,7 @@ class _Runner:
         for seed in self.comparison.seeds:  # seed by seed: a comparison that is stopped has compared something
             for place, choice in enumerate(self.choices):
                 runs = tried.get(place, [])
-                candidates = choose(choice.rates, runs)
+                candidates = choose(_rates(runs) or choice.rates, runs)
                 rate = next(candidate.learning_rate for candidate in candidates if candidate.chosen)
                 plan = self._plan(choice, rate, name, size, seed, prints[seed])
                 if runs and all(run.failed for run in runs):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from peft_dps.compare.choice import Choice, choose
+from peft_dps.compare.choice import Choice, beyond, choose
 from peft_dps.compare.plan import Plan
 from peft_dps.compare.run import Evaluation, Run
 
@@ -82,6 +82,23 @@ def test_a_rate_with_a_failed_run_is_not_chosen():
     first, second = choose([1e-4, 1e-3], runs)
     assert (first.chosen, second.chosen) == (True, False)
     assert math.isnan(second.score)
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ({3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.7}, 1e-2),
+        ({3e-4: 0.5, 1e-3: 0.6, 3e-3: 0.7, 1e-2: 0.8}, 3e-2),
+        ({3e-4: 0.7, 1e-3: 0.6, 3e-3: 0.5}, 1e-4),
+        ({3e-5: 0.7, 1e-4: 0.6, 3e-4: 0.5}, 1e-5),
+        ({1e-5: 0.8, 3e-5: 0.7, 1e-4: 0.6, 3e-4: 0.5}, 3e-6),
+        ({3e-5: 0.5, 1e-4: 0.6, 3e-4: 0.5}, None),
+        ({1e-4: 0.5, 2e-4: 0.6}, 4e-4),
+        ({1e-4: math.nan, 2e-4: math.nan}, None),
+    ],
+)
+def test_what_to_try_beyond_the_best(scores, expected):
+    assert beyond(choose(list(scores), [tried(rate, score) for rate, score in scores.items()])) == expected
 
 
 def test_a_single_rate_is_taken():

@@ -131,6 +131,22 @@ def test_several_seeds_may_choose_the_rate(trainings, comparison, run):
     assert results.reported[0].candidates[0].seeds == [0, 1]
 
 
+def test_the_methods_own_rates_are_extended_while_the_best_is_the_last_one(trainings, comparison, run, shown):
+    trainings.scores = {1e-4: 0.55, 3e-4: 0.6, 1e-3: 0.7, 3e-3: 0.8}
+    results = run(replace(comparison, methods=[Choice("full"), Choice("lora")], seeds=[0]))
+    tried = [(plan.method, plan.learning_rate) for plan in trainings.plans if plan.phase == "tune"]
+    assert tried[:6] == [("full", rate) for rate in (3e-5, 1e-4, 3e-4)] + [
+        ("lora", rate) for rate in (3e-4, 1e-3, 3e-3)
+    ]
+    assert tried[6:] == [("full", 1e-3), ("lora", 1e-2), ("full", 3e-3)]
+    assert {run.plan.method: run.plan.learning_rate for run in results.reported} == {"full": 3e-3, "lora": 3e-3}
+    assert len(results.reported[0].candidates) == 5
+    assert "11/11" in shown.getvalue()
+    trainings.plans.clear()
+    run(replace(comparison, methods=[Choice("full"), Choice("lora")], seeds=[0]))
+    assert trainings.plans == []
+
+
 def test_a_single_rate_is_not_tried(trainings, comparison, run):
     results = run(replace(comparison, methods=[Choice("full", learning_rates=(1e-3,))]))
     assert {plan.phase for plan in trainings.plans} == {"test"}

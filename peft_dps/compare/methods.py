@@ -22,7 +22,7 @@ Prepare = Callable[..., PreTrainedModel | PeftConfig]
 """Takes the model, and the method's options by keyword. Returns the model ready to train, or a PEFT config to wrap it
 with."""
 
-# A factor of about 3 between neighbours, and as many for every method: more tries would be an advantage.
+# A factor of about 3 between neighbours, and as many for every method.
 FULL_RATES = (3e-5, 1e-4, 3e-4)
 ADAPTER_RATES = (3e-4, 1e-3, 3e-3)
 FEW_ENTRIES_RATES = (1e-3, 3e-3, 1e-2)

@@ -77,14 +77,15 @@ def _superseded(contest: Contest) -> Iterator[str]:
 
 
 def _edges(contest: Contest) -> Iterator[str]:
-    given = [each.title for each in contest.contenders if len(_tried(contest, each)) == 1]
+    given = [each.title for each in contest.contenders if any(len(run.candidates) == 1 for run in each.runs.values())]
     if given:
         yield f"The learning rate was given, and not chosen among several, for {', '.join(given)}."
     for each in contest.contenders:
         rates, found = _tried(contest, each), set()
         if len(rates) > 1:
             ends = {min(rates): "smallest", max(rates): "largest"}
-            found = {ends[run.plan.learning_rate] for run in each.runs.values() if run.plan.learning_rate in ends}
+            chosen = {run.plan.learning_rate for run in each.runs.values() if len(run.candidates) > 1}
+            found = {ends[rate] for rate in chosen if rate in ends}
         if found:
             yield (
                 f"{each.title}: the {' and the '.join(sorted(found))} learning rate tried was chosen; a better one "

@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from peft_dps.compare.methods import DROPOUT, NO_DROPOUT
+from peft_dps.compare.plan import variant
 from peft_dps.compare.results import Results
 from peft_dps.compare.run import Run, Timing
 
 REFERENCE = "full"
 """Variant of the method that the others are tested against, unless another is named."""
+_WITHOUT_DROPOUT = (REFERENCE + NO_DROPOUT, variant(REFERENCE, {DROPOUT: False}))
 
 
 @dataclass(frozen=True)
@@ -137,16 +139,17 @@ def without_dropout(contest: Contest) -> Contest | None:
     Returns:
         The contest of these methods; None without such methods, and where another reference was asked for.
     """
-    reference = REFERENCE + NO_DROPOUT
     alike = tuple(each for each in contest.contenders if _is_without_dropout(each))
-    if contest.reference_variant != REFERENCE or len(alike) < 2 or reference not in {each.variant for each in alike}:
+    references = [each.variant for each in alike if each.variant in _WITHOUT_DROPOUT]
+    if contest.reference_variant != REFERENCE or len(alike) < 2 or not references:
         return None
-    return replace(contest, contenders=alike, reference_variant=reference)
+    return replace(contest, contenders=alike, reference_variant=references[0])
 
 
 def _is_without_dropout(contender: Contender) -> bool:
-    plan = next(iter(contender.runs.values())).plan
-    return plan.method.endswith(NO_DROPOUT) or plan.options.get(DROPOUT) is False
+    run = next(iter(contender.finished or contender.runs.values()))
+    by_name = run.plan.options.get(DROPOUT, not run.plan.method.endswith(NO_DROPOUT))
+    return run.config.get(DROPOUT, by_name) is False
 
 
 def _contest(name: str, slug: str, runs: Sequence[Run], titles: Mapping[str, str], timings: list[Timing]) -> Contest:

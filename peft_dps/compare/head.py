@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-POOLER = "pooler"
+_POOLER = "pooler"
 
 
 def head_parameters(model: PreTrainedModel) -> set[str]:
@@ -24,12 +24,13 @@ def head_parameters(model: PreTrainedModel) -> set[str]:
     names = {name for name in every if not name.startswith(prefix)}
     if names in (set(), every):
         raise ValueError(f"{type(model).__name__} has no head beside {prefix[:-1]!r}: load it with one for the task.")
-    return names | {name for name in every if name.startswith(f"{prefix}{POOLER}.")}
+    return names | {name for name in every if name.startswith(f"{prefix}{_POOLER}.")}
 
 
-def has_pooler(model: PreTrainedModel) -> bool:
-    """Return whether the pretrained part ends in a pooler."""
-    return getattr(model.base_model, POOLER, None) is not None
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Return the names of the modules that hold the head, as PEFT's `modules_to_save` takes them."""
+    prefix = f"{model.base_model_prefix}."
+    return sorted({name.removeprefix(prefix).split(".")[0] for name in head_parameters(model)})
 
 
 def train_only(model: PreTrainedModel, names: set[str]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import peft
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from peft_dps.compare.bitfit import apply_bitfit
 from peft_dps.compare.bottleneck import add_houlsby, add_pfeiffer
-from peft_dps.compare.head import POOLER, has_pooler
+from peft_dps.compare.head import head_modules
 from peft_dps.config import DPSConfig
 from peft_dps.dropout import disable_dropout
 
@@ -28,6 +29,7 @@ ADAPTER_RATES = (3e-4, 1e-3, 3e-3)
 FEW_ENTRIES_RATES = (1e-3, 3e-3, 1e-2)
 PEFT_PREFIX = "peft:"
 DROPOUT = "dropout"
+SEED = "seed"
 NO_DROPOUT = "-nodropout"
 
 
@@ -41,8 +43,9 @@ class Method:
         prepare: Makes a pretrained model ready to train.
         learning_rates: Peak learning rates to choose from on the validation split.
         defaults: Options that hold unless the user sets them otherwise.
-        only_config: Whether `prepare` returns a PEFT config without looking at the model, which lets options be
+        only_config: Whether `prepare` also returns a PEFT config for None in place of a model, which lets options be
             checked before any training.
+        takes_seed: Whether `prepare` takes the seed of the run as its option "seed", unless the user sets one.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Method:
     learning_rates: tuple[float, ...] = FULL_RATES
     defaults: Mapping[str, Any] = field(default_factory=dict)
     only_config: bool = False
+    takes_seed: bool = False
 
     def apply(
         self, model: PreTrainedModel, options: Mapping[str, Any], seed: int = 0
@@ -60,18 +64,18 @@ class Method:
         Args:
             model: The pretrained model with a new head; changed in place.
             options: Options of the method. "dropout": false sets the model's dropout to 0, for every method.
-            seed: For the random numbers that DPS draws, unless the options have one.
+            seed: Seed of the run, for a method that takes it as an option.
 
         Returns:
             The model, and the method's configuration, ready for JSON.
         """
-        given = {DROPOUT: True, **self.defaults, **options}
-        if not given.pop(DROPOUT):
+        seeded = {SEED: seed} if self.takes_seed else {}
+        given = copy.deepcopy({DROPOUT: True, **seeded, **self.defaults, **options})  # PEFT writes into its lists
+        with_dropout = given.pop(DROPOUT)
+        if not with_dropout:
             disable_dropout(model)
         prepared = self.prepare(model, **given)
-        config = {DROPOUT: {**self.defaults, **options}.get(DROPOUT, True), **given}
-        if isinstance(prepared, DPSConfig) and "seed" not in given:
-            prepared.seed = seed
+        config = {DROPOUT: with_dropout, **given}
         if isinstance(prepared, PeftConfig):
             config.update(_plain(prepared.to_dict()))
             return get_peft_model(model, prepared), config
@@ -105,6 +109,7 @@ def register_method(
     learning_rates: tuple[float, ...] = FULL_RATES,
     *,
     only_config: bool = False,
+    takes_seed: bool = False,
     **defaults: Any,
 ) -> Callable[[Prepare], Prepare]:
     """Register a function as the method that the command line calls `name`.
@@ -121,6 +126,7 @@ def register_method(
         title: What tables and figures call it.
         learning_rates: Peak learning rates to choose from.
         only_config: As in `Method`.
+        takes_seed: As in `Method`.
         **defaults: Options that hold unless the user sets them otherwise.
 
     Returns:
@@ -128,7 +134,7 @@ def register_method(
     """
 
     def register(prepare: Prepare) -> Prepare:
-        METHODS[name] = Method(name, title, prepare, learning_rates, defaults, only_config)
+        METHODS[name] = Method(name, title, prepare, learning_rates, defaults, only_config, takes_seed)
         return prepare
 
     return register
@@ -146,9 +152,7 @@ def find_method(name: str) -> Method:
     if plain != name and (plain in METHODS or plain.startswith(PEFT_PREFIX)):
         known = find_method(plain)
         defaults = {**known.defaults, DROPOUT: False}
-        return Method(
-            name, f"{known.title}, no dropout", known.prepare, known.learning_rates, defaults, known.only_config
-        )
+        return replace(known, name=name, title=f"{known.title}, no dropout", defaults=defaults)
     if name.startswith(PEFT_PREFIX):
         return _peft_method(name)
     raise ValueError(
@@ -194,8 +198,8 @@ def full(model: PreTrainedModel) -> PreTrainedModel:
 def lora(model: PreTrainedModel | None, **fields: Any) -> PeftConfig:
     """Train low-rank updates of all linear layers, and the head (Hu et al., arXiv:2106.09685)."""
     defaults: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear", "r": 8, "lora_alpha": 16}
-    if model is not None and has_pooler(model):
-        defaults["modules_to_save"] = [POOLER]  # PEFT does not count it to the head
+    if model is not None:  # to PEFT the head is what is called classifier or score
+        fields["modules_to_save"] = sorted({*head_modules(model), *(fields.get("modules_to_save") or ())})
     return LoraConfig(**{**defaults, **fields})
 
 
@@ -217,9 +221,9 @@ def pfeiffer(model: PreTrainedModel, size: int | None = None) -> PreTrainedModel
     return add_pfeiffer(model, size)
 
 
-@register_method("random-mask", "random mask", only_config=True, score="random")
-@register_method("dps-mix", "DPS Mix", only_config=True, variant="mix")
-@register_method("dps-dense", "DPS Dense", only_config=True)
+@register_method("random-mask", "random mask", only_config=True, takes_seed=True, score="random")
+@register_method("dps-mix", "DPS Mix", only_config=True, takes_seed=True, variant="mix")
+@register_method("dps-dense", "DPS Dense", only_config=True, takes_seed=True)
 def dps(model: PreTrainedModel, **fields: Any) -> PeftConfig:
     """Train every parameter, the weights of linear layers in turns: all entries, then a subnetwork."""
     return DPSConfig(**{"task_type": "SEQ_CLS", "train_remaining": True, **fields})

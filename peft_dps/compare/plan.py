@@ -50,7 +50,8 @@ class Plan:
         phase: "tune" tries a learning rate and looks at the validation split only; "test" is what is reported.
         task: Name of the task.
         train_size: Training examples drawn; None for all there are.
-        seed: Draws the training examples, the head's initial weights, the order of the data and dropout.
+        seed: Draws the training examples, the head's initial weights, the order of the data, dropout, and what the
+            method draws by itself.
         model: Name, Hub id or path of the pretrained model.
         settings: The budget.
         data: Fingerprint of the examples of all splits.

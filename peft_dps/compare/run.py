@@ -177,8 +177,7 @@ class Timing:
         task: The task whose batch was trained on.
         batch_size: Examples a step.
         tokens: Tokens of an example, padding included.
-        seconds: Per variant (see `Plan.variant`), the time of its step in each round; rounds are comparable. The
-            first variant is the reference.
+        seconds: Per variant (see `Plan.variant`), the time of its step in each round; rounds are comparable.
         stages: Per variant of DPS, the stage of each round.
         precision: As in `Settings`; empty in records that do not say.
         protocol: Version of the protocol.

@@ -204,7 +204,7 @@ def _verdict(found: Sequence[Standing], base: str) -> list[str]:
 
 
 def _like_for_like(
-    contests: Sequence[Contest], stand: Callable[[list[Contest]], Sequence[Standing] | Sequence[Overall]]
+    contests: Sequence[Contest], stand: Callable[[list[Contest]], Sequence[Standing | Overall]]
 ) -> list[str]:
     """How the methods without dropout stand beside full fine-tuning without it."""
     alike = [found for found in map(without_dropout, contests) if found is not None]
@@ -216,10 +216,13 @@ def _like_for_like(
         f"Holm {p_value(each.corrected_p)})"
         for each in tested
     )
-    return [f"Like for like, beside {alike[0].reference_title}: {said}."] if tested else []
+    if not tested:
+        return []
+    place = f", on {len(alike)} of {len(contests)} tasks" if len(alike) < len(contests) else ""
+    return [f"Like for like, beside {alike[0].reference_title}{place}: {said}.", *_resolution(tested)]
 
 
-def _resolution(found: Sequence[Standing] | Sequence[Overall]) -> list[str]:
+def _resolution(found: Sequence[Standing | Overall]) -> list[str]:
     """What p can at best be, where that matters."""
     tested = [each for each in found if each.p is not None]
     if not tested:

@@ -26,7 +26,7 @@ def time_steps(plans: Sequence[Plan], task: Task, model_path: str, steps: int, r
     """Measure the time of a training step of each method.
 
     Args:
-        plans: A plan of each method, of the same task and budget; the first is the reference.
+        plans: A plan of each method, of the same task and budget.
         task: Where the batch comes from.
         model_path: Where the pretrained model is loaded from.
         steps: Timed steps of each method; half of DPS's are in each stage.

@@ -62,6 +62,14 @@ def test_a_learning_rate_that_was_given_is_said():
     ]
 
 
+def test_a_rate_is_given_whatever_else_the_file_has_tried():
+    given = [Candidate(1e-4, [], math.nan, chosen=True)]
+    tries = [replace(each, plan=replace(each.plan, phase="tune")) for each in (run(rate=1e-4), run(rate=1e-3))]
+    assert said(run(candidates=given), *tries) == [
+        "The learning rate was given, and not chosen among several, for full."
+    ]
+
+
 def test_rates_that_were_tried_later_count():
     tried = [Candidate(1e-4, [0], 1, chosen=True), Candidate(1e-5, [0], 0)]
     tries = [replace(each, plan=replace(each.plan, phase="tune")) for each in (run(rate=1e-4), run(rate=1e-3))]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from peft_dps.compare import methods as module
 from peft_dps.compare.bitfit import apply_bitfit
@@ -22,6 +22,25 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 HEAD = ("classifier", "pooler")
+_SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+TINY = {
+    "distilbert": {"vocab_size": 20, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16},
+    "deberta-v2": {"vocab_size": 20, **_SMALL},
+    "roberta": {"vocab_size": 20, **_SMALL},
+    "xlnet": {"vocab_size": 20, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16},
+    "bart": {
+        "vocab_size": 20,
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_ffn_dim": 16,
+        "decoder_ffn_dim": 16,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    },
+    "gpt2": {"vocab_size": 20, "n_embd": 16, "n_layer": 1, "n_head": 2},
+    "modernbert": {"vocab_size": 20, **_SMALL, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2},
+}
 
 
 def gpt2():
@@ -61,6 +80,27 @@ def test_dps_trains_as_many_entries_as_full_fine_tuning(name, tiny_bert):
         "dps-mix": ("mix", "squared_gradient"),
         "random-mask": ("dense", "random"),
     }[name]
+
+
+@pytest.mark.parametrize("name", ["lora", "dps-dense", "peft:LoraConfig"])
+def test_options_stay_as_they_were_given(name, tiny_bert):
+    options = {"target_modules": ["query"], "modules_to_save": ["embeddings"]}
+    model, _ = find_method(name).apply(tiny_bert(), options)
+    assert options == {"target_modules": ["query"], "modules_to_save": ["embeddings"]}  # else it is another run
+    for part in ("word_embeddings", "classifier"):
+        assert any(part in parameter for parameter in trained(model))
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")  # PEFT finds out by itself
+@pytest.mark.parametrize("model_type", ["distilbert", "deberta-v2", "roberta", "xlnet", "bart", "gpt2", "modernbert"])
+def test_lora_trains_the_head_of_every_model_in_full(model_type):
+    config = AutoConfig.for_model(model_type, **TINY.get(model_type, {}))
+    base = AutoModelForSequenceClassification.from_config(config)
+    entries = sum(base.get_parameter(name).numel() for name in head_parameters(base))
+    model, _ = find_method("lora").apply(base, {})
+    low_rank = {name: p for name, p in trained(model).items() if "lora_" in name}
+    assert sum(p.numel() for p in trained(model).values()) == entries + sum(p.numel() for p in low_rank.values())
+    assert low_rank
 
 
 @pytest.mark.parametrize("name", ["dps-mix", "random-mask"])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from peft_dps.compare.contest import contests_of
@@ -137,11 +139,21 @@ def test_methods_without_dropout_are_set_beside_full_fine_tuning_without_it():
         "Like for like, beside full-nodropout: lora-nodropout +2.00 (p {0}, Holm {1}); "
         "dps-dense-nodropout -5.00 (p {0}, Holm {1})."
     )
-    assert score_sheet(found[0], "a").notes[-1] == expected.format("0.5000", "1.0000")
-    assert overall_sheet(found).notes[-1] == expected.format("0.1250", "0.2500")
+    assert score_sheet(found[0], "a").notes[-2] == expected.format("0.5000", "1.0000")
+    assert score_sheet(found[0], "a").notes[-1].startswith("With 2 pairs p is at best 0.5000, and 1.0000 after")
+    assert overall_sheet(found).notes[-2] == expected.format("0.1250", "0.2500")
+    partly = contests(*(each for each in runs if (each.plan.task, each.plan.method) != ("b", "full-nodropout")))
+    assert "beside full-nodropout, on 1 of 2 tasks: " in overall_sheet(partly).notes[-2]
     asked_for = contests_of(Results({each.plan.key: each for each in runs}), "lora")
     assert "Like for like" not in " ".join(score_sheet(asked_for[0], "a").notes)
-    alone = contests(*(each for each in runs if each.plan.method != "full-nodropout"))
+    by_option = [
+        replace(each, plan=replace(each.plan, method="full", options={"dropout": False}))
+        for each in runs
+        if each.plan.method == "full-nodropout"
+    ]
+    others = [each for each in runs if each.plan.method != "full-nodropout"]
+    assert "Like for like, beside full" in score_sheet(contests(*others, *by_option)[0], "a").notes[-2]
+    alone = contests(*others)
     assert "Like for like" not in " ".join(score_sheet(alone[0], "a").notes)
 
 

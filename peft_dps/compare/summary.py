@@ -93,6 +93,8 @@ def _cost_notes(contest: Contest, costs: Sequence[Costs], base: str) -> Iterator
     settings = contest.runs[0].plan.settings
     mixed = " (mixed precision)" if settings.precision == "bf16" else ""
     yield f"Trained in {settings.precision}{mixed}, {settings.batch_size} examples a step, {settings.epochs:g} epochs."
+    if not contest.timing:
+        yield "Training time is that of the wall clock: it tells little where runs shared a machine."
     if contest.timing:
         titles = {each.variant: each.title for each in contest.contenders}
         measure = timed_against(contest.timing, contest.reference_variant)

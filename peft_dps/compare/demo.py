@@ -20,7 +20,7 @@ METHODS = (
     Choice("dps-dense", {"scope": "model"}, (1e-4,), "DPS Dense"),
     Choice("dps-mix", {"scope": "model"}, (1e-4,), "DPS Mix"),
 )
-TRAIN_SIZE = 1000
+TRAIN_SIZE = 600
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Demo:
         output: Folder for the results and the report.
         model: Path or Hub id of a model; None for the embedded one.
         data: The user's own data; None for the embedded corpora.
-        train_size: Training examples; None for all of `data`, or 1000 of the embedded corpora.
+        train_size: Training examples; None for all of `data`, or 600 of the embedded corpora.
         test_size: Test examples per domain at most.
         epochs: Passes over the training examples.
         learning_rate: Peak learning rate of all methods; None for each method's own.

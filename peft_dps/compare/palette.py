@@ -27,6 +27,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, GREY = (
 """Told apart under the common kinds of colour blindness (Okabe and Ito, "Color Universal Design", 2008)."""
 
 DPI = 150
+LINE = 0.2  # inches of a line in a legend
 _RC: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -154,7 +155,7 @@ def headline(figure: Figure, text: str) -> None:
 
 
 def legend(figure: Figure, axes: Axes, contenders: Sequence[Contender]) -> None:
-    """Put one legend for the whole figure to the right of it.
+    """Put one legend for the whole figure to the right of it; the figure grows if the legend is the higher one.
 
     Args:
         figure: The figure.
@@ -164,4 +165,6 @@ def legend(figure: Figure, axes: Axes, contenders: Sequence[Contender]) -> None:
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     order = [label(each.title) for each in contenders if label(each.title) in handles]
     names = [*order, *(name for name in handles if name not in order)]
+    lines = sum(1 + name.count("\n") for name in names)
+    figure.set_figheight(max(figure.get_figheight(), LINE * (lines + 1)))
     figure.legend([handles[name] for name in names], names, loc="outside right center")

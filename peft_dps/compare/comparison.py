@@ -120,6 +120,8 @@ def check_settings(settings: Settings) -> None:
             raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}], got {value!r}.")
     if settings.precision not in ("fp32", "bf16"):
         raise ValueError(f"`precision` must be 'fp32' or 'bf16', got {settings.precision!r}.")
+    if settings.attention not in (None, "eager", "sdpa"):
+        raise ValueError(f"`attention` must be 'eager' or 'sdpa', got {settings.attention!r}.")
     if settings.warmup == 1:  # to the Trainer that is one step
         raise ValueError("`warmup` must be below 1, got 1.")
 

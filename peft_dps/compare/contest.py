@@ -169,7 +169,8 @@ def _contest(name: str, slug: str, runs: Sequence[Run], titles: Mapping[str, str
     fitting = [
         timing
         for timing in timings
-        if (timing.model, timing.task) == (plan.model, plan.task) and timing.precision in ("", plan.settings.precision)
+        if (timing.model, timing.task, timing.attention) == (plan.model, plan.task, plan.settings.attention)
+        and timing.precision in ("", plan.settings.precision)
     ]
     return Contest(
         name=name,

@@ -26,6 +26,7 @@ class Settings:
         test_size: Test examples a domain at most, drawn stratified and always the same; None for all.
         evaluations: How often the validation examples are looked at during training, evenly spread.
         precision: "fp32", or "bf16" for mixed precision: weights in fp32, matrix products in bf16.
+        attention: "eager" or "sdpa", as transformers knows them; None for what it takes by itself.
     """
 
     epochs: float = 3
@@ -37,6 +38,7 @@ class Settings:
     test_size: int | None = None
     evaluations: int = 10
     precision: Literal["fp32", "bf16"] = "fp32"
+    attention: Literal["eager", "sdpa"] | None = None
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,7 @@ class Timing:
         seconds: Per variant (see `Plan.variant`), the time of its step in each round; rounds are comparable.
         stages: Per variant of DPS, the stage of each round.
         precision: As in `Settings`; empty in records that do not say.
+        attention: As in `Settings`.
         protocol: Version of the protocol.
         versions: As in `Run`.
         hardware: As in `Run`.
@@ -192,6 +193,7 @@ class Timing:
     seconds: dict[str, list[float]]
     stages: dict[str, list[str]] = field(default_factory=dict)
     precision: str = ""
+    attention: str | None = None
     protocol: int = PROTOCOL
     versions: dict[str, str] = field(default_factory=dict)
     hardware: dict[str, Any] = field(default_factory=dict)

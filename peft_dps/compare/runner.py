@@ -266,10 +266,10 @@ class _Runner:
 
     def _earlier(self, plans: Sequence[Plan]) -> Timing | None:
         first, variants = plans[0], [plan.variant for plan in plans]
-        wanted = (first.model, first.task, first.settings.precision, variants, self.gpu)
+        wanted = (first.model, first.task, first.settings.precision, first.settings.attention, variants, self.gpu)
         for timing in self.results.timings:
-            own = (timing.model, timing.task, timing.precision, list(timing.seconds), timing.hardware.get("gpu"))
-            if own == wanted:
+            place = (timing.model, timing.task, timing.precision, timing.attention)
+            if (*place, list(timing.seconds), timing.hardware.get("gpu")) == wanted:
                 return timing
         return None
 

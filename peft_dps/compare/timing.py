@@ -42,7 +42,9 @@ def time_steps(plans: Sequence[Plan], task: Task, model_path: str, steps: int, r
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     steppers = {
         each.variant: _Stepper(
-            find_method(each.method).apply(load_model(task, model_path, plan.seed, tokenizer), each.options)[0],
+            find_method(each.method).apply(
+                load_model(task, model_path, plan.seed, tokenizer, plan.settings.attention), each.options
+            )[0],
             steps,
             device,
             plan.settings.precision,
@@ -67,6 +69,7 @@ def time_steps(plans: Sequence[Plan], task: Task, model_path: str, steps: int, r
         seconds=seconds,
         stages=stages,
         precision=plan.settings.precision,
+        attention=plan.settings.attention,
         versions=versions(),
         hardware=hardware(),
     )

@@ -61,7 +61,7 @@ def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[
     tokenizer = load_tokenizer(model_path)
     data = tokenize(task.train, tokenizer, plan.settings.max_length)
     memory = PeakMemory()
-    base = load_model(task, model_path, plan.seed, tokenizer)
+    base = load_model(task, model_path, plan.seed, tokenizer, plan.settings.attention)
     entries = sum(parameter.numel() for parameter in base.parameters())
     model, config = find_method(plan.method).apply(base, plan.options, plan.seed)
     is_test = plan.phase == "test"
@@ -103,7 +103,9 @@ def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(task: Task, model_path: str, seed: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_model(
+    task: Task, model_path: str, seed: int, tokenizer: PreTrainedTokenizerBase, attention: str | None = None
+) -> PreTrainedModel:
     """Load the pretrained model; a head that it lacks, or that has another size, is drawn by the seed."""
     set_seed(seed)
     model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
@@ -112,6 +114,7 @@ def load_model(task: Task, model_path: str, seed: int, tokenizer: PreTrainedToke
         problem_type="regression" if task.is_regression else None,
         dtype=torch.float32,
         ignore_mismatched_sizes=True,
+        attn_implementation=attention,
     )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id

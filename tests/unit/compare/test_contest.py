@@ -104,6 +104,12 @@ def test_the_latest_timing_of_the_same_model_and_task_counts():
     assert contests(run(), timings=timings)[0].timing == timings[1]
 
 
+def test_steps_timed_with_another_attention_do_not_count():
+    timing = Timing("tiny", "cola", 16, 32, {"full": [1.0]}, attention="eager")
+    by_default, eager = contests(run(), run(settings=Settings(attention="eager")), timings=[timing])
+    assert (by_default.timing, eager.timing) == (None, timing)
+
+
 def test_steps_timed_in_another_precision_do_not_count():
     timing = Timing("tiny", "cola", 16, 32, {"full": [1.0]}, precision="bf16")
     plain, mixed = contests(run(), run(settings=Settings(precision="bf16")), timings=[timing])

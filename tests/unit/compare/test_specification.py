@@ -130,6 +130,7 @@ def test_what_cannot_be_understood_is_named(content, message):
         ({"settings": Settings(batch_size=1.5)}, "`batch_size` must be an integer of at least 1, got 1.5"),
         ({"settings": Settings(test_size=0)}, "`test_size` must be"),
         ({"settings": Settings(warmup=1)}, "`warmup` must be below 1"),
+        ({"settings": Settings(attention="flash")}, "`attention` must be 'eager' or 'sdpa', got 'flash'"),
         ({"settings": Settings(precision="fp16")}, "`precision` must be 'fp32' or 'bf16', got 'fp16'"),
     ],
 )

@@ -147,6 +147,14 @@ def test_bf16_is_mixed_precision(method, run, monkeypatch):
     assert mixed.losses == pytest.approx(plain.losses, abs=0.2)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_is_what_was_asked_for(attention, run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "load_model", lambda *given: seen.append(load_model(*given)) or seen[-1])
+    assert not run(settings=replace(SETTINGS, attention=attention)).failed
+    assert seen[0].config._attn_implementation == attention
+
+
 def test_a_try_looks_at_the_validation_split_alone(run):
     record = run(phase="tune")
     assert record.scores == {}

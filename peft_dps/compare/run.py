@@ -223,7 +223,7 @@ def from_json(line: str) -> Run | Timing:
     if kind not in ("run", "timing"):
         raise ValueError(f"`record` must be 'run' or 'timing', got {kind!r}.")
     try:
-        return _run(content) if kind == "run" else Timing(**_known(Timing, _with_nan(content)))
+        return _run(content) if kind == "run" else _timing(content)
     except (TypeError, KeyError) as error:
         raise ValueError(f"This is no complete {kind}: {error}.") from error
 
@@ -238,6 +238,11 @@ def _run(content: dict[str, Any]) -> Run:
     for name, kind in parts.items():
         values[name] = [kind(**_known(kind, item)) for item in values[name]]
     return Run(**{**values, "plan": Plan(**plan)})
+
+
+def _timing(content: dict[str, Any]) -> Timing:
+    values = _known(Timing, content)
+    return Timing(**{**values, "seconds": _with_nan(values["seconds"])})
 
 
 def _known(kind: type, content: dict[str, Any]) -> dict[str, Any]:

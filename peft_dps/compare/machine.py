@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -11,12 +12,32 @@ from typing import Any
 import psutil
 import torch
 
+import peft_dps
+
 PACKAGES = ("peft-dps", "peft", "torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn", "scipy")
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and the packages that results depend on."""
-    return {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
+    """Return the versions of Python and the packages that results depend on, and the fingerprint of our source."""
+    packages = {package: _version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **packages, "peft-dps source": _SOURCE}
+
+
+def source_fingerprint(folder: Path) -> str:
+    """Return 12 hex digits of a hash over the names and texts of all Python files in a folder.
+
+    Args:
+        folder: The folder; those in it count too.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix()):
+        text = path.read_text(encoding="utf-8")  # in which all line ends are the same
+        digest.update(repr((path.relative_to(folder).as_posix(), text)).encode())
+    return digest.hexdigest()[:12]
+
+
+# Taken when the module is imported: the files can be edited while this process runs what it has loaded.
+_SOURCE = source_fingerprint(Path(peft_dps.__file__).parent)
 
 
 def _version(package: str) -> str:

@@ -44,8 +44,8 @@ docs: $(VENV)/.installed-docs ## Build the documentation into site/
 	$(RUN) mkdocs build --strict
 
 benchmark: $(VENV)/.installed-compare ## Measure time and memory of DPS beside full fine-tuning, and make a page of it
-	$(RUN) benchmarks.suite $(ARGS)
-	$(RUN) benchmarks.page
+	$(RUN) benchmarks.suite --out runs/suite_here.json $(ARGS)
+	$(RUN) benchmarks.page --results runs/suite_here.json --out runs/benchmarks.md
 
 clean: ## Remove everything that was made here, .venv included
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -25,7 +25,7 @@ _HEAD = """\
 # Benchmarks
 
 What DPS costs in time and memory beside full fine-tuning of the same parameters. This page is made by
-`python -m benchmarks.page` from the results of `make benchmark`; do not edit it.
+`python -m benchmarks.page` from results of `python -m benchmarks.suite`; do not edit it.
 
 In the tables a figure has its aim in brackets, and **bold** means that it misses it. LoRA has no aims; it is there to
 compare.
@@ -49,7 +49,7 @@ Models are built from configurations with random weights. The aims: a step 1.02 
 it selects, peak memory 1.30 and 1.45 (in lean mode 1.03 and 1.15), loading with the first step 1.05. Everything is in
 fp32, with fused AdamW, density {density} and dropout {dropout}, unless a row says otherwise.
 """
-_NONE = "There are no results yet: `make benchmark` makes them.\n"
+_NONE = "There are no results yet: `python -m benchmarks.suite` makes them.\n"
 
 
 @dataclass(frozen=True)

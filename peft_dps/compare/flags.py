@@ -26,6 +26,14 @@ _SETTINGS = {
 }
 _FRACTIONS = ("epochs", "weight-decay", "warmup")
 _OURS = ("command", "run", "report")  # of the command line, not of the comparison
+_OWN = {  # what else is said of `--data`, and the field of `OwnData` for it
+    "test": "test",
+    "text_column": "text_columns",
+    "label_column": "label_column",
+    "group_column": "group_column",
+    "data_config": "config",
+    "metrics": "metrics",
+}
 
 
 def add_compare_flags(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +44,22 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     add("--tasks", nargs="+", default=_GIVEN, metavar="TASK", help="names, as sentiment or glue/cola")
     _add_data_flags(parser, default=_GIVEN, otherwise="or give --tasks")
     add("--model", default=_GIVEN, help="path or Hub id of the model (default: a 22M one from the package index)")
-    add("--train-sizes", "--train-size", nargs="+", default=_GIVEN, metavar="N", help="training examples, or all")
+    add(
+        "--train-sizes",
+        "--train-size",
+        nargs="+",
+        default=_GIVEN,
+        metavar="N",
+        help="training examples (default: all)",
+    )
     add("--seeds", nargs="+", default=_GIVEN, metavar="SEED", help="seeds, as 0 1 2 or 0-4 (default: 0-4)")
-    add("--tuning-seeds", type=int, default=_GIVEN, metavar="N", help="seeds each learning rate is tried with")
+    add(
+        "--tuning-seeds",
+        type=int,
+        default=_GIVEN,
+        metavar="N",
+        help="seeds each learning rate is tried with (default: 1)",
+    )
     add("--learning-rates", nargs="+", default=_GIVEN, metavar="RATE", help="for all, or METHOD=RATE,RATE")
     for name, meaning in _SETTINGS.items():
         default = getattr(Settings(), name.replace("-", "_"))
@@ -84,6 +105,8 @@ def _add_data_flags(parser: argparse.ArgumentParser, default: Any, otherwise: st
     add("--test", default=default, help="the same for the test data (default: a split of --data)")
     add("--text-column", action="append", default=default, help="column of texts in --data; twice for pairs")
     add("--label-column", default=default, help="column to predict in --data (default: label)")
+    add("--group-column", default=default, help="rows equal in this column stay on one side of a split of --data")
+    add("--data-config", default=default, metavar="NAME", help="configuration of --data on the Hub, if it has several")
     add("--metrics", nargs="+", default=default, metavar="METRIC", help="metrics of --data; their mean is the score")
     add("--other", action="append", default=default, metavar="NAME=DATA", help="a further domain; repeatable")
 
@@ -98,7 +121,7 @@ def specification_of(options: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in vars(options).items() if name not in _OURS}
     content = read_specification(given.pop("file")) if "file" in given else {}
     own = _own(given)
-    for name in ("data", "test", "text_column", "label_column", "metrics", "other"):
+    for name in ("data", "other", *_OWN):
         given.pop(name, None)
     if own is not None:
         content["data"] = [own]
@@ -132,13 +155,12 @@ def _own(given: Mapping[str, Any]) -> dict[str, Any] | None:
     others = dict(other.split("=", 1) for other in given.get("other", []) if "=" in other)
     if len(others) != len(given.get("other", [])):
         raise ValueError(f"`--other` must be NAME=DATA with different names, got {given['other']}.")
-    names = {"test": "test", "text_column": "text_columns", "label_column": "label_column", "metrics": "metrics"}
-    own = {field: given[flag] for flag, field in names.items() if flag in given}
+    own = {field: given[flag] for flag, field in _OWN.items() if flag in given}
     if others:
         own["others"] = others
     if "data" not in given:
         if own:
-            flags = ", ".join(f"`--{flag.replace('_', '-')}`" for flag in (*names, "other") if flag in given)
+            flags = ", ".join(f"`--{flag.replace('_', '-')}`" for flag in (*_OWN, "other") if flag in given)
             raise ValueError(f"{flags} goes with `--data`, the data to train on.")
         return None
     return {"source": given["data"], **own}

@@ -196,6 +196,16 @@ def _check_that_it_fits(subnetwork: Subnetwork, state: TrainerState) -> None:
             f"only {state.max_steps} to make, so no subnetwork will be selected. Use a smaller `stage_steps`, or "
             "leave `total_steps` to the Trainer."
         )
+    if isinstance(subnetwork.config.stage_steps, float) and subnetwork.total_steps != state.max_steps:
+        logger.warning(
+            "Adapter %r: `total_steps` is %s, and the Trainer will make %s steps. A stage has %s steps, which is "
+            "`stage_steps=%s` of the former. Leave `total_steps` out to have it of the latter.",
+            subnetwork.adapter,
+            subnetwork.total_steps,
+            state.max_steps,
+            stage_steps,
+            subnetwork.config.stage_steps,
+        )
 
 
 def install() -> None:

@@ -18,16 +18,16 @@ from tests.hub import local_hub
 ROOT = Path(__file__).parents[3]
 CARD = """---
 configs:
-- config_name: rte
+- config_name: {0}
   data_files:
   - split: train
-    path: rte/train-*
-  - split: validation
-    path: rte/validation-*
-- config_name: wnli
+    path: {0}/train*
+  - split: {2}
+    path: {0}/{2}*
+- config_name: {1}
   data_files:
-  - split: validation
-    path: wnli/validation-*
+  - split: {2}
+    path: {1}/{2}*
 ---
 """
 LOAD_SICK = """
@@ -44,14 +44,16 @@ def hub(tmp_path, model_folder, data_files):
     root = tmp_path / "hub"
     shutil.copytree(model_folder, root / "models/me/tiny/main")
     reviews = root / "datasets/me/reviews/main"
-    reviews.mkdir(parents=True)
-    shutil.copy(data_files / "train.csv", reviews / "train.csv")
-    shutil.copy(data_files / "elsewhere.csv", reviews / "test.csv")
+    for config in ("films", "books"):
+        (reviews / config).mkdir(parents=True)
+        shutil.copy(data_files / "train.csv", reviews / config / "train.csv")
+        shutil.copy(data_files / "elsewhere.csv", reviews / config / "test.csv")
+    (reviews / "README.md").write_text(CARD.format("films", "books", "test"))
     glue = root / "datasets/nyu-mll/glue/main"
     for config in ("rte", "wnli"):
         for split in ("train", "validation"):
             _write(glue / config / f"{split}-00000-of-00001.parquet", "sentence1", "sentence2", list(ENTAILED_OR_NOT))
-    (glue / "README.md").write_text(CARD)
+    (glue / "README.md").write_text(CARD.format("rte", "wnli", "validation"))
     sick = root / "datasets/RobZamp/sick/refs/convert/parquet/default/test/0000.parquet"
     _write(sick, "sentence_A", "sentence_B", ["entailment", "neutral", "contradiction"])
     with local_hub(root) as address:
@@ -79,8 +81,19 @@ def test_a_model_and_data_sets_come_from_the_hub(hub, tmp_path):
     output = tmp_path / "runs.jsonl"
     run = python(
         *(hub, tmp_path, "-m", "peft_dps.compare", "compare", "--model", "me/tiny", "--tasks", "glue/rte"),
-        *("--data", "me/reviews", "--text-column", "sentence", "--label-column", "mood", "--methods", "full"),
-        *("--learning-rates", "1e-3", "--seeds", "0", "--epochs", "1", "--no-timing", "--no-report"),
+        *("--data", "me/reviews", "--data-config", "films", "--text-column", "sentence", "--label-column", "mood"),
+        *(
+            "--methods",
+            "full",
+            "--learning-rates",
+            "1e-3",
+            "--seeds",
+            "0",
+            "--epochs",
+            "1",
+            "--no-timing",
+            "--no-report",
+        ),
         *("--output", str(output)),
     )
 

@@ -74,11 +74,10 @@ def test_flags_alone():
         *("--data", "mine.csv", "--text-column", "a", "--text-column", "b", "--label-column", "c"),
         *("--test", "test.csv", "--other", "far=far.csv", "--metrics", "accuracy", "f1"),
         *("--train-size", "10", "all", "--learning-rates", "lora=1e-3,1e-2", "--jobs", "2", "--no-timing"),
-        *("--reference", "lora"),
+        *("--reference", "lora", "--group-column", "author", "--data-config", "films"),
     )
-    assert comparison.own == [
-        OwnData("mine.csv", "test.csv", ["a", "b"], "c", others={"far": "far.csv"}, metrics=["accuracy", "f1"])
-    ]
+    others, metrics = {"far": "far.csv"}, ["accuracy", "f1"]
+    assert comparison.own == [OwnData("mine.csv", "test.csv", ["a", "b"], "c", "author", "films", others, metrics)]
     assert [choice.method for choice in comparison.methods] == list(METHODS)
     rates = {choice.method: choice.learning_rates for choice in comparison.methods}
     assert (rates["lora"], rates["full"]) == ((1e-3, 1e-2), None)

@@ -131,10 +131,19 @@ def test_trainer_equals_a_plain_loop(make_trainer):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=name)
 
 
-def test_a_config_that_names_the_total_wins(make_trainer):
+def test_a_config_that_names_another_total_wins_and_says_so(make_trainer, caplog):
     trainer = make_trainer({"stage_steps": 0.25, "total_steps": 40})
     trainer.train()
     assert trainer.model.dps_status().stage_steps == 10
+    assert "`total_steps` is 40, and the Trainer will make 12 steps. A stage has 10 steps" in caplog.text
+
+
+@pytest.mark.parametrize("fields", [{"stage_steps": 0.25, "total_steps": 12}, {"stage_steps": 3, "total_steps": 40}])
+def test_a_total_that_changes_nothing_is_not_spoken_of(make_trainer, caplog, fields):
+    trainer = make_trainer(fields)
+    trainer.train()
+    assert trainer.model.dps_status().stage_steps == 3
+    assert "`total_steps`" not in caplog.text
 
 
 def test_a_second_training_starts_anew(make_trainer):

@@ -27,7 +27,7 @@ def dps_status(model: nn.Module, adapter_name: str | None = None) -> DPSStatus:
         A snapshot, printable.
 
     Raises:
-        ConfigError: If there is no such adapter, or several and none is named.
+        ConfigError: If there is no such adapter, several and none is named, or two of the same name.
     """
     return status_of(find_subnetwork(model, adapter_name))
 
@@ -45,7 +45,7 @@ def check_ranks_agree(model: nn.Module, adapter_name: str | None = None) -> None
 
     Raises:
         EngineError: On all processes, if any two differ.
-        ConfigError: If there is no such adapter, or several and none is named.
+        ConfigError: If there is no such adapter, several and none is named, or two of the same name.
     """
     find_subnetwork(model, adapter_name).check_ranks_agree()
 
@@ -65,7 +65,7 @@ def dps_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[st
         are those in use, as in torch's state dicts: copy what has to outlive the next step.
 
     Raises:
-        ConfigError: If there is no such adapter, or several and none is named.
+        ConfigError: If there is no such adapter, several and none is named, or two of the same name.
     """
     return state_of(find_subnetwork(model, adapter_name))
 
@@ -82,7 +82,7 @@ def load_dps_state_dict(model: nn.Module, state: Mapping[str, Any], adapter_name
         adapter_name: Name of the adapter; None if there is only one.
 
     Raises:
-        ConfigError: If there is no such adapter, or several and none is named.
+        ConfigError: If there is no such adapter, several and none is named, or two of the same name.
         StateError: If the state is not complete, or not that of this adapter, these settings and these weights.
     """
     load_state(find_subnetwork(model, adapter_name), state)
@@ -101,7 +101,7 @@ def save_dps_state(model: nn.Module, path: str | os.PathLike[str], adapter_name:
         adapter_name: Name of the adapter; None if there is only one.
 
     Raises:
-        ConfigError: If there is no such adapter, or several and none is named.
+        ConfigError: If there is no such adapter, several and none is named, or two of the same name.
         StateError: If it failed on another process.
     """
     checkpoint.save(find_subnetwork(model, adapter_name), path)
@@ -119,7 +119,7 @@ def load_dps_state(model: nn.Module, path: str | os.PathLike[str], adapter_name:
         adapter_name: Name of the adapter; None if there is only one.
 
     Raises:
-        ConfigError: If there is no such adapter, or several and none is named.
+        ConfigError: If there is no such adapter, several and none is named, or two of the same name.
         StateError: If the file is missing or damaged, or not that of this adapter, these settings and these weights.
     """
     checkpoint.load(find_subnetwork(model, adapter_name), path)
@@ -148,7 +148,7 @@ def find_subnetwork(model: nn.Module, adapter_name: str | None = None) -> Subnet
         adapter_name: Name of the adapter; None if there is only one.
 
     Raises:
-        ConfigError: If there is no such adapter, or several and none is named.
+        ConfigError: If there is no such adapter, several and none is named, or two of the same name.
     """
     subnetworks = find_subnetworks(model)
     if adapter_name is None and len(subnetworks) == 1:
@@ -166,14 +166,41 @@ def find_subnetworks(model: nn.Module) -> dict[str, Subnetwork]:
 
     Returns:
         Per adapter name, its subnetwork.
+
+    Raises:
+        ConfigError: If two PEFT models in the module have adapters of the same name.
     """
-    found: dict[str, Subnetwork] = {}
-    for module in model.modules():
+    return _by_name(all_subnetworks(model))
+
+
+def all_subnetworks(model: nn.Module) -> dict[Subnetwork, str]:
+    """Collect the subnetworks of all DPS adapters in a model, also where several have the same name.
+
+    Args:
+        model: A PEFT model, or any module that holds DPS layers.
+
+    Returns:
+        Per subnetwork, the path of its first layer.
+    """
+    found: dict[Subnetwork, str] = {}
+    for path, module in model.named_modules():
         if isinstance(module, DPSLayer):
-            for name, subnetwork in module.dps_subnetworks.items():
+            for subnetwork in module.dps_subnetworks.values():
                 if isinstance(subnetwork, Subnetwork):
-                    found.setdefault(name, subnetwork)
+                    found.setdefault(subnetwork, path)
     return found
+
+
+def _by_name(found: Mapping[Subnetwork, str]) -> dict[str, Subnetwork]:
+    named: dict[str, Subnetwork] = {}
+    for subnetwork, path in found.items():
+        if (other := named.setdefault(subnetwork.adapter, subnetwork)) is not subnetwork:
+            raise ConfigError(
+                f"Two DPS adapters of this model are called {subnetwork.adapter!r}: one has the layer "
+                f"{found[other]!r}, the other {path!r}. Give one another name (`get_peft_model(part, config, "
+                "adapter_name=...)`), or ask each part of the model by itself."
+            )
+    return named
 
 
 def find_trained(model: nn.Module) -> dict[str, Subnetwork]:
@@ -184,9 +211,14 @@ def find_trained(model: nn.Module) -> dict[str, Subnetwork]:
 
     Returns:
         Per adapter name, its subnetwork.
+
+    Raises:
+        ConfigError: If two PEFT models in the module train adapters of the same name.
     """
-    return {
-        name: subnetwork
-        for name, subnetwork in find_subnetworks(model).items()
-        if any(weight.exists() and weight.parameter.requires_grad for weight in subnetwork.weights)
-    }
+    return _by_name(
+        {
+            subnetwork: path
+            for subnetwork, path in all_subnetworks(model).items()
+            if any(weight.exists() and weight.parameter.requires_grad for weight in subnetwork.weights)
+        }
+    )

@@ -7,6 +7,7 @@ only in a closure, an exception skips the hook after the step, and some steps ar
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import weakref
@@ -23,6 +24,10 @@ from peft_dps.errors import EngineError
 from peft_dps.schedule import Stage
 from peft_dps.subnetwork import Subnetwork
 from peft_dps.tracked import TrackedWeight
+
+logger = logging.getLogger(__name__)
+
+_warned: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # of step hooks of their own
 
 Work = list[tuple[Subnetwork, list[TrackedWeight]]]
 
@@ -75,8 +80,8 @@ class _OpenStep:
             subnetwork.hold(weights)
 
     def covers(self, work: Work) -> bool:
-        mine = {id(subnetwork) for subnetwork, _ in self.work}
-        return any(id(subnetwork) in mine for subnetwork, _ in work)
+        mine = {id(weight) for _, weights in self.work for weight in weights}
+        return any(id(weight) in mine for _, weights in work for weight in weights)
 
 
 class _OpenSteps(threading.local):
@@ -113,6 +118,7 @@ def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     if _is_phantom(stack):
         return None
     _refuse_unsupported(optimizer, work)
+    _warn_of_own_hooks(optimizer)
     step = _OpenStep(optimizer, work, stack[0])
     step.expect()
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
@@ -209,6 +215,19 @@ def _refuse_unsupported(optimizer: Optimizer, work: Work) -> None:
                     f"The weight of {weight.name!r} is part of a flat shard (FSDP1 or ZeRO-3), and DPS cannot train "
                     "that. Shard the model with FSDP2 (`fully_shard`; `fsdp_version: 2` in Accelerate), or use DDP."
                 )
+
+
+def _warn_of_own_hooks(optimizer: Optimizer) -> None:
+    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    if optimizer in _warned or not any(getattr(optimizer, name, None) for name in names):
+        return
+    _warned.add(optimizer)
+    logger.warning(
+        "%s has step hooks of its own. torch runs them between those of DPS: what they make of gradients is applied "
+        "and not scored, and they see frozen entries before these get their bits back. Do that before and after "
+        "`optimizer.step()` instead.",
+        type(optimizer).__name__,
+    )
 
 
 def _is_phantom(stack: list[FrameType]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from torch import nn
 from peft_dps.config import DPSConfig
 from peft_dps.errors import ConfigError
 from peft_dps.layer import DPSLayer
+from peft_dps.parameters import ParamWrapper
 
 Recipe = list[tuple[str, float]]
 
@@ -62,12 +64,16 @@ def combined_config(model: nn.Module, configs: Sequence[DPSConfig], recipe: Reci
     """
     names = {name for name, _ in recipe}
     targets = [
-        key for key, module in model.named_modules() if isinstance(module, DPSLayer) and names & set(module.dps_weight)
+        key.replace(".base_layer", "")  # of wrappers around a module that holds the target
+        for key, module in model.named_modules()
+        if isinstance(module, DPSLayer) and not isinstance(module, ParamWrapper) and names & set(module.dps_weight)
     ]
+    parameters = sorted({name for config in configs for name in config.target_parameters or ()})
     saved = sorted({name for config in configs for name in config.modules_to_save or ()})
     return replace(
         configs[0],
-        target_modules=targets,
+        target_modules="|".join(map(re.escape, targets)) or [],  # whole paths: PEFT takes names for ends of paths
+        target_parameters=parameters or None,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -76,6 +76,11 @@ def wrap_parameter(target: nn.Module, parameter_name: str, key: str) -> ParamWra
     _check_unwrapped(module, key)
     _check_dtype(module, parameter_name, key)
     _check_loaded(module, parameter_name, key)
+    if getattr(module, parameter_name).dim() == 0:
+        raise TargetError(
+            f"The parameter {key!r} is a single number, which has no entries to choose from. Leave it out of "
+            "`target_parameters`; `modules_to_save` or `train_remaining` trains the module that holds it."
+        )
     return ParamWrapper(target, parameter_name, key)
 
 

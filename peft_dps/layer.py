@@ -106,14 +106,6 @@ class DPSLayer(BaseLayerWrapper):
         weight: torch.Tensor = self.dps_weight[adapter]
         return weight - self._pretrained()[0].to(weight.dtype)
 
-    def get_delta_bias(self, adapter: str) -> torch.Tensor | None:
-        """Return what the adapter adds to the pretrained bias `[out]`, or None if it trains none."""
-        if adapter not in self.dps_bias:
-            return None
-        bias = self.dps_bias[adapter]
-        pretrained = self._pretrained()[1]
-        return None if pretrained is None else bias - pretrained.to(bias.dtype)
-
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapters' weights into the base layer.
 

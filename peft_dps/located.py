@@ -11,9 +11,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from peft_dps.errors import EngineError
-from peft_dps.layer import DPSLayer
+from peft_dps.layer import DPSLayer, Training
 from peft_dps.sharding import Ranks, Sharding, local_part, sharding_of
 
+_REFERENCES = ("_layer", "_owner")
 UNKNOWN = -1  # version counter of a weight that was copied or unpickled
 
 
@@ -24,33 +25,37 @@ class LocatedWeight:
         name: Path of its layer in the base model.
         layer: The layer.
         adapter: Name of the adapter.
+        owner: The subnetwork that it belongs to.
 
     Attributes:
         version: Version counter of the weight when nothing but DPS and its optimizer was to change it any more.
     """
 
-    def __init__(self, name: str, layer: DPSLayer, adapter: str) -> None:
+    def __init__(self, name: str, layer: DPSLayer, adapter: str, owner: Training) -> None:
         self.name = name
         self.adapter = adapter
         self.version = UNKNOWN
         # The layer owns the subnetwork; a cycle would keep dead models in memory.
         self._layer: Callable[[], DPSLayer | None] = weakref.ref(layer)
+        self._owner: Callable[[], Training | None] = weakref.ref(owner)
         self._sharded: weakref.ref[nn.Parameter] | None = None
         self._sharded_base: weakref.ref[torch.Tensor] | None = None
         self._sharding: Sharding | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         unknown = dict.fromkeys(("_sharded", "_sharded_base", "_sharding"))
-        return {**self.__dict__, **unknown, "version": UNKNOWN, "_layer": self._layer()}
+        return {**self.__dict__, **unknown, "version": UNKNOWN, "_layer": self._layer(), "_owner": self._owner()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        layer = state["_layer"]
-        self.__dict__.update(state, _layer=_no_layer if layer is None else weakref.ref(layer))
+        references = {name: _nothing if state[name] is None else weakref.ref(state[name]) for name in _REFERENCES}
+        self.__dict__.update(state, **references)
 
     def exists(self) -> bool:
-        """Tell whether the layer still exists and has the adapter, which may have been deleted or unloaded."""
+        """Tell whether the layer still exists and has the adapter, which may have been deleted, and added anew."""
         layer = self._layer()
-        return layer is not None and layer.trained(self.adapter) is not None
+        if layer is None or layer.trained(self.adapter) is None:
+            return False
+        return layer.dps_subnetworks.get(self.adapter) is self._owner()
 
     @property
     def layer(self) -> DPSLayer:
@@ -148,5 +153,5 @@ class LocatedWeight:
         return local_part(gradient)
 
 
-def _no_layer() -> None:
-    """Stand in for the reference to a layer that is gone."""
+def _nothing() -> None:
+    """Stand in for the reference to something that is gone."""

@@ -87,6 +87,27 @@ def ranked_together(weights: Iterable[TrackedWeight]) -> list[list[TrackedWeight
     return batches
 
 
+def check_dtypes(weights: Iterable[TrackedWeight], config: DPSConfig) -> None:
+    """Check before anything is scored that scores which will be ranked together have one dtype.
+
+    Args:
+        weights: All weights of the adapter.
+        config: Names score and scope. A registered score returns what dtype it likes.
+
+    Raises:
+        ConfigError: If they have several.
+    """
+    if config.scope != "model" or config.score != "squared_gradient":
+        return
+    named = {weight.score_dtype: weight.name for weight in weights}
+    if len(named) > 1:
+        found = " and ".join(f"{dtype} for {name!r}" for dtype, name in named.items())
+        raise ConfigError(
+            f"`scope='model'` ranks all scores together, so they need one dtype, got {found}. Use `scope='tensor'`, "
+            "or give all targets one dtype."
+        )
+
+
 def masks_of(
     weights: Sequence[TrackedWeight],
     config: DPSConfig,

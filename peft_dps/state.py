@@ -17,6 +17,7 @@ import torch
 from peft_dps.bits import unpack
 from peft_dps.errors import StateError
 from peft_dps.freezing import frozen_checksum
+from peft_dps.masks import Mask
 from peft_dps.moments import MomentScores
 from peft_dps.schedule import Stage
 from peft_dps.sharding import Ranks, together, world_of
@@ -313,7 +314,8 @@ def _fill(
         # Frozen entries are the weight's own, so that what freezing keeps of them can be made anew.
         exact = subnetwork.config.frozen == "exact"
         lean = subnetwork.config.lean
-        weight.freeze(mask, facts["selected"], exact=exact, snapshot="snapshot" in held, lean=lean)
+        weight.freeze(Mask.of(mask), facts["selected"])
+        weight.keep_frozen(exact=exact, snapshot="snapshot" in held, lean=lean)
         if weight.snapshot is not None and weight.mask is not None and exact:
             weight.snapshot[weight.mask.keep.bool()] = held["snapshot"]
         elif weight.snapshot is not None:

@@ -19,6 +19,7 @@ from peft_dps.errors import EngineError
 from peft_dps.gathering import check_gathered, gather
 from peft_dps.layer import DPSLayer
 from peft_dps.noise import ColumnNoise
+from peft_dps.ranking import check_dtypes
 from peft_dps.schedule import Position, Stage
 from peft_dps.scores import find_score
 from peft_dps.sharding import distinct, together
@@ -81,7 +82,7 @@ class Subnetwork(Clock):
             name: Path of the layer in the base model.
             layer: The layer, whose copy of this adapter exists already.
         """
-        self.weights.append(TrackedWeight(name, layer, self.adapter, self.config.score_dtype))
+        self.weights.append(TrackedWeight(name, layer, self.adapter, self, self.config.score_dtype))
         self._announce()
 
     @property
@@ -129,6 +130,7 @@ class Subnetwork(Clock):
             for weight in self.weights:
                 weight.columns = None
         self.step += 1
+        self.config.is_to_be_filled = False  # what the weights hold from now on is trained here
         self._in_round = names
         self._counted = set()
 
@@ -234,6 +236,7 @@ class Subnetwork(Clock):
             if position.stage is Stage.SUBNETWORK:
                 self._select()
             else:
+                check_dtypes(self.weights, self.config)
                 for weight in self.weights:
                     weight.release()
                 self.scored_steps = 0
@@ -246,13 +249,8 @@ class Subnetwork(Clock):
         weights, adapter, step = self.weights, self.adapter, self.step
         with together(distinct(weight.ranks for weight in weights), "Selecting a subnetwork", EngineError):
             check_gathered(weights, self.config, adapter=adapter, step=step, scored=self.scored_steps)
-        try:
-            stage_steps = self._timetable().stage_steps
-            select_subnetwork(weights, self.config, adapter=adapter, step=step, stage_steps=stage_steps)
-        except Exception:
-            if all(weight.observed == 0 for weight in weights):  # they had to forget what they had gathered
-                self.scored_steps = 0
-            raise
+        stage_steps = self._timetable().stage_steps
+        select_subnetwork(weights, self.config, adapter=adapter, step=step, stage_steps=stage_steps)
 
     def check_ranks_agree(self) -> None:
         """Compare steps, masks and weights over all processes; see `peft_dps.check_ranks_agree`."""

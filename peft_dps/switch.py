@@ -8,6 +8,7 @@ import torch
 
 from peft_dps.config import DPSConfig
 from peft_dps.errors import EngineError
+from peft_dps.masks import Mask
 from peft_dps.ranking import masks_of, ranked_together
 from peft_dps.tracked import TrackedWeight
 
@@ -32,35 +33,27 @@ def select_subnetwork(
         for weight in weights:
             weight.total, weight.selected = None, weight.entries
         return
-    if config.scope == "model":
-        _select_across(weights, config, adapter=adapter, step=step, stage_steps=stage_steps)
-        return
     # Those that have a mask got it in an earlier attempt, which an exception ended.
-    for batch in ranked_together(weight for weight in weights if weight.mask is None):
-        masks, selected = masks_of(batch, config, among=weights, step=step, stage_steps=stage_steps)
-        _freeze(batch, masks, selected, config)
+    _keep_frozen([weight for weight in weights if weight.mask is not None], config)
+    open_weights = [weight for weight in weights if weight.mask is None]
+    if config.scope == "model":
+        _check_ranks(weights, adapter)
+    for batch in ranked_together(open_weights) if config.scope == "tensor" else filter(None, [open_weights]):
+        selections, selected = masks_of(batch, config, among=weights, step=step, stage_steps=stage_steps)
+        masks = [Mask.of(selection) for selection in selections]  # what may fail comes before any scores are dropped
+        for weight, mask, count in zip(batch, masks, selected, strict=True):
+            weight.freeze(mask, count)
+        _keep_frozen(batch, config)
 
 
-def _select_across(
-    weights: Sequence[TrackedWeight], config: DPSConfig, *, adapter: str, step: int, stage_steps: int
-) -> None:
+def _check_ranks(weights: Sequence[TrackedWeight], adapter: str) -> None:
     if len({weight.ranks for weight in weights}) > 1:
         raise EngineError(
             f"Adapter {adapter!r}: `scope='model'` ranks all weights together, but they are not all cut over the same "
             "processes. Apply `fully_shard` to the whole model, on one mesh, or use `scope='tensor'`."
         )
-    masks, selected = masks_of(weights, config, among=weights, step=step, stage_steps=stage_steps)
-    try:
-        _freeze(weights, masks, selected, config)
-    except Exception:
-        for weight in weights:  # a half-frozen model must not train on
-            weight.release()
-        raise
 
 
-def _freeze(
-    weights: Sequence[TrackedWeight], masks: Sequence[torch.Tensor], selected: Sequence[int], config: DPSConfig
-) -> None:
-    exact = config.frozen == "exact"
-    for weight, mask, count in zip(weights, masks, selected, strict=True):
-        weight.freeze(mask, count, exact=exact, snapshot=config.is_mix, lean=config.lean)
+def _keep_frozen(weights: Sequence[TrackedWeight], config: DPSConfig) -> None:
+    for weight in weights:
+        weight.keep_frozen(exact=config.frozen == "exact", snapshot=config.is_mix, lean=config.lean)

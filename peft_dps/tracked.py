@@ -18,7 +18,7 @@ from peft_dps.freezing import (
     restore_frozen_,
     zero_frozen_,
 )
-from peft_dps.layer import DPSLayer
+from peft_dps.layer import DPSLayer, Training
 from peft_dps.located import UNKNOWN, LocatedWeight
 from peft_dps.masks import Mask
 from peft_dps.moments import MomentScores, SecondMoment, second_moments
@@ -35,6 +35,7 @@ class TrackedWeight(LocatedWeight):
         name: Path of its layer in the base model.
         layer: The layer.
         adapter: Name of the adapter.
+        owner: The subnetwork that it belongs to.
         adds_up_in: `DPSConfig.score_dtype`.
 
     Attributes:
@@ -53,14 +54,15 @@ class TrackedWeight(LocatedWeight):
         changed_outside: Whether something else changed the weight in this SUBNETWORK stage.
     """
 
-    def __init__(self, name: str, layer: DPSLayer, adapter: str, adds_up_in: str = "float32") -> None:
-        super().__init__(name, layer, adapter)
+    def __init__(
+        self, name: str, layer: DPSLayer, adapter: str, owner: Training, adds_up_in: str = "float32"
+    ) -> None:
+        super().__init__(name, layer, adapter, owner)
         self._adds_up_in = adds_up_in
         self.selected: int | None = None
         self.columns: torch.Tensor | None = None
         self._exact = False
         self._spare: torch.Tensor | None = None
-        self._optimizer: weakref.ref[Optimizer] | None = None
         self.total: torch.Tensor | None = None
         self.held: torch.Tensor | None = None
         self.snapshot: torch.Tensor | None = None
@@ -74,6 +76,7 @@ class TrackedWeight(LocatedWeight):
         self.moment: MomentScores | None = None
         self.participation: torch.Tensor | None = None
         self.mask: Mask | None = None
+        self._optimizer: weakref.ref[Optimizer] | None = None
         self.checksum: torch.Tensor | None = None
         self.dtype: torch.dtype | None = None
         self.observed = 0
@@ -127,9 +130,20 @@ class TrackedWeight(LocatedWeight):
         return moment.scores(now, memory)
 
     def belongs_to(self, optimizer: Optimizer) -> None:
-        """Take note of the optimizer that updates the weight."""
-        if self._optimizer is None or self._optimizer() is not optimizer:
-            self._optimizer = weakref.ref(optimizer)
+        """Take note of the optimizer that updates the weight.
+
+        Raises:
+            EngineError: If another one did so in this ACCUMULATE stage, and scores come from its second moment.
+        """
+        if self._optimizer is not None and self._optimizer() is optimizer:
+            return
+        if self._optimizer is not None and self.moment is not None:
+            raise EngineError(
+                f"`lean=True` takes the scores of {self.name!r} from its optimizer's second moment, and another "
+                "optimizer has come in the middle of an ACCUMULATE stage. Keep one for the whole training, begin anew "
+                "with `set_dps_total_steps`, or use `lean=False`."
+            )
+        self._optimizer = weakref.ref(optimizer)
 
     def count_moment(self, now: SecondMoment) -> None:
         """Count a step of this ACCUMULATE stage in lean mode.
@@ -150,29 +164,35 @@ class TrackedWeight(LocatedWeight):
         self._follow_weight()
         self.participation += 1.0 if self.columns is None else self.columns.to(self.participation)
 
-    def freeze(
-        self, selection: torch.Tensor, selected: int, *, exact: bool, snapshot: bool, lean: bool = False
-    ) -> None:
-        """Begin a SUBNETWORK stage.
+    def freeze(self, mask: Mask, selected: int) -> None:
+        """Begin a SUBNETWORK stage; `keep_frozen` has to follow.
 
         Args:
-            selection: Bool tensor of the weight's shape, True = updated. Its memory is reused.
-            selected: Number of entries that are True in it.
+            mask: Which entries are updated.
+            selected: Their number.
+        """
+        self._spare = self._spare if self.total is None else self.total
+        self.total = self.participation = self.columns = self.moment = None
+        self.selected, self.dtype, self.mask = selected, self.weight.dtype, mask
+
+    def keep_frozen(self, *, exact: bool, snapshot: bool, lean: bool = False) -> None:
+        """Keep what a SUBNETWORK stage needs to know of the weight as it is now, unless it is kept already.
+
+        So an attempt that ended in an error, such as one of memory, can be repeated.
+
+        Args:
             exact: Keep what it takes to give frozen entries their bits back.
             snapshot: Keep the whole weight, for Mix.
             lean: Keep frozen bits only while the optimizer steps.
         """
-        self._spare = self._spare if self.total is None else self.total
-        self.total = self.participation = self.columns = self.moment = None
-        self.selected = selected
+        if self.mask is None or self.dtype is None:
+            return
         self._exact = exact
-        self.mask = Mask.of(selection)
-        self.dtype = self.weight.dtype
-        if snapshot:
+        if snapshot and self.snapshot is None:
             self.snapshot = self._memory(self.dtype).copy_(self.weight)
-        elif exact and not lean:
+        elif exact and not snapshot and not lean and self.held is None:
             self.held = hold_frozen(self.weight, self.mask, self._memory(self.dtype))
-        if not exact or (lean and not snapshot):
+        if (not exact or (lean and not snapshot)) and self.checksum is None:
             self.checksum = frozen_checksum(self.weight, self.mask.keep)
         self._spare = None
         self.version = self.parameter._version
@@ -206,7 +226,7 @@ class TrackedWeight(LocatedWeight):
         touched = self.mask is not None and self.version not in (UNKNOWN, self.parameter._version)
         if self.mask is not None:
             self.version = self.parameter._version
-        if not touched or self.mask is None or not self._exact or not self.frozen_moved():
+        if not touched or self.mask is None or not self._exact or not self._frozen_bits_differ():
             return False  # with the policy "gradient" the optimizer moves frozen entries too
         if self.held is not None:
             self.held = hold_frozen(self.weight, self.mask)
@@ -258,10 +278,12 @@ class TrackedWeight(LocatedWeight):
 
     def frozen_moved(self) -> bool:
         """Tell whether any frozen entry has other bits than when this SUBNETWORK stage began."""
+        return self.mask is not None and (self.changed_outside or self._frozen_bits_differ())
+
+    def _frozen_bits_differ(self) -> bool:
+        """Tell the same of the moment since which values from outside were accepted, if any were."""
         if self.mask is None:
             return False
-        if self.changed_outside:
-            return True
         self._follow_weight()
         if self.checksum is not None:
             return bool(frozen_checksum(self.weight, self.mask.keep) != self.checksum)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from peft_dps import checkpoint, statefile
-from peft_dps.adapters import find_subnetworks, find_trained
+from peft_dps.adapters import all_subnetworks, find_trained
 from peft_dps.errors import ConfigError, EngineError
 from peft_dps.integrations.checkpoints import (
     PartsSaver,
@@ -66,7 +67,7 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
         self._subnetworks = list(find_trained(model).values())
         _rest_all_but(self._subnetworks, model)
         if not resumed:
-            _check_reference(find_subnetworks(model))
+            _check_reference(all_subnetworks(model))
         self._first_step = state.global_step
         for subnetwork in self._subnetworks:
             subnetwork.restart(subnetwork.config.total_steps or state.max_steps)
@@ -106,7 +107,7 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check once more that DPS took part in the training."""
-        for subnetwork in find_subnetworks(kwargs["model"]).values():
+        for subnetwork in all_subnetworks(kwargs["model"]):
             subnetwork.at_rest = False
         if state.global_step > self._first_step:
             self._check_engaged(state)
@@ -166,13 +167,14 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
 
 
 def _rest_all_but(trained: list[Subnetwork], model: nn.Module) -> None:
-    for subnetwork in find_subnetworks(model).values():
+    for subnetwork in all_subnetworks(model):
         subnetwork.at_rest = subnetwork not in trained
 
 
-def _check_reference(subnetworks: dict[str, Subnetwork]) -> None:
+def _check_reference(subnetworks: Iterable[Subnetwork]) -> None:
     """Refuse a reference that TRL meant to copy from the adapter, by names that only tuners with modules have."""
-    reference, trained = (subnetworks.get(name) for name in ("ref", "default"))
+    named = {subnetwork.adapter: subnetwork for subnetwork in subnetworks}
+    reference, trained = (named.get(name) for name in ("ref", "default"))
     if reference is None or trained is None or not reference.at_rest:
         return
     trained_moved, reference_moved = (

@@ -157,6 +157,20 @@ def test_an_adapter_of_ones_own_is_not_taken_out(mlp):
     assert [module for module in model.modules() if isinstance(module, DPSLayer)]
 
 
+def test_an_adapter_trained_from_a_saved_configuration_is_not_taken_out(mlp, tmp_path):
+    mlp.model(density=0.3).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    model = get_peft_model(mlp.base(), config)
+    mlp.train(model, steps=3)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(AdapterFileError):
+        set_peft_model_state_dict(model, {"base_model.model.head.weight": torch.zeros(3, 8),
+                                          "base_model.model.head.bias": torch.zeros(3)})  # fmt: skip
+    assert list(model.peft_config) == ["default"]
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
 def test_a_missing_head_is_refused_by_peft(mlp, snapshot):
     model = mlp.model(init_weights=False)
     state = without("base_model.model.head.weight")(get_peft_model_state_dict(mlp.model()))

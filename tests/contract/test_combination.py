@@ -7,7 +7,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 
-from peft_dps import ConfigError, DPSLayer
+from peft_dps import ConfigError, DPSConfig, DPSLayer
+from tests.contract.conftest import TOKENS, Case
+from tests.contract.test_parameters import EXPERTS, make_mixtral
 
 pytestmark = pytest.mark.supports("Adapters", "`add_weighted_adapter`, linear (task arithmetic)")
 RECIPE = {"default": 0.75, "other": -0.5}
@@ -153,3 +155,33 @@ def test_what_cannot_work_is_refused_and_changes_nothing(mlp, arguments, message
         model.add_weighted_adapter(*arguments)
     assert set(model.peft_config) == {"default", "other"}
     assert set(snapshot(model)) == before
+
+
+def test_a_combined_adapter_of_experts_is_saved_and_loaded(tmp_path):
+    case = Case("experts", make_mixtral, TOKENS, {"target_modules": ["q_proj"], "target_parameters": EXPERTS})
+    model = case.model(init_weights=False)
+    model.add_adapter("other", DPSConfig(target_modules=["v_proj"], init_weights=False))
+    model.add_weighted_adapter(["other", "default"], [0.5, 0.5], "sum")
+    model.set_adapter("sum")
+    output = case.output(model)
+    entries = [model.dps_status(name).entries for name in ("default", "other", "sum")]
+    assert entries[2] == entries[0] + entries[1]
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(case.base(), tmp_path / "sum").eval()
+    assert torch.equal(case.output(loaded), output)
+    assert loaded.dps_status().entries == entries[2]
+
+
+def test_a_combined_adapter_has_the_targets_of_its_parts_and_no_others():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(4, 4)
+            self.inner = torch.nn.Sequential()
+            self.inner.add_module("proj", torch.nn.Linear(4, 4))
+
+    model = get_peft_model(Net(), DPSConfig(target_modules="proj"))
+    model.add_weighted_adapter(["default"], [1.0], "same")
+    assert [
+        key for key, layer in model.named_modules() if isinstance(layer, DPSLayer) and "same" in layer.dps_weight
+    ] == ["base_model.model.proj"]

@@ -325,3 +325,14 @@ def test_train_remaining_trains_what_is_no_target(mixtral, caplog):
     partial = mixtral.model(train_remaining=True, target_parameters=EXPERTS[:1])
     assert "cannot reach the parameters of 'model.layers.0.mlp.experts' itself" in caplog.text
     assert len(partial.dps_status().layers) == 2
+
+
+def test_a_single_number_is_refused():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+    model = nn.ModuleDict({"inner": Scaled()})
+    with pytest.raises(TargetError, match=r"The parameter 'inner.scale' is a single number.*Leave it out of"):
+        get_peft_model(model, DPSConfig(target_modules=[], target_parameters=["inner.scale"]))

@@ -550,3 +550,38 @@ def test_a_weight_whose_gradients_were_never_finite_is_named(make_model, batches
     backward(model, batches(1)[0])
     with pytest.raises(ScoreError, match=r"no gradient of 'layers.1' in the ACCUMULATE stage that ended with step 2"):
         optimizers[0].step()
+
+
+def test_a_step_inside_another_one_on_other_weights_is_part_of_it(make_model, batches):
+    class Both(SGD):
+        def __init__(self, parameters, inner):
+            super().__init__(parameters, lr=0.1)
+            self.inner = inner
+
+        def step(self, closure=None):
+            self.inner.step()
+            return super().step(closure)
+
+    model, twin = make_model(), make_model()
+    nested = Both(trainable(model)[2:], SGD(trainable(model)[:2], lr=0.1))
+    plain = SGD(trainable(twin), lr=0.1)
+    for batch in batches(6):
+        for each, optimizer in ((model, nested), (twin, plain)):
+            each.zero_grad()
+            backward(each, batch)
+            optimizer.step()
+    assert subnetwork_of(model).step == 6
+    for one, two in zip(subnetwork_of(model).weights, subnetwork_of(twin).weights, strict=True):
+        assert one.selected == two.selected
+        assert torch.equal(one.weight, two.weight)
+
+
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_step_hooks_of_an_optimizer_are_warned_of_once(make_model, batches, caplog, kind):
+    model = make_model()
+    optimizer = SGD(trainable(model), lr=0.1)
+    train(model, optimizer, batches(1))
+    assert "step hooks of its own" not in caplog.text
+    getattr(optimizer, f"register_step_{kind}_hook")(lambda *_: None)
+    train(model, optimizer, batches(2))
+    assert caplog.text.count("SGD has step hooks of its own") == 1

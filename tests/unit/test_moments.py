@@ -201,6 +201,16 @@ def test_an_optimizer_that_is_gone_is_told(make_model, batches):
         model.dps_state_dict()
 
 
+def test_another_optimizer_in_the_middle_of_a_stage_is_refused(make_model, batches):
+    model = make_model(lean=True, stage_steps=3)
+    optimizers = [AdamW(trainable(model), lr=1e-2) for _ in range(2)]
+    train(model, optimizers[0], batches(2))
+    with pytest.raises(EngineError, match="another optimizer has come in the middle of an ACCUMULATE stage"):
+        train(model, optimizers[1], batches(1))
+    train(model, optimizers[0], batches(4))
+    train(model, optimizers[1], batches(1))  # a new cycle
+
+
 def test_a_nan_in_the_second_moment_is_told_at_the_selection(make_model, batches):
     model = make_model(lean=True)
     optimizer = AdamW(trainable(model), lr=1e-2)

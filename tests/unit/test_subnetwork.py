@@ -12,9 +12,22 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.optim import SGD, Adafactor, AdamW
 
-from peft_dps import DPSConfig, EngineError, ScheduleError, ScoreError, Stage, dps_status, register_score
+from peft_dps import (
+    DPSConfig,
+    EngineError,
+    ScheduleError,
+    ScoreError,
+    Stage,
+    dps_status,
+    register_score,
+    save_dps_state,
+)
+from peft_dps import tracked as tracked_module
+from peft_dps.adapters import find_trained
 from peft_dps.errors import ConfigError
+from peft_dps.masks import Mask
 from peft_dps.scores import SCORES
+from peft_dps.tracked import TrackedWeight
 from tests.reference import ReferenceDense
 from tests.unit.conftest import layers_of, subnetwork_of, train, trainable, weights_of
 
@@ -442,3 +455,119 @@ def test_layers_that_are_gone_are_forgotten(make_model, batches):
     train(model, optimizer, batches(3))
     assert list(model.dps_status().layers) == ["layers.0"]
     assert copy.deepcopy(model).dps_status() == model.dps_status()
+
+
+@pytest.mark.parametrize("failing", ["mask", "hold"])
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("variant", ["dense", "mix"])
+@pytest.mark.parametrize("frozen", ["exact", "gradient"])
+def test_a_switch_without_memory_is_repeated_whole(make_model, batches, monkeypatch, variant, scope, frozen, failing):
+    fields = {"variant": variant, "scope": scope, "frozen": frozen, "stage_steps": 2}
+    broken, whole = make_model(**fields), make_model(**fields)
+    ours, theirs = (AdamW(trainable(model), lr=1e-2, weight_decay=0.1) for model in (broken, whole))
+    data = batches(4)
+    train(broken, ours, data[:2])
+    place, name = (Mask, "of") if failing == "mask" else (TrackedWeight, "keep_frozen")
+    working, calls = getattr(place, name), []
+
+    def fails_at_the_second_weight(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError
+        return working(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, fails_at_the_second_weight)
+        with pytest.raises(MemoryError):
+            train(broken, ours, data[2:])
+    train(broken, ours, data[2:])
+    train(whole, theirs, data)
+    assert not broken.dps_status().frozen_moved or frozen == "gradient"
+    for one, two in zip(subnetwork_of(broken).weights, subnetwork_of(whole).weights, strict=True):
+        assert torch.equal(one.keep, two.keep)
+        assert torch.equal(one.weight, two.weight)
+
+
+def test_frozen_bits_that_could_not_be_copied_are_held_when_the_step_is_repeated(make_model, batches, monkeypatch):
+    model = make_model(stage_steps=2)
+    optimizer = AdamW(trainable(model), lr=1e-2, weight_decay=0.1)
+    data = batches(4)
+    train(model, optimizer, data[:2])
+    before = [bits(weight) for weight in weights_of(model)]
+
+    def no_memory(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracked_module, "hold_frozen", no_memory)
+        with pytest.raises(MemoryError):
+            train(model, optimizer, data[2:3])
+    train(model, optimizer, data[2:])
+    for weight, old in zip(subnetwork_of(model).weights, before, strict=True):
+        frozen = ~weight.keep.bool()
+        assert torch.equal(bits(weight.weight)[frozen], old[frozen])
+
+
+def test_a_change_from_outside_is_told_once(make_model, batches, caplog):
+    model = make_model(stage_steps=4)
+    optimizer = SGD(trainable(model), lr=0.1)
+    train(model, optimizer, batches(5))
+    with torch.no_grad():
+        weights_of(model)[0].add_(1.0)
+    for batch in batches(3):
+        with torch.no_grad():
+            weights_of(model)[0].add_(0.0)  # no other bits, but another version
+        train(model, optimizer, [batch])
+    assert caplog.text.count("were changed outside of the optimizer") == 1
+    assert model.dps_status().frozen_moved
+
+
+def test_scores_of_several_dtypes_cannot_be_ranked_together(make_net, batches):
+    net = make_net()
+    net.layers[1].double()
+    model = get_peft_model(net, DPSConfig(target_modules=["layers.0", "layers.1"], stage_steps=2, scope="model"))
+    weight = weights_of(model)[0]
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(
+        ConfigError, match=r"float32 for 'layers.0' and torch.float64 for 'layers.1'. Use `scope='tensor'`"
+    ):
+        SGD([weight], lr=0.1).step()
+
+
+class Towers(nn.Module):
+    def __init__(self, left, right) -> None:
+        super().__init__()
+        self.left, self.right = left, right
+
+
+def test_two_adapters_of_one_name_are_told_apart_or_refused(make_model, batches, tmp_path):
+    towers = Towers(make_model(), make_model(net_seed=1))
+    optimizer = SGD(trainable(towers), lr=0.1)
+    for x, y in batches(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(towers.left(x) + towers.right(x), y).backward()
+        optimizer.step()
+    assert [dps_status(tower).steps for tower in (towers.left, towers.right)] == [3, 3]
+    message = r"Two DPS adapters of this model are called 'default': .*'left.base_model.model.layers.0'.*'right.base"
+    for ask in (dps_status, lambda model: save_dps_state(model, tmp_path / "state"), find_trained):
+        with pytest.raises(ConfigError, match=message):
+            ask(towers)
+    towers.right.requires_grad_(False)
+    assert list(find_trained(towers)) == ["default"]
+
+
+def test_what_keeps_the_subnetwork_of_a_deleted_adapter_keeps_it_out_of_the_new_one(make_model, batches):
+    model = make_model(stage_steps=2)
+    train(model, AdamW(trainable(model), lr=1e-2), batches(3))
+    old = subnetwork_of(model)  # as a traceback would
+    model.add_adapter("other", DPSConfig(target_modules=["layers.0", "layers.1"], stage_steps=10))
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.add_adapter("default", DPSConfig(target_modules=["layers.0", "layers.1"], stage_steps=10))
+    model.set_adapter("default")
+    before = [bits(weight) for weight in weights_of(model)]
+    train(model, AdamW(trainable(model), lr=1e-2), batches(1))
+    assert old.step == 3
+    assert not any(weight.exists() for weight in old.weights)
+    for weight, then in zip(weights_of(model), before, strict=True):
+        assert (bits(weight) != then).all()

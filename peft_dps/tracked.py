@@ -54,9 +54,7 @@ class TrackedWeight(LocatedWeight):
         changed_outside: Whether something else changed the weight in this SUBNETWORK stage.
     """
 
-    def __init__(
-        self, name: str, layer: DPSLayer, adapter: str, owner: Training, adds_up_in: str = "float32"
-    ) -> None:
+    def __init__(self, name: str, layer: DPSLayer, adapter: str, owner: Training, adds_up_in: str = "float32") -> None:
         super().__init__(name, layer, adapter, owner)
         self._adds_up_in = adds_up_in
         self.selected: int | None = None

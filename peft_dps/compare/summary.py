@@ -149,7 +149,7 @@ def overall_sheet(contests: Sequence[Contest]) -> Sheet:
             )
             for each in found
         ),
-        notes=(*_resolution(found), *_like_for_like(contests, overall)),
+        notes=(*_chosen_once(contests), *_resolution(found), *_like_for_like(contests, overall)),
     )
 
 
@@ -239,6 +239,14 @@ def _resolution(found: Sequence[Standing | Overall]) -> list[str]:
     if corrected <= LEVEL:
         return [f"{said}."]
     return [f"{said}: no difference, however large, could be significant here. It takes {pairs_needed(count)} pairs."]
+
+
+def _chosen_once(contests: Sequence[Contest]) -> list[str]:
+    runs_of = [contest.runs for contest in contests if len({run.plan.learning_rate for run in contest.runs}) > 1]
+    if not any(len(run.candidates) > 1 for runs in runs_of for run in runs):
+        return []
+    said = "p takes learning rates as given: each method's was chosen once a task, so its pairs there share that luck."
+    return [said]
 
 
 def _highest(found: Sequence[Standing]) -> frozenset[int]:

@@ -7,7 +7,7 @@ import pytest
 from peft_dps.compare.contest import contests_of
 from peft_dps.compare.plan import Plan, Settings
 from peft_dps.compare.results import Results
-from peft_dps.compare.run import Evaluation, Run, Timing
+from peft_dps.compare.run import Candidate, Evaluation, Run, Timing
 from peft_dps.compare.summary import cost_sheet, overall_sheet, score_sheet, setup_of
 
 
@@ -129,6 +129,16 @@ def test_overall_is_sorted_by_rank():
     assert [row[0] for row in sheet.rows] == ["lora", "full"]
     own = cells(sheet, "lora")
     assert (own["mean rank"], own["vs full"], own["tasks better"], own["pairs"]) == ("1.00", "+10.00", "2 of 2", "2")
+
+
+def test_tasks_together_say_that_rates_were_chosen_once():
+    runs = [run(name, 0, 0.5, task) for task in ("a", "b") for name in ("full", "lora")]
+    assert "chosen once" not in " ".join(overall_sheet(contests(*runs)).notes)
+    tried = [Candidate(rate, [0], 0.5, rate == 1e-4) for rate in (1e-4, 3e-4)]
+    chosen = [replace(each, candidates=tried) for each in runs]
+    assert "chosen once" not in " ".join(overall_sheet(contests(*chosen)).notes)  # the same for all methods
+    chosen[0] = replace(chosen[0], plan=replace(chosen[0].plan, learning_rate=3e-4))
+    assert "each method's was chosen once a task" in overall_sheet(contests(*chosen)).notes[0]
 
 
 def test_methods_without_dropout_are_set_beside_full_fine_tuning_without_it():

@@ -26,6 +26,7 @@ def checks(contest: Contest) -> list[str]:
         *_superseded(contest),
         *_edges(contest),
         *_selection(contest),
+        *_constant(contest),
         *_surroundings(contest),
     ]
 
@@ -105,6 +106,20 @@ def _selection(contest: Contest) -> Iterator[str]:
             yield f"{each.title}: training ended before a subnetwork was selected, so DPS did not happen."
         if any(run.frozen_moved and run.config.get("frozen") != "gradient" for run in each.finished):
             yield f"{each.title}: frozen entries moved in SUBNETWORK, which must not happen."
+
+
+def _constant(contest: Contest) -> Iterator[str]:
+    for domain in contest.domains:
+        found = []
+        for each in contest.contenders:
+            scores = [run.scores.get(domain, {}) for run in each.finished]
+            if len(scores) >= 3 and all(score == scores[0] for score in scores) and set(scores[0].values()) - {1.0}:
+                found.append(each.title)
+        if found:
+            yield (
+                f"All seeds have the same score on {domain} with {'; '.join(found)}: these models probably give every "
+                "example the same answer, and have learned nothing."
+            )
 
 
 def _surroundings(contest: Contest) -> Iterator[str]:

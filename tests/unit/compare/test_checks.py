@@ -55,6 +55,15 @@ def test_what_is_wrong_is_said(other, expected):
     assert any(expected in sentence for sentence in found), found
 
 
+def test_seeds_that_score_alike_have_probably_learned_nothing():
+    constant = [run("one", seed, score=0.684) for seed in range(3)]
+    good = [run("all", seed, score=1.0) for seed in range(3)]
+    alive = [run("full", seed, score=0.7 + seed / 100) for seed in range(3)]
+    (sentence,) = said(*alive, *good, *constant)
+    assert sentence.startswith("All seeds have the same score on cola with one: these models probably give every")
+    assert said(*alive[:2], *constant[:2]) == []
+
+
 def test_a_learning_rate_that_was_given_is_said():
     given = [Candidate(1e-4, [], math.nan, chosen=True)]
     assert said(run(candidates=given), run("other", candidates=given)) == [

@@ -14,7 +14,7 @@ from torch import nn
 from peft_dps.config import DPSConfig
 from peft_dps.errors import ConfigError
 from peft_dps.layer import DPSLayer
-from peft_dps.parameters import ParamWrapper
+from peft_dps.parameters import ParamWrapper, path_in_base
 
 Recipe = list[tuple[str, float]]
 
@@ -64,7 +64,7 @@ def combined_config(model: nn.Module, configs: Sequence[DPSConfig], recipe: Reci
     """
     names = {name for name, _ in recipe}
     targets = [
-        key.replace(".base_layer", "")  # of wrappers around a module that holds the target
+        path_in_base(model, key)
         for key, module in model.named_modules()
         if isinstance(module, DPSLayer) and not isinstance(module, ParamWrapper) and names & set(module.dps_weight)
     ]

@@ -7,13 +7,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_dps.config import DPSConfig
 from peft_dps.conv import Conv1d, Conv2d, Conv3d
 from peft_dps.embedding import Embedding, computes_alike
 from peft_dps.errors import TargetError
 from peft_dps.layer import DPSLayer
 from peft_dps.linear import Conv1DLinear, Linear
-from peft_dps.parameters import ParamWrapper, find_wrapper
-from peft_dps.targets import is_packed
+from peft_dps.parameters import ParamWrapper, find_wrapper, path_in_base
+from peft_dps.targets import is_packed, is_target
 
 LAYER_TYPES: dict[type[nn.Module], type[DPSLayer]] = {
     nn.Linear: Linear,
@@ -54,6 +55,37 @@ def make_layer(target: nn.Module, key: str) -> DPSLayer:
             f"{base_cls.__name__}. Leave it out with `exclude_modules`, or train it in full with `modules_to_save`."
         )
     return LAYER_TYPES[base_cls](target)
+
+
+def check_reach(config: DPSConfig, model: nn.Module) -> None:
+    """Check that nothing of a new adapter lies within a module of which another adapter trains parameters.
+
+    PEFT looks for targets outside of layers that other adapters have made, and would leave these out in silence.
+
+    Args:
+        config: The configuration of the new adapter.
+        model: The model.
+
+    Raises:
+        TargetError: If something does.
+    """
+    wrapped = [key for key, module in model.named_modules() if isinstance(module, ParamWrapper)]
+    if wrapped and config.train_remaining:
+        raise TargetError(
+            f"`train_remaining=True` cannot be for another adapter of this model: {wrapped[0]!r} holds parameters "
+            "that an adapter has in `target_parameters`. List `modules_to_save`, or unload that adapter first."
+        )
+    inside = tuple(f"{key}." for key in wrapped)
+    for key, module in model.named_modules():
+        if not key.startswith(inside) or not isinstance(module, (DPSLayer, *LAYER_TYPES)):
+            continue
+        own = path_in_base(model, key)
+        if not isinstance(module, ParamWrapper) and is_target(config, own):
+            raise TargetError(
+                f"The target {own!r} cannot be for another adapter of this model: it lies in a module that holds "
+                "parameters which an adapter has in `target_parameters`. Leave it out with `exclude_modules`, or "
+                "unload that adapter first."
+            )
 
 
 def wrap_parameter(target: nn.Module, parameter_name: str, key: str) -> ParamWrapper:

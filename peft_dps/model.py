@@ -14,17 +14,17 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_dps.adapters import (
+    all_subnetworks,
     dps_state_dict,
     dps_status,
     find_subnetwork,
-    find_subnetworks,
     load_dps_state,
     load_dps_state_dict,
     save_dps_state,
 )
 from peft_dps.combination import combined_config, fill, make_recipe
 from peft_dps.config import DPSConfig
-from peft_dps.dispatch import make_layer, wrap_parameter
+from peft_dps.dispatch import check_reach, make_layer, wrap_parameter
 from peft_dps.errors import AdapterFileError, ConfigError
 from peft_dps.layer import DPSLayer
 from peft_dps.loading import read_state, require_saved_shapes, take_out
@@ -115,7 +115,7 @@ class DPSModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # PEFT asks for the weights before it saves the configuration, which brings the model card up to date.
-        subnetwork = find_subnetworks(model).get(adapter_name)
+        subnetwork = next((each for each in all_subnetworks(model) if each.config is config), None)
         if subnetwork is not None:
             subnetwork.config.card = describe(subnetwork.config, subnetwork)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -236,6 +236,7 @@ class DPSModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         config = _as_dps(peft_config)
         expand_all_linear(config, model)
+        check_reach(config, model)
         if config.train_remaining:
             save_remaining(config, model)
 

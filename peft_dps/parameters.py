@@ -80,6 +80,22 @@ class ParamWrapper(DPSLayer):
         return f"parameter_name={self.parameter_name!r}"
 
 
+def path_in_base(model: nn.Module, key: str) -> str:
+    """Return the path that a module has in the base model, without the wrappers of parameters around it.
+
+    Args:
+        model: The model.
+        key: Path of the module in it.
+    """
+    parts = key.split(".")
+    own = [
+        part
+        for place, part in enumerate(parts)
+        if part != "base_layer" or not isinstance(model.get_submodule(".".join(parts[:place])), ParamWrapper)
+    ]
+    return ".".join(own)
+
+
 def find_wrapper(module: nn.Module, parameter_name: str) -> ParamWrapper | None:
     """Return the wrapper of a parameter among those around a module, if there is one.
 

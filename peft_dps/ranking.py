@@ -97,7 +97,7 @@ def check_dtypes(weights: Iterable[TrackedWeight], config: DPSConfig) -> None:
     Raises:
         ConfigError: If they have several.
     """
-    if config.scope != "model" or config.score != "squared_gradient":
+    if config.scope != "model" or config.score != "squared_gradient" or config.density == 1.0:
         return
     named = {weight.score_dtype: weight.name for weight in weights}
     if len(named) > 1:

@@ -61,8 +61,7 @@ class Subnetwork(Clock):
         self._by_layer: dict[int, TrackedWeight] = {}
         self._canary = Canary()
         for weight in self.weights:
-            weight.release()
-            weight.selected = weight.columns = None
+            weight.restart()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_canary": Canary(), "_by_layer": {}}
@@ -115,13 +114,14 @@ class Subnetwork(Clock):
         """
         self.at_rest = False
         for weight in weights:
-            weight.belongs_to(optimizer)
+            weight.meet(optimizer)
         names = {weight.name for weight in weights}
         if self._joins(names):
             self._in_round |= names
         else:
             self._begin_step(names)
         for weight in weights:
+            weight.belongs_to(optimizer)
             weight.follow_changes()
 
     def _begin_step(self, names: set[str]) -> None:

@@ -31,9 +31,10 @@ def select_subnetwork(
     """
     if config.density == 1.0:
         for weight in weights:
-            weight.total, weight.selected = None, weight.entries
+            weight.total = weight.moment = None
+            weight.selected = weight.entries
         return
-    # Those that have a mask got it in an earlier attempt, which an exception ended.
+    # Those that have a mask got it in an earlier attempt, which an exception ended; their values may be others now.
     _keep_frozen([weight for weight in weights if weight.mask is not None], config)
     open_weights = [weight for weight in weights if weight.mask is None]
     if config.scope == "model":

@@ -61,6 +61,7 @@ class TrackedWeight(LocatedWeight):
         self.columns: torch.Tensor | None = None
         self._exact = False
         self._spare: torch.Tensor | None = None
+        self._optimizer: weakref.ref[Optimizer] | None = None
         self.total: torch.Tensor | None = None
         self.held: torch.Tensor | None = None
         self.snapshot: torch.Tensor | None = None
@@ -74,12 +75,16 @@ class TrackedWeight(LocatedWeight):
         self.moment: MomentScores | None = None
         self.participation: torch.Tensor | None = None
         self.mask: Mask | None = None
-        self._optimizer: weakref.ref[Optimizer] | None = None
         self.checksum: torch.Tensor | None = None
         self.dtype: torch.dtype | None = None
         self.observed = 0
         self.changed_outside = False
         self.version = self.parameter._version if self.exists() else UNKNOWN
+
+    def restart(self) -> None:
+        """Forget everything, and begin a new training."""
+        self.release()
+        self.selected = self.columns = self._optimizer = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_spare": None, "_optimizer": None}
@@ -127,6 +132,11 @@ class TrackedWeight(LocatedWeight):
             )
         return moment.scores(now, memory)
 
+    def meet(self, optimizer: Optimizer) -> None:
+        """Take note of the first optimizer that updates the weight."""
+        if self._optimizer is None:
+            self._optimizer = weakref.ref(optimizer)
+
     def belongs_to(self, optimizer: Optimizer) -> None:
         """Take note of the optimizer that updates the weight.
 
@@ -138,8 +148,9 @@ class TrackedWeight(LocatedWeight):
         if self._optimizer is not None and self.moment is not None:
             raise EngineError(
                 f"`lean=True` takes the scores of {self.name!r} from its optimizer's second moment, and another "
-                "optimizer has come in the middle of an ACCUMULATE stage. Keep one for the whole training, begin anew "
-                "with `set_dps_total_steps`, or use `lean=False`."
+                "optimizer has come in the middle of an ACCUMULATE stage. Keep one for the whole training, or use "
+                "`lean=False`. If this one has loaded the other's state, call "
+                "`model.load_dps_state_dict(model.dps_state_dict())` to go on with it."
             )
         self._optimizer = weakref.ref(optimizer)
 
@@ -174,9 +185,7 @@ class TrackedWeight(LocatedWeight):
         self.selected, self.dtype, self.mask = selected, self.weight.dtype, mask
 
     def keep_frozen(self, *, exact: bool, snapshot: bool, lean: bool = False) -> None:
-        """Keep what a SUBNETWORK stage needs to know of the weight as it is now, unless it is kept already.
-
-        So an attempt that ended in an error, such as one of memory, can be repeated.
+        """Keep what a SUBNETWORK stage needs to know of the weight as it is now.
 
         Args:
             exact: Keep what it takes to give frozen entries their bits back.
@@ -186,11 +195,12 @@ class TrackedWeight(LocatedWeight):
         if self.mask is None or self.dtype is None:
             return
         self._exact = exact
-        if snapshot and self.snapshot is None:
+        self.held = self.snapshot = self.checksum = None
+        if snapshot:
             self.snapshot = self._memory(self.dtype).copy_(self.weight)
-        elif exact and not snapshot and not lean and self.held is None:
+        elif exact and not lean:
             self.held = hold_frozen(self.weight, self.mask, self._memory(self.dtype))
-        if (not exact or (lean and not snapshot)) and self.checksum is None:
+        if not exact or (lean and not snapshot):
             self.checksum = frozen_checksum(self.weight, self.mask.keep)
         self._spare = None
         self.version = self.parameter._version

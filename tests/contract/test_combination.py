@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 
 from peft_dps import ConfigError, DPSConfig, DPSLayer
+from peft_dps.errors import TargetError
 from tests.contract.conftest import TOKENS, Case
 from tests.contract.test_parameters import EXPERTS, make_mixtral
 
@@ -172,16 +173,55 @@ def test_a_combined_adapter_of_experts_is_saved_and_loaded(tmp_path):
     assert loaded.dps_status().entries == entries[2]
 
 
-def test_a_combined_adapter_has_the_targets_of_its_parts_and_no_others():
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.proj = torch.nn.Linear(4, 4)
-            self.inner = torch.nn.Sequential()
-            self.inner.add_module("proj", torch.nn.Linear(4, 4))
+class Nested(torch.nn.Module):
+    """Modules whose paths end alike or look like those of wrappers."""
 
-    model = get_peft_model(Net(), DPSConfig(target_modules="proj"))
+    def __init__(self):
+        super().__init__()
+        self.proj = torch.nn.Linear(4, 4)
+        self.inner = torch.nn.ModuleDict({"proj": torch.nn.Linear(4, 4)})
+        self.base_layers = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+        self.base_layer_proj = torch.nn.Linear(4, 4)
+
+
+def test_a_combined_adapter_has_the_targets_of_its_parts_and_no_others():
+    model = get_peft_model(Nested(), DPSConfig(target_modules=r"proj|base_layers\.0|base_layer_proj"))
     model.add_weighted_adapter(["default"], [1.0], "same")
-    assert [
+    layers = [
         key for key, layer in model.named_modules() if isinstance(layer, DPSLayer) and "same" in layer.dps_weight
-    ] == ["base_model.model.proj"]
+    ]
+    assert layers == ["base_model.model." + name for name in ("proj", "base_layers.0", "base_layer_proj")]
+
+
+class Experts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Parameter(torch.randn(2, 4, 4))
+        self.router = torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return torch.einsum("bi,eij,be->bj", x, self.up, self.router(x))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": ["router"]}, "The target 'experts.router' cannot be for another adapter"),
+        (
+            {"target_modules": ["norm"], "train_remaining": True},
+            "`train_remaining=True` cannot be for another adapter",
+        ),
+    ],
+)
+def test_what_lies_in_a_wrapped_module_is_out_of_reach_for_a_second_adapter(fields, message):
+    base = torch.nn.Sequential()
+    base.add_module("norm", torch.nn.Linear(4, 4))
+    base.add_module("experts", Experts())
+    model = get_peft_model(base, DPSConfig(target_parameters=["experts.up"], **fields)).eval()
+    inputs = torch.randn(3, 4)
+    output, before = model(inputs), [key for key, _ in model.named_modules()]
+    with pytest.raises(TargetError, match=message):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    assert list(model.peft_config) == ["default"]
+    assert [key for key, _ in model.named_modules()] == before
+    assert torch.equal(model(inputs), output)

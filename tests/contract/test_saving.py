@@ -46,6 +46,21 @@ def test_the_saved_file_holds_weights_and_no_training_state(case, steps, tmp_pat
     assert sum(tensor.numel() for tensor in saved.values()) == model.get_nb_trainable_parameters()[0]
 
 
+def test_a_model_within_a_model_is_saved_though_their_adapters_have_one_name(tmp_path):
+    def nested():
+        torch.manual_seed(0)
+        base = torch.nn.ModuleDict({"vision": torch.nn.Linear(4, 4), "text": torch.nn.Linear(4, 4)})
+        base["vision"] = get_peft_model(torch.nn.Sequential(base["vision"]), DPSConfig(target_modules=["0"]))
+        return base
+
+    with pytest.warns(UserWarning, match="modify a model with PEFT for a second time"):
+        model = get_peft_model(nested(), DPSConfig(target_modules=["text"], init_weights=False))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(nested(), tmp_path)
+    assert torch.equal(loaded.base_model.model["text"].dps_weight["default"],
+                       model.base_model.model["text"].dps_weight["default"])  # fmt: skip
+
+
 def test_the_saved_config_comes_back(case, tmp_path):
     model = case.model(density=0.25, frozen="gradient", scope="model", seed=3)
     model.save_pretrained(tmp_path)

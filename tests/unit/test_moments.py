@@ -201,14 +201,47 @@ def test_an_optimizer_that_is_gone_is_told(make_model, batches):
         model.dps_state_dict()
 
 
-def test_another_optimizer_in_the_middle_of_a_stage_is_refused(make_model, batches):
+@pytest.mark.parametrize("steps", [1, 2])
+def test_another_optimizer_in_the_middle_of_a_stage_is_refused(make_model, batches, steps):
     model = make_model(lean=True, stage_steps=3)
     optimizers = [AdamW(trainable(model), lr=1e-2) for _ in range(2)]
-    train(model, optimizers[0], batches(2))
+    train(model, optimizers[0], batches(steps))
     with pytest.raises(EngineError, match="another optimizer has come in the middle of an ACCUMULATE stage"):
         train(model, optimizers[1], batches(1))
-    train(model, optimizers[0], batches(4))
-    train(model, optimizers[1], batches(1))  # a new cycle
+    # What it has begun to count goes on with the one that it knows.
+    train(model, optimizers[0], batches(2 - steps))
+    train(model, optimizers[1], batches(1))  # SUBNETWORK, with scores from the other one
+    assert model.dps_status().engaged
+    train(model, optimizers[1], batches(3))
+
+
+def test_an_optimizer_with_the_state_of_the_other_takes_the_stage_over(make_model, batches):
+    taken, kept = (make_model(lean=True, stage_steps=3) for _ in range(2))
+    data = batches(6)
+    first, second, alone = (AdamW(trainable(model), lr=1e-2) for model in (taken, taken, kept))
+    train(taken, first, data[:2])
+    second.load_state_dict(first.state_dict())
+    taken.load_dps_state_dict(taken.dps_state_dict())
+    train(taken, second, data[2:])
+    train(kept, alone, data)
+    for one, two in zip(subnetwork_of(taken).weights, subnetwork_of(kept).weights, strict=True):
+        assert torch.equal(one.weight, two.weight)
+
+
+@pytest.mark.parametrize("variant", ["dense", "mix"])
+def test_stages_of_one_step(make_model, batches, variant):
+    model = make_model(lean=True, stage_steps=1, variant=variant)
+    optimizer = AdamW(trainable(model), lr=1e-2)
+    for batch in batches(4):
+        train(model, optimizer, [batch])
+        model.dps_state_dict()
+    assert model.dps_status().engaged
+
+
+def test_any_optimizer_may_come_where_nothing_is_selected(make_model, batches):
+    model = make_model(lean=True, density=1.0)
+    for batch in batches(4)[1:]:
+        train(model, AdamW(trainable(model), lr=1e-2), [batch] * 2)
 
 
 def test_a_nan_in_the_second_moment_is_told_at_the_selection(make_model, batches):

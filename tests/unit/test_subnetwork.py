@@ -480,8 +480,12 @@ def test_a_switch_without_memory_is_repeated_whole(make_model, batches, monkeypa
         patch.setattr(place, name, fails_at_the_second_weight)
         with pytest.raises(MemoryError):
             train(broken, ours, data[2:])
+    train(whole, theirs, data[:2])
+    with torch.no_grad():
+        for weight in (*weights_of(broken), *weights_of(whole)):  # held are the values that the repetition finds
+            weight.mul_(1.5)
     train(broken, ours, data[2:])
-    train(whole, theirs, data)
+    train(whole, theirs, data[2:])
     assert not broken.dps_status().frozen_moved or frozen == "gradient"
     for one, two in zip(subnetwork_of(broken).weights, subnetwork_of(whole).weights, strict=True):
         assert torch.equal(one.keep, two.keep)
@@ -528,6 +532,10 @@ def test_scores_of_several_dtypes_cannot_be_ranked_together(make_net, batches):
     model = get_peft_model(net, DPSConfig(target_modules=["layers.0", "layers.1"], stage_steps=2, scope="model"))
     weight = weights_of(model)[0]
     weight.grad = torch.ones_like(weight)
+    model.peft_config["default"].density = 1.0
+    SGD([weight], lr=0.1).step()  # nothing is ranked
+    model.peft_config["default"].density = 0.5
+    model.set_dps_total_steps(8)
     with pytest.raises(
         ConfigError, match=r"float32 for 'layers.0' and torch.float64 for 'layers.1'. Use `scope='tensor'`"
     ):

@@ -39,7 +39,10 @@ def select_subnetwork(
     open_weights = [weight for weight in weights if weight.mask is None]
     if config.scope == "model":
         _check_ranks(weights, adapter)
-    for batch in ranked_together(open_weights) if config.scope == "tensor" else filter(None, [open_weights]):
+        batches = [open_weights] if open_weights else []
+    else:
+        batches = ranked_together(open_weights)
+    for batch in batches:
         selections, selected = masks_of(batch, config, among=weights, step=step, stage_steps=stage_steps)
         masks = [Mask.of(selection) for selection in selections]  # what may fail comes before any scores are dropped
         for weight, mask, count in zip(batch, masks, selected, strict=True):

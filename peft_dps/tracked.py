@@ -182,7 +182,7 @@ class TrackedWeight(LocatedWeight):
         """
         self._spare = self._spare if self.total is None else self.total
         self.total = self.participation = self.columns = self.moment = None
-        self.selected, self.dtype, self.mask = selected, self.weight.dtype, mask
+        self.selected, self.mask = selected, mask
 
     def keep_frozen(self, *, exact: bool, snapshot: bool, lean: bool = False) -> None:
         """Keep what a SUBNETWORK stage needs to know of the weight as it is now.
@@ -192,9 +192,9 @@ class TrackedWeight(LocatedWeight):
             snapshot: Keep the whole weight, for Mix.
             lean: Keep frozen bits only while the optimizer steps.
         """
-        if self.mask is None or self.dtype is None:
+        if self.mask is None:
             return
-        self._exact = exact
+        self._exact, self.dtype = exact, self.weight.dtype
         self.held = self.snapshot = self.checksum = None
         if snapshot:
             self.snapshot = self._memory(self.dtype).copy_(self.weight)
@@ -286,10 +286,10 @@ class TrackedWeight(LocatedWeight):
 
     def frozen_moved(self) -> bool:
         """Tell whether any frozen entry has other bits than when this SUBNETWORK stage began."""
-        return self.mask is not None and (self.changed_outside or self._frozen_bits_differ())
+        return self.changed_outside or self._frozen_bits_differ()
 
     def _frozen_bits_differ(self) -> bool:
-        """Tell the same of the moment since which values from outside were accepted, if any were."""
+        """Tell whether any has other bits than it is held at, which may be accepted from outside."""
         if self.mask is None:
             return False
         self._follow_weight()

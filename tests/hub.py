@@ -57,12 +57,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._file("models", *parts)
 
     def _about(self, kind: str, owner: str = "", name: str = "", what: str = "revision", *rest: str) -> None:
-        folder = self._folder(kind, owner, name, rest[0] if rest else "main")
+        folder, commit = self._find(kind, owner, name, rest[0] if rest else "main")
         if folder is None:
             self._absent("RepoNotFound")
         elif what == "revision":
             files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-            commit = _hash(folder.relative_to(self.root / kind / owner / name).as_posix())
             self._json({"id": f"{owner}/{name}", "sha": commit, "siblings": [{"rfilename": file} for file in files]})
         elif what == "tree" and folder.joinpath(*rest[1:]).is_dir():
             self._json([_entry(path, folder) for path in folder.joinpath(*rest[1:]).iterdir()])
@@ -70,23 +69,22 @@ class _Handler(BaseHTTPRequestHandler):
             self._absent("EntryNotFound")
 
     def _file(self, kind: str, owner: str, name: str = "", what: str = "", revision: str = "", *rest: str) -> None:
-        folder = self._folder(kind, owner, name, revision)
+        folder, commit = self._find(kind, owner, name, revision)
         if folder is None:
             self._absent("RepoNotFound")
         elif what != "resolve" or not folder.joinpath(*rest).is_file():
             self._absent("EntryNotFound")
         else:
             content = folder.joinpath(*rest).read_bytes()
-            commit = _hash(folder.relative_to(self.root / kind / owner / name).as_posix())
             self._send(200, content, {"ETag": f'"{_hash(content)}"', "X-Repo-Commit": commit})
 
-    def _folder(self, kind: str, owner: str, name: str, revision: str) -> Path | None:
-        """Find the folder of a revision, which is a name or its hash."""
+    def _find(self, kind: str, owner: str, name: str, revision: str) -> tuple[Path | None, str]:
+        """Find the folder and the commit of a revision, which is a name or a commit."""
         repository = self.root / kind / owner / name
         for known in ("main", "refs/convert/parquet"):
             if revision in (known, _hash(known)) and name and (repository / known).is_dir():
-                return repository / known
-        return None
+                return repository / known, _hash(known)
+        return None, ""
 
     def _json(self, content: object) -> None:
         self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})

@@ -242,6 +242,7 @@ def test_any_optimizer_may_come_where_nothing_is_selected(make_model, batches):
     model = make_model(lean=True, density=1.0)
     for batch in batches(4)[1:]:
         train(model, AdamW(trainable(model), lr=1e-2), [batch] * 2)
+    assert model.dps_status().steps == 6
 
 
 def test_a_nan_in_the_second_moment_is_told_at_the_selection(make_model, batches):

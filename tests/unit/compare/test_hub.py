@@ -31,7 +31,6 @@ configs:
 ---
 """
 LOAD_SICK = """
-from pathlib import Path
 from peft_dps.compare.nli import _DATA
 data, split = _DATA["sick"]
 print(data.load(split, None).labels)

@@ -39,6 +39,7 @@ class _OpenStep:
         self.optimizer = optimizer
         self.work = work
         self.frames = [frame]  # of the step itself and of the steps nested in it
+        self.wrapped = False  # whether there is a closure
         self.closure_runs = 0
 
     def take_gradients(self) -> None:
@@ -73,7 +74,17 @@ class _OpenStep:
             self.take_gradients()
             return result
 
+        self.wrapped = True
         return closure_then_gradients
+
+    def check_closure(self) -> None:
+        """Check, when the step is over, that its closure was called, which hands over the gradients."""
+        unseen = self.wrapped and self.closure_runs == 0
+        if unseen and any(weight.parameter.grad is not None for _, weights in self.work for weight in weights):
+            raise EngineError(
+                f"{type(self.optimizer).__name__} was given a closure and did not call it, so DPS has not seen the "
+                "gradients that it applied. Call `step()` without one after `backward()`."
+            )
 
     def hold(self) -> None:
         for subnetwork, weights in self.work:
@@ -122,7 +133,7 @@ def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     step = _OpenStep(optimizer, work, stack[0])
     step.expect()
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is None:
+    if not callable(closure):  # there is none, or an optimizer takes something else there
         step.take_gradients()
     elif len(args) > 1:
         args = (args[0], step.wrap(closure), *args[2:])
@@ -146,6 +157,7 @@ def after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, 
             step.frames.pop()
         else:
             _close(step)
+            step.check_closure()
 
 
 def _close(step: _OpenStep) -> None:

@@ -15,12 +15,15 @@ from peft_dps.layer import DPSLayer
 class Canary:
     """Watches one weight of an adapter in its training forwards.
 
-    Once may be a user who loads other weights; twice without a step is an engine that DPS cannot see.
+    Once may be a user who loads other weights; twice without a step is an engine that DPS cannot see. Who perturbs
+    weights for a forward and restores them, as adversarial training does, comes back to bits that were seen before.
     """
 
     def __init__(self) -> None:
         self._layer: weakref.ref[DPSLayer] | None = None
-        self._seen: tuple[int, int] | None = None
+        self._version: int | None = None
+        self._bits: int | None = None  # of the previous forward, where they were read
+        self._known: set[int] = set()  # bits seen since the latest step
         self._step = 0
         self._unseen_changes = 0
 
@@ -41,23 +44,33 @@ class Canary:
         if self._layer() is not layer:
             return
         weight = layer.dps_weight[adapter]
-        if self._seen is None:
+        if self._version is None:
             _refuse_known_engines(adapter, weight)
+        version, before = weight._version, self._version
+        if step != self._step:
+            self._bits, self._known, self._unseen_changes = None, set(), 0
         # Updates through `.data` leave the version counter alone. The bits tell, but reading them waits for the
-        # device, so they are read only until the first step has been seen.
-        seen = (weight._version, int(bits_of(weight).sum(dtype=torch.int64)) if step == 0 else 0)
-        if step != self._step or self._seen is None:
-            self._unseen_changes = 0
-        elif seen != self._seen:
-            self._unseen_changes += 1
-        self._seen, self._step = seen, step
-        if self._unseen_changes >= 2:
+        # device: once a step has been seen they are read only where the counter has gone on without one.
+        if step == 0 or (step == self._step and before is not None and version != before):
+            self._count_change(int(bits_of(weight).sum(dtype=torch.int64)), first=before is None)
+        self._version, self._step = version, step
+        if self._unseen_changes >= (2 if step == 0 else 4):  # the unperturbed bits are read at the second change then
             raise EngineError(
                 f"The weights of adapter {adapter!r} were changed twice without an optimizer step that DPS could see, "
                 "so its stages would never happen. The engine updates copies of the weights (DeepSpeed ZeRO, FSDP1, "
                 "CPU offloading) or its optimizer is no torch.optim.Optimizer. Train with a torch optimizer on the "
                 "model's own parameters."
             )
+
+    def _count_change(self, bits: int, *, first: bool) -> None:
+        if bits == self._bits:
+            return
+        if bits in self._known:
+            self._unseen_changes = 0
+        elif not first:
+            self._unseen_changes += 1
+        self._bits = bits
+        self._known.add(bits)
 
 
 def _refuse_known_engines(adapter: str, weight: torch.Tensor) -> None:

@@ -35,6 +35,7 @@ class Clock:
         self.step = 0
         self.scored_steps = 0
         self.unscored_steps = 0
+        self.loaded_after: int | None = None  # the step after which the adapter's weights were loaded
         self.position: Position | None = None
         self._schedule: StageSchedule | None = None
         self._entered: Stage | None = None

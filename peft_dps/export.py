@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from peft_dps.config import DPSConfig
 from peft_dps.errors import ConfigError, EngineError
@@ -29,7 +30,7 @@ class ExportReport:
         form: The form asked for.
         adapter: Name of the adapter.
         file_bytes: Size of the file of weights.
-        whole_bytes: What the same tensors take in the file that `save_pretrained` writes.
+        whole_bytes: What the adapter's tensors take in the file that `save_pretrained` writes.
         relative_error: ||restored - trained|| / ||trained - pretrained|| over all packed entries; 0.0 if lossless.
         largest_error: The largest |restored - trained| of an entry.
     """
@@ -132,7 +133,8 @@ def export_adapter(
     for key, trained, pretrained in _chosen(model, adapter, tuple(whole), tuple(saved_modules)):
         state[key], restored = FORMS[form](trained, pretrained, keep)
         loss.add(trained, pretrained, restored)
-    model.save_pretrained(str(path), selected_adapters=[adapter], state_dict=state)
+    embeddings = _base_embeddings(model, adapter)
+    model.save_pretrained(str(path), selected_adapters=[adapter], state_dict=state, save_embedding_layers=embeddings)
     folder = Path(path) if adapter == "default" else Path(path) / adapter
     return ExportReport(
         form=form,
@@ -140,7 +142,9 @@ def export_adapter(
         file_bytes=(folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
         whole_bytes=sum(
             tensor.numel() * tensor.element_size()
-            for tensor in get_peft_model_state_dict(model, adapter_name=adapter).values()
+            for tensor in get_peft_model_state_dict(
+                model, adapter_name=adapter, save_embedding_layers=embeddings
+            ).values()
         ),
         relative_error=loss.relative,
         largest_error=loss.largest,
@@ -200,6 +204,12 @@ def _chosen(
                 "`save_pretrained`, load it in one process, and export it there."
             )
         yield key, trained.detach().cpu(), pretrained.detach().cpu()
+
+
+def _base_embeddings(model: PeftModel, adapter: str) -> bool | Literal["auto"]:
+    """Tell PEFT to leave out the base model's embeddings if they are targets: the base has to be the same anyway."""
+    modules = {key.rpartition(".dps_")[0].rpartition(".")[2] for key, _, _ in own_tensors(model, adapter)}
+    return "auto" if modules.isdisjoint(EMBEDDING_LAYER_NAMES) else False
 
 
 def _names(name: str, path: str) -> bool:

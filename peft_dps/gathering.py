@@ -77,7 +77,8 @@ def check_gathered(
                 f"Adapter {adapter!r}: no gradient of {weight.name!r} in the ACCUMULATE stage that ended with step "
                 f"{step} was finite, so it has no scores. Look for the cause of NaN or inf in its gradients."
             )
-        if weight.observed == 0 and weight.version not in (UNKNOWN, weight.parameter._version):
+        is_trained = weight.parameter.requires_grad  # else only who loads values changes it
+        if is_trained and weight.observed == 0 and weight.version not in (UNKNOWN, weight.parameter._version):
             raise EngineError(
                 f"The weight of {weight.name!r} was changed, but no optimizer step with its gradient was seen. Its "
                 "optimizer works on a copy (CPU offloading, sharding) or is no torch.optim.Optimizer; use one that "

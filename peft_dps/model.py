@@ -90,14 +90,12 @@ class DPSModel(BaseTuner):
                 state_dict=state_dict,
             )
             check_ties(model, adapter_name)
-            if config.offload_base or config.lean:
-                offload_bases(model, adapter_name)
-            self._originals_wait |= config.lean and not config.inference_mode
-            if config.train_remaining:
-                tie_saved_modules(model, adapter_name)
             # PEFT leaves this to PeftModel, which transformers' `add_adapter` does without.
             self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             if not config.inference_mode:
+                if config.offload_base or config.lean:
+                    offload_bases(model, adapter_name)
+                self._originals_wait |= config.lean
                 warn_of_statistics(model)
         except Exception:
             _take_out(model, subnetwork)
@@ -149,8 +147,11 @@ class DPSModel(BaseTuner):
                 if config.is_to_be_filled:
                     take_out(self, name)
             raise
-        for _, config in loaded:
+        subnetworks = {subnetwork.adapter: subnetwork for subnetwork in all_subnetworks(self.model)}
+        for name, config in loaded:
             config.is_to_be_filled = False
+            if name in subnetworks:
+                subnetworks[name].loaded_after = subnetworks[name].step
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def dps_status(self, adapter_name: str | None = None) -> DPSStatus:
@@ -299,6 +300,9 @@ class DPSModel(BaseTuner):
                     if adapter_name in container and base is not None and base.dtype in HALF_PRECISION:
                         dtype = torch.float32 if autocast_adapter_dtype else base.dtype
                         container[adapter_name].data = container[adapter_name].data.to(dtype)
+        # PEFT calls this after every load, and with `low_cpu_mem_usage=True` that puts new parameters in.
+        if _as_dps(self.peft_config[adapter_name]).train_remaining:
+            tie_saved_modules(self.model, adapter_name)
 
 
 def _take_out(model: nn.Module, subnetwork: Subnetwork) -> None:

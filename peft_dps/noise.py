@@ -61,6 +61,7 @@ class ColumnNoise:
     def __init__(self, seed: int, columns: Sequence[int], density: float) -> None:
         self.seed = seed
         self.columns = list(columns)
+        self.density = density
         self.threshold = int(density * (1 << _RESOLUTION_BITS))
         self._counters: dict[torch.device, torch.Tensor] = {}
 

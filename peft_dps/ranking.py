@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def scores_of(weight: TrackedWeight, config: DPSConfig, *, index: int, step: int
         Scores of the weight's shape.
 
     Raises:
-        ConfigError: If a registered score returns another shape.
+        ConfigError: If a registered score returns something else.
     """
     score = find_score(config.score)
     total = weight.running_total() if score.uses_gradients else None
@@ -59,13 +60,23 @@ def scores_of(weight: TrackedWeight, config: DPSConfig, *, index: int, step: int
         first_row=0 if weight.sharding is None else weight.sharding.first,
     )
     scores = score.function(evidence)
-    found, wanted = (scores.shape, scores.device), (weight.weight.shape, weight.weight.device)
-    if found != wanted:
+    _check_scores(scores, weight, config.score)
+    return scores
+
+
+def _check_scores(scores: Any, weight: TrackedWeight, score: str) -> None:
+    """Check what a score returned, which may be anything if a user has registered it."""
+    wanted = (weight.weight.shape, weight.weight.device)
+    if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():
+        found = f"dtype {scores.dtype}" if isinstance(scores, torch.Tensor) else f"{type(scores).__name__}"
         raise ConfigError(
-            f"The score {config.score!r} returned shape {tuple(found[0])} on {found[1]} for the weight of "
+            f"The score {score!r} returned {found} for the weight of {weight.name!r}; it must be a tensor of floats."
+        )
+    if (scores.shape, scores.device) != wanted:
+        raise ConfigError(
+            f"The score {score!r} returned shape {tuple(scores.shape)} on {scores.device} for the weight of "
             f"{weight.name!r}; it must be {tuple(wanted[0])} on {wanted[1]}, as the weight."
         )
-    return scores
 
 
 def ranked_together(weights: Iterable[TrackedWeight]) -> list[list[TrackedWeight]]:

@@ -85,6 +85,7 @@ def state_of(subnetwork: Subnetwork) -> dict[str, Any]:
     return {"header": header, "tensors": tensors}
 
 
+@torch.no_grad()
 def load_state(subnetwork: Subnetwork, state: Mapping[str, Any]) -> None:
     """Go on where the training was whose state was taken down. The weights have to be loaded before.
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from peft_dps.errors import StateError
 
 _HEADER, _DIGEST = "peft_dps", "sha256"
+_MOST_PROCESSES = 10**5  # as many as names of parts have digits for
 
 
 def path_in(folder: str | os.PathLike[str], adapter: str) -> Path:
@@ -135,13 +136,15 @@ def find_save(path: str | os.PathLike[str]) -> Save:
         path: Where it was saved.
 
     Raises:
-        StateError: If there is no state, or it is damaged.
+        StateError: If there is no state, or it is damaged, or names no files.
     """
     path = Path(path)
     header = StateFile(path).header
     if "size" not in header:
         return Save(header.get("save"), [path])
-    save, size = header["save"], header["size"]
+    save, size = str(header.get("save")), header["size"]
+    if not (re.fullmatch("[0-9a-f]{16}", save) and isinstance(size, int) and 0 < size <= _MOST_PROCESSES):
+        raise StateError(f"The training state at '{path}' names no files: `save` is {save!r}, `size` {size!r}.")
     return Save(save, [part_of(path, save, rank, size) for rank in range(size)])
 
 

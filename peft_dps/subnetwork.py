@@ -57,6 +57,7 @@ class Subnetwork(Clock):
         super().restart(total_steps)
         self.calls = 0
         self._prepared_for: int | None = None
+        self._warned = False  # of steps without a training forward
         self._noise: ColumnNoise | None = None
         self._by_layer: dict[int, TrackedWeight] = {}
         self._canary = Canary()
@@ -64,7 +65,10 @@ class Subnetwork(Clock):
             weight.restart()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_canary": Canary(), "_by_layer": {}}
+        weights = self.weights
+        if self.stage_is_over:  # a copy may be asked for its subnetwork before its optimizer makes itself known
+            weights = [weight.with_scores() for weight in weights]
+        return {**self.__dict__, "weights": weights, "_canary": Canary(), "_by_layer": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -117,6 +121,7 @@ class Subnetwork(Clock):
             weight.meet(optimizer)
         names = {weight.name for weight in weights}
         if self._joins(names):
+            self._check_forwards(optimizer)
             self._in_round |= names
         else:
             self._begin_step(names)
@@ -129,10 +134,30 @@ class Subnetwork(Clock):
         if self._prepared_for != self.step:  # no training forward of this step drew noise for it
             for weight in self.weights:
                 weight.columns = None
+            self._warn_of_no_forward()
         self.step += 1
         self.config.is_to_be_filled = False  # what the weights hold from now on is trained here
         self._in_round = names
         self._counted = set()
+
+    def _check_forwards(self, optimizer: Optimizer) -> None:
+        """Refuse a second optimizer of a step after a forward that Mix has prepared for the next one."""
+        if self.is_mix and self._prepared_for == self.step:
+            raise EngineError(
+                f"Adapter {self.adapter!r}: {type(optimizer).__name__} is another optimizer of step {self.step}, and "
+                "there was a training forward since the first one. DPS Mix computes that with the noise of the next "
+                "step. Step all optimizers after the same forward and backward, or use `variant='dense'`."
+            )
+
+    def _warn_of_no_forward(self) -> None:
+        if self.is_mix and not self._warned and self.position is not None and self.position.stage is Stage.ACCUMULATE:
+            self._warned = True
+            logger.warning(
+                "Adapter %r: DPS Mix makes a step without any forward in training mode, so there is no noise in it, "
+                "and it is a step of DPS Dense. Call `model.train()`; dropout can be switched off by "
+                "`peft_dps.disable_dropout(model)`.",
+                self.adapter,
+            )
 
     def take_gradients(
         self, weights: Sequence[TrackedWeight], optimizer: Optimizer, grad_scale: torch.Tensor | None
@@ -217,9 +242,10 @@ class Subnetwork(Clock):
             self._enter_next_stage()
         else:
             self._forget_dead()
-            if self._noise is None:
+            density = self.config.density
+            if self._noise is None or self._noise.density != density:
                 counts = [weight.layer.columns.count for weight in self.weights]
-                self._noise = ColumnNoise(self.config.seed, counts, self.config.density)
+                self._noise = ColumnNoise(self.config.seed, counts, density)
             rows: dict[torch.device, tuple[torch.Tensor, ...]] = {}
             for index, weight in enumerate(self.weights):
                 device = weight.parameter.device

@@ -63,12 +63,14 @@ def _rows(config: DPSConfig, subnetwork: Subnetwork) -> list[tuple[str, str]]:
     position = subnetwork.position
     if position is None:
         return [*rows, ("training", "none in the process that saved this")]
-    return [
-        *rows,
+    rows += [
         ("optimizer steps", str(subnetwork.step)),
         ("saved in", f"cycle {position.cycle}, {position.stage.name}, step {position.step_in_stage} of the stage"),
         ("selected at the latest selection", _selected(subnetwork)),
     ]
+    if subnetwork.loaded_after == subnetwork.step:
+        rows.append(("weights", "loaded after the last of these steps, as those of a better checkpoint are"))
+    return rows
 
 
 def _length(config: DPSConfig, subnetwork: Subnetwork) -> str:

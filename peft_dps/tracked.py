@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -84,10 +85,20 @@ class TrackedWeight(LocatedWeight):
     def restart(self) -> None:
         """Forget everything, and begin a new training."""
         self.release()
-        self.selected = self.columns = self._optimizer = None
+        self.selected = self.columns = self._optimizer = self._spare = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_spare": None, "_optimizer": None}
+
+    def with_scores(self) -> TrackedWeight:
+        """Return a copy, of the same layer and tensors, that needs no optimizer any more to be selected from."""
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if self.moment is None or optimizer is None:
+            return self
+        settled = copy.copy(self)
+        settled.total = self.take_total() if self.total is None else self.total
+        settled.moment = None
+        return settled
 
     @property
     def keep(self) -> torch.Tensor | None:
@@ -171,7 +182,8 @@ class TrackedWeight(LocatedWeight):
             count = self.layer.columns.count
             self.participation = torch.zeros(count, dtype=torch.float32, device=self.weight.device)
         self._follow_weight()
-        self.participation += 1.0 if self.columns is None else self.columns.to(self.participation)
+        noisy = self.columns is not None and self.layer.training  # a layer in eval mode computes with all of them
+        self.participation += self.columns.to(self.participation) if noisy and self.columns is not None else 1.0
 
     def freeze(self, mask: Mask, selected: int) -> None:
         """Begin a SUBNETWORK stage; `keep_frozen` has to follow.

@@ -82,7 +82,8 @@ class BaseLayerWrapper(nn.Module, BaseTunerLayer):
     def _keep_pretrained(self, data: torch.Tensor) -> None:
         parameter = _with_data(self.pretrained_parameter, data)
         if self._unmerged is None:
-            setattr(self.get_base_layer(), self.parameter_name, parameter)
+            # With `low_cpu_mem_usage=True` PEFT makes a meta tensor of every parameter that is set.
+            self.get_base_layer()._parameters[self.parameter_name] = parameter
         else:
             self._unmerged = parameter, self._unmerged[1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,28 @@ def register_for_checkpointing(accelerator: Accelerator, model: nn.Module) -> No
         model: The model, prepared or not, into which DPS adapters were injected.
 
     Raises:
-        ConfigError: If the model trains no DPS adapter.
+        ConfigError: If the model trains no DPS adapter, or one of a name that is registered already.
     """
-    if not find_trained(model):
+    adapters = find_trained(model)
+    if not adapters:
         raise ConfigError("The model trains no DPS adapter, so there is no training state to save.")
+    others = _marks.setdefault(accelerator, weakref.WeakSet())
+    taken = sorted({name for mark in others for name in mark.state_dict()["adapters"]} & adapters.keys())
+    if taken:
+        raise ConfigError(
+            f"The DPS adapter {taken[0]!r} is registered with this accelerator already, and training states are files "
+            "named after adapters. Register a model once, give the adapters of several models different names "
+            "(`get_peft_model(model, config, adapter_name='student')`), and make a new Accelerator for a new training."
+        )
     mark = _Mark(accelerator, model)
+    others.add(mark)
     accelerator.register_save_state_pre_hook(mark.save)
     accelerator.register_load_state_pre_hook(mark.locate)
     accelerator.register_for_checkpointing(mark)
+
+
+# A mark knows its accelerator, which keeps it alive; a strong reference here would keep both, and the model.
+_marks: weakref.WeakKeyDictionary[Accelerator, weakref.WeakSet[_Mark]] = weakref.WeakKeyDictionary()
 
 
 class _Mark:

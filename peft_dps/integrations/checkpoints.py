@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def find_state(adapter: str, saved: Mapping[str, str], args: TrainingArguments, 
             "`PeftModel.from_pretrained(..., is_trainable=True)` and train without `resume_from_checkpoint`."
         )
     folders = [checkpoint_folder(args, state)]
-    if isinstance(args.resume_from_checkpoint, str):
+    if isinstance(args.resume_from_checkpoint, (str, os.PathLike)):
         folders.insert(0, Path(args.resume_from_checkpoint))
     paths = [statefile.path_in(folder, adapter) for folder in folders]
     for path in paths:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from peft import PeftModel
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
 
 from peft_dps import export_adapter
 
@@ -54,6 +56,40 @@ def test_saving_again_replaces_the_section_and_keeps_what_others_wrote(mlp, tmp_
     assert "My own words, with a \\1 and a backslash." in card(tmp_path)
     assert "training" not in rows(tmp_path)
     assert rows(tmp_path)["selected at the latest selection"] == "none before the first SUBNETWORK stage"
+
+
+def test_the_trainers_card_has_the_section_too(bert, tmp_path):
+    model = bert.model()
+    trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), report_to="none"))
+    bert.train(model, steps=1)
+    trainer.save_model()
+    trainer.create_model_card(model_name="mine")  # as `push_to_hub` does after saving
+    assert "# mine" in card(tmp_path)
+    assert card(tmp_path).count("## Dynamic Parameter Selection") == 1
+    assert "import peft_dps" in card(tmp_path)
+    assert rows(tmp_path)["optimizer steps"] == "1"
+
+
+def test_a_card_of_another_tuner_has_none(mlp, tmp_path):
+    model = get_peft_model(mlp.base(), LoraConfig(target_modules=["fc"]))
+    model.save_pretrained(tmp_path)
+    assert "Dynamic Parameter Selection" not in card(tmp_path)
+
+
+def test_weights_that_were_loaded_in_the_end_are_told(mlp, tmp_path):
+    model = mlp.model()
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    mlp.train(model, steps=1, optimizer=optimizer)
+    model.save_pretrained(tmp_path / "best")
+    mlp.train(model, steps=2, optimizer=optimizer)
+    model.load_adapter(tmp_path / "best", "default", is_trainable=True)  # as `load_best_model_at_end` does
+    model.save_pretrained(tmp_path / "last")
+    assert "weights" not in rows(tmp_path / "best")
+    assert rows(tmp_path / "last")["optimizer steps"] == "3"
+    assert rows(tmp_path / "last")["weights"].startswith("loaded after the last of these steps")
+    mlp.train(model, steps=1, optimizer=optimizer)
+    model.save_pretrained(tmp_path / "later")
+    assert "weights" not in rows(tmp_path / "later")
 
 
 def test_many_modules_are_not_all_named(bert, tmp_path):

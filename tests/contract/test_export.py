@@ -126,6 +126,24 @@ def test_several_adapters(case, tmp_path):
     assert target.active_adapters == ["default"]
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_bases_embeddings_are_no_part_of_the_file(untied_gpt2, tmp_path, merged):
+    model = untied_gpt2.model(target_modules=["lm_head", "c_attn"])
+    untied_gpt2.train(model, steps=2)
+    expected = untied_gpt2.output(model)
+    if merged:
+        model.merge_adapter()
+    report = export_adapter(model, tmp_path)
+    assert not [name for name in stored(tmp_path) if "base_layer" in name]
+    own = [layer.dps_weight["default"] for layer in model.modules() if isinstance(layer, DPSLayer)]
+    biases = [layer.dps_bias["default"] for layer in model.modules() if isinstance(layer, DPSLayer) and layer.dps_bias]
+    assert report.whole_bytes == 4 * sum(each.numel() for each in [*own, *biases])
+    loaded = PeftModel.from_pretrained(untied_gpt2.base(), tmp_path).eval()
+    torch.testing.assert_close(untied_gpt2.output(loaded), expected)
+    with loaded.disable_adapter():
+        assert torch.equal(untied_gpt2.output(loaded), untied_gpt2.output(untied_gpt2.base()))
+
+
 def test_a_merged_model_is_exported_against_its_pretrained_weights(case, tmp_path):
     model = case.model()
     case.train(model, steps=2)

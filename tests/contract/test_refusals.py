@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
 
-from peft_dps import ConfigError, DPSLayer
+from peft_dps import ConfigError, DPSLayer, export_adapter
 
 
 @pytest.mark.refuses(
@@ -50,6 +50,17 @@ def test_hotswap_of_transformers(gpt2, tmp_path):
     model.add_adapter(gpt2.config(), "default")
     with pytest.raises(ValueError, match="only supported for LoRA"):
         model.load_adapter(str(tmp_path), "default", hotswap=True)
+
+
+@pytest.mark.refuses(
+    "Saving and loading",
+    "exact small files through transformers' `load_adapter`",
+    "transformers reads adapter files with code of its own, and knows plain tensors only",
+)
+def test_small_files_in_transformers(gpt2, tmp_path):
+    export_adapter(gpt2.model(init_weights=False), tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        gpt2.base().load_adapter(str(tmp_path), "default")
 
 
 @pytest.mark.refuses(

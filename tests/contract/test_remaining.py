@@ -84,6 +84,29 @@ def test_tied_embeddings_stay_tied(gpt2, tmp_path):
     torch.testing.assert_close(gpt2.output(merged), expected)
 
 
+@pytest.mark.parametrize("load", ["from_pretrained", "load_adapter", "into the adapter that is there"])
+def test_tied_embeddings_are_tied_after_every_way_of_loading(gpt2, tmp_path, load):
+    model = gpt2.model(train_remaining=True)
+    gpt2.train(model, steps=1)
+    model.save_pretrained(tmp_path / "first")
+    options = {"low_cpu_mem_usage": True, "is_trainable": True}
+    if load == "from_pretrained":
+        loaded = PeftModel.from_pretrained(gpt2.base(), tmp_path / "first", **options)
+    else:
+        loaded = gpt2.model(train_remaining=True)
+        name = "other" if load == "load_adapter" else "default"
+        loaded.load_adapter(tmp_path / "first", name, **options)
+        loaded.set_adapter(name)
+    gpt2.train(loaded, steps=3)
+    inner = loaded.base_model.model
+    assert inner.lm_head.weight is inner.transformer.wte.weight
+    expected = gpt2.output(loaded)
+    loaded.save_pretrained(tmp_path / "again", selected_adapters=[loaded.active_adapter])
+    folder = tmp_path / "again" / ("other" if load == "load_adapter" else "")
+    again = PeftModel.from_pretrained(gpt2.base(), folder).eval()
+    torch.testing.assert_close(gpt2.output(again), expected)
+
+
 def test_tied_heads_keep_their_bias():
     base = BertForMaskedLM(BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                                       intermediate_size=24, max_position_embeddings=16)).eval()  # fmt: skip

@@ -172,46 +172,6 @@ def test_an_inner_step_that_raises_and_is_caught_does_not_confuse_the_outer(make
     assert not bridge._open.steps
 
 
-@pytest.mark.parametrize("as_keyword", [False, True])
-def test_closures_give_the_same_training_as_plain_steps(make_model, batches, as_keyword):
-    plain, closed = make_model(), make_model()
-    first, second = (AdamW(trainable(model), lr=1e-2) for model in (plain, closed))
-    train(plain, first, batches(6))
-    for batch in batches(6):
-
-        def closure(batch=batch):
-            second.zero_grad()
-            return backward(closed, batch)
-
-        loss = second.step(closure=closure) if as_keyword else second.step(closure)
-        assert loss.item() > 0
-    assert all(torch.equal(a, b) for a, b in zip(weights_of(plain), weights_of(closed), strict=True))
-    assert plain.dps_status() == closed.dps_status()
-
-
-def test_a_closure_without_gradients_is_no_step(make_model):
-    model = make_model()
-    AdamW(trainable(model)).step(lambda: torch.zeros(()))
-    assert subnetwork_of(model).step == 0
-
-
-def test_a_closure_evaluated_twice_is_refused_while_scoring(make_model, batches):
-    class Twice(SGD):
-        def step(self, closure):
-            closure()
-            return super().step(closure)
-
-    model = make_model()
-    with pytest.raises(EngineError, match="2 times"):
-        Twice(trainable(model), lr=0.1).step(lambda: backward(model, batches(1)[0]))
-
-
-def test_lbfgs_is_refused_with_the_reason(make_model, batches):
-    model = make_model()
-    with pytest.raises(EngineError, match="LBFGS evaluates the gradient several times"):
-        torch.optim.LBFGS(trainable(model)).step(lambda: backward(model, batches(1)[0]))
-
-
 def test_several_optimizers_make_one_step(make_model, batches):
     together, apart = make_model(), make_model()
     one = SGD(trainable(together), lr=0.1, momentum=0.9)

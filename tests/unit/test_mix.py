@@ -466,3 +466,71 @@ def test_a_forward_after_a_stage_leaves_its_status_true(make_model, batches):
     with torch.no_grad():
         weight.weight.view(-1)[(weight.keep.view(-1) == 0).nonzero()[0]] += 1e-3
     assert model.dps_status().frozen_moved
+
+
+def test_a_layer_in_eval_mode_counts_every_column(make_model, batches):
+    model = mix(make_model, stage_steps=20)
+    optimizer = SGD(trainable(model), lr=0.1)
+    layers_of(model)[0].eval()
+    train(model, optimizer, batches(6))
+    first, second = (weight.participation for weight in subnetwork_of(model).weights)
+    assert torch.equal(first, torch.full_like(first, 6.0))
+    assert (second < 6).any()
+
+
+def test_a_training_in_eval_mode_is_warned_of_once(make_model, batches, caplog):
+    model = mix(make_model, stage_steps=1)
+    optimizer = SGD(trainable(model), lr=0.1)
+    train(model, optimizer, batches(2))
+    assert not caplog.text
+    model.eval()
+    train(model, optimizer, batches(6))
+    assert caplog.text.count("without any forward in training mode") == 1
+
+
+@pytest.mark.parametrize("variant", ["dense", "mix"])
+def test_a_forward_between_two_optimizers_of_a_step(make_model, batches, variant):
+    model = mix(make_model, variant=variant)
+    one, other = ([parameter] for parameter in weights_of(model))
+    optimizers = [SGD(parameters, lr=0.1) for parameters in (one, other)]
+
+    def alternate():
+        for batch in batches(4):
+            for optimizer in optimizers:
+                x, y = batch
+                nn.functional.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                model.zero_grad()
+
+    if variant == "dense":
+        alternate()
+        assert model.dps_status().steps == 4
+        return
+    with pytest.raises(EngineError, match="another optimizer of step 1, and there was a training forward"):
+        alternate()
+
+
+def test_noise_follows_the_density_of_the_config(make_model, batches):
+    model = mix(make_model, density=1e-6, stage_steps=20)
+    optimizer = SGD(trainable(model), lr=0.1)
+    train(model, optimizer, batches(1))
+    model.peft_config["default"].density = 1 - 1e-6
+    train(model, optimizer, batches(1))
+    for weight in subnetwork_of(model).weights:
+        assert torch.equal(weight.participation, torch.ones_like(weight.participation))
+
+
+@pytest.mark.parametrize("frozen", ["exact", "gradient"])
+def test_a_resumed_training_can_be_copied_in_subnetwork(make_model, batches, frozen):
+    model, resumed = mix(make_model, frozen=frozen), mix(make_model, frozen=frozen)
+    optimizer = SGD(trainable(model), lr=0.1)
+    train(model, optimizer, batches(4))
+    resumed.load_state_dict(model.state_dict())
+    resumed.load_dps_state_dict(model.dps_state_dict())
+    copied = copy.deepcopy(resumed)
+    assert not any(tensor.requires_grad for tensor in copy.deepcopy(resumed.dps_state_dict())["tensors"].values())
+    for each in (resumed, copied, model):
+        train(each, SGD(trainable(each), lr=0.1), batches(5)[4:])
+    for ours, theirs, copies in zip(*map(weights_of, (model, resumed, copied)), strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(ours, copies)

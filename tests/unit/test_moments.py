@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -236,6 +237,30 @@ def test_stages_of_one_step(make_model, batches, variant):
         train(model, optimizer, [batch])
         model.dps_state_dict()
     assert model.dps_status().engaged
+
+
+@pytest.mark.parametrize("variant", ["dense", "mix"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_copies_with_their_optimizer_go_on_alike(make_model, batches, variant, steps):
+    model = make_model(lean=True, stage_steps=2, variant=variant)
+    optimizer = AdamW(trainable(model), lr=1e-2)
+    train(model, optimizer, batches(steps))
+    copied, its_optimizer = copy.deepcopy((model, optimizer))
+    for each, steps_with in ((model, optimizer), (copied, its_optimizer)):
+        train(each, steps_with, batches(8)[3:])
+    for one, two in zip(subnetwork_of(model).weights, subnetwork_of(copied).weights, strict=True):
+        assert torch.equal(one.weight, two.weight)
+        assert one.weight is not two.weight
+
+
+def test_a_copy_without_an_optimizer_is_none_to_train(make_model, batches):
+    model = make_model(lean=True, stage_steps=2)
+    optimizer = AdamW(trainable(model), lr=1e-2)
+    train(model, optimizer, batches(2))
+    del optimizer
+    gc.collect()
+    copied = copy.deepcopy(model).eval()
+    assert torch.equal(copied(batches(1)[0][0]), model.eval()(batches(1)[0][0]))
 
 
 def test_any_optimizer_may_come_where_nothing_is_selected(make_model, batches):

@@ -263,6 +263,15 @@ def test_a_score_that_uses_gradients_is_given_their_squares():
     assert train_to_selection("root").dps_status().selected == 6
 
 
+@pytest.mark.parametrize(
+    ("result", "found"), [(None, "NoneType"), (1.0, "float"), (torch.ones(4, 6, dtype=torch.bool), "dtype torch.bool")]
+)
+def test_a_score_that_returns_no_floats_is_named(result, found):
+    register_score("mine")(lambda evidence: result)
+    with pytest.raises(ConfigError, match=rf"The score 'mine' returned {found} for the weight of '0'; .* of floats"):
+        train_to_selection("mine")
+
+
 def test_an_unknown_score_is_refused_with_the_known_names():
     with pytest.raises(ConfigError, match="`score` must be one of 'squared_gradient', 'random', got 'fisher'"):
         DPSConfig(score="fisher")

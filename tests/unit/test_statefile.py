@@ -203,6 +203,17 @@ def test_parts_belong_together_when_their_index_is_there(training, tmp_path):
         statefile.Save(first, [path]).part(0)
 
 
+@pytest.mark.parametrize(
+    ("save", "size"),
+    [("../../elsewhere", 1), ("0" * 15, 1), (None, 1), ("0" * 16, 0), ("0" * 16, 10**9), ("0" * 16, "2")],
+)
+def test_an_index_of_no_files_is_refused(training, path, save, size):
+    header = {**training.model.dps_state_dict()["header"], "weights": {}, "save": save, "size": size}
+    statefile.write(path, {"header": header, "tensors": {}})
+    with pytest.raises(StateError, match="names no files"):
+        statefile.find_save(path)
+
+
 def test_pieces_are_read_and_checked_one_by_one(training, path):
     file, state = statefile.StateFile(path), training.model.dps_state_dict()
     name = next(name for name in state["tensors"] if name.endswith("mask"))

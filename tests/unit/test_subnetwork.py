@@ -579,3 +579,23 @@ def test_what_keeps_the_subnetwork_of_a_deleted_adapter_keeps_it_out_of_the_new_
     assert not any(weight.exists() for weight in old.weights)
     for weight, then in zip(weights_of(model), before, strict=True):
         assert (bits(weight) != then).all()
+
+
+def test_layers_that_the_user_froze_may_be_loaded(make_model, batches):
+    model = make_model()
+    layers_of(model)[0].requires_grad_(False)
+    optimizer = AdamW(trainable(model), lr=1e-2)
+    for batch in batches(4):
+        train(model, optimizer, [batch])
+        state = copy.deepcopy(model.state_dict())
+        model.load_state_dict({name: 0.9 * tensor for name, tensor in state.items()})  # averaged ones, for a look
+        model.load_state_dict(state)
+    assert model.dps_status().engaged
+
+
+def test_a_new_training_keeps_no_memory_of_the_one_before(make_model, batches):
+    model = make_model()
+    train(model, AdamW(trainable(model), lr=1e-2), batches(3))
+    model.set_dps_total_steps(10)
+    held = [value for weight in subnetwork_of(model).weights for value in vars(weight).values()]
+    assert not [value for value in held if isinstance(value, (torch.Tensor, Mask))]

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -58,6 +61,26 @@ def test_steps_inside_no_sync_are_not_counted(make_model, batches):
             optimizer.step()
             optimizer.zero_grad()
     assert model.dps_status().steps == 0
+
+
+def test_adapters_of_one_name_are_refused(make_model):
+    accelerator = Accelerator(cpu=True)
+    student, teacher = make_model(), make_model()
+    register_for_checkpointing(accelerator, student)
+    for again in (student, teacher):
+        with pytest.raises(ConfigError, match="adapter 'default' is registered with this accelerator already"):
+            register_for_checkpointing(accelerator, again)
+    register_for_checkpointing(Accelerator(cpu=True), teacher)
+    assert len(accelerator._custom_objects) == 1
+
+
+def test_a_registered_model_is_freed_with_its_accelerator(make_model):
+    accelerator, model = Accelerator(cpu=True), make_model()
+    register_for_checkpointing(accelerator, model)
+    gone = weakref.ref(model)
+    del accelerator, model
+    gc.collect()
+    assert gone() is None
 
 
 class Loop:

@@ -133,7 +133,8 @@ def test_a_checkpoint_holds_the_state_beside_the_adapter_and_not_in_it(tmp_path)
     assert list(state["stateful_callbacks"]["DPSTrainerCallback"]["attributes"]["saved"]) == ["default"]
 
 
-def test_a_moved_checkpoint_is_an_error_that_names_the_remedy(tmp_path):
+@pytest.mark.parametrize("path", [str, Path])
+def test_a_moved_checkpoint_is_an_error_that_names_the_remedy(tmp_path, path):
     whole = make_trainer(tmp_path / "here", {})
     whole.train()
     folder = str(tmp_path / "there")
@@ -141,7 +142,7 @@ def test_a_moved_checkpoint_is_an_error_that_names_the_remedy(tmp_path):
     with pytest.raises(StateError, match=r"step 5, .*TrainingArguments\(..., resume_from_checkpoint=") as error:
         make_trainer(tmp_path / "new", {}).train(resume_from_checkpoint=folder)
     assert str(tmp_path / "new" / "checkpoint-5") in str(error.value)
-    resumed = make_trainer(tmp_path / "new", {}, resume_from_checkpoint=folder)
+    resumed = make_trainer(tmp_path / "new", {}, resume_from_checkpoint=path(folder))
     resumed.train(resume_from_checkpoint=folder)
     assert_same(resumed.trace, after(whole.trace, 5))
 

@@ -36,7 +36,10 @@ def expand_all_linear(config: DPSConfig, model: nn.Module) -> None:
     # What another adapter saves in full is no part of the base model: a checkpoint must not name its insides.
     wrapped = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
     closed = wrapped + _HEADS.get(str(config.task_type), ())
-    config.target_modules = [name for name in sorted(config.target_modules) if not name.startswith(closed)]
+    # PEFT takes every module for one to save whose path ends like a name, as 'pre_classifier' like 'classifier'.
+    saved = tuple(config.modules_to_save or ())
+    names = sorted(config.target_modules)
+    config.target_modules = [name for name in names if not name.startswith(closed) and not name.endswith(saved)]
 
 
 def is_packed(module: nn.Module) -> bool:

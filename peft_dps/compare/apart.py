@@ -103,15 +103,15 @@ class Apart:
         Raises:
             WorkError: It raised, or its process ended early.
         """
-        if self.closed:
-            raise WorkError("Stopped before it began.")
         receiver, sender = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=_work, args=(sender, function, arguments, seat, self.imports), daemon=True
         )
         with self._starting:
+            if self.closed:
+                raise WorkError("Stopped before it began.")
             process.start()
-        self._alive.add(process)
+            self._alive.add(process)
         sender.close()  # ours: the end of the file comes when the process ends
         try:
             while True:
@@ -133,8 +133,9 @@ class Apart:
     def close(self) -> None:
         """End what still runs, and start nothing more."""
         self.closed = True
-        for process in list(self._alive):
-            process.terminate()
+        with self._starting:  # what is being started now is among them
+            for process in list(self._alive):
+                process.terminate()
 
 
 def _ended(code: int | None) -> str:

@@ -12,7 +12,7 @@ from peft_dps.compare.choice import Choice
 from peft_dps.compare.contest import REFERENCE
 from peft_dps.compare.own import OwnData
 from peft_dps.compare.plan import Settings
-from peft_dps.compare.tasks import Place
+from peft_dps.compare.tasks import TASKS, Place
 
 EMBEDDED = "all-MiniLM-L6-v2"
 """Name of the embedded model, which comes from the package index."""
@@ -84,6 +84,7 @@ class Comparison:
         if not self.methods:
             raise ValueError("`methods` must name a method, got none.")
         _require_different("data", [data.title for data in self.own])
+        _require_own_names(self.own, self.tasks)
         for name in ("tasks", "train_sizes", "seeds"):
             _require_different(name, getattr(self, name))
         _require_different("methods", [(choice.method, sorted(choice.options.items())) for choice in self.methods])
@@ -129,6 +130,15 @@ def check_settings(settings: Settings) -> None:
 def _require_int(name: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+
+
+def _require_own_names(own: Sequence[OwnData], tasks: Sequence[str]) -> None:
+    for data in own:
+        if data.title in TASKS and data.title in tasks:
+            raise ValueError(
+                f"`data` {data.source!r} must not be called as the task {data.title!r}, which is compared too: rename "
+                "the file, or give the data a `name` in a specification."
+            )
 
 
 def _require_different(name: str, values: Sequence[Any]) -> None:

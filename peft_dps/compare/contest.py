@@ -118,7 +118,9 @@ def contests_of(results: Results, reference: str = REFERENCE) -> list[Contest]:
     slugs = _distinct([re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "contest" for name in names], "-")
     return [
         replace(
-            _contest(name, slug, groups[key], order, results.timings), reference_variant=reference, tried=tried[key]
+            _contest(name, slug, groups[key], order, results.timings, reference),
+            reference_variant=reference,
+            tried=tried[key],
         )
         for name, slug, key in zip(names, slugs, groups, strict=True)
     ]
@@ -127,7 +129,8 @@ def contests_of(results: Results, reference: str = REFERENCE) -> list[Contest]:
 def _key(run: Run) -> tuple[Any, ...]:
     """What the runs of a contest have in common."""
     plan = run.plan
-    return plan.task, plan.train_size, plan.model, tuple(asdict(plan.settings).items()), plan.protocol
+    settings = tuple(asdict(plan.settings).items())
+    return plan.task, plan.train_size, plan.model, settings, plan.protocol, tuple(plan.metrics)
 
 
 def without_dropout(contest: Contest) -> Contest | None:
@@ -152,7 +155,9 @@ def _is_without_dropout(contender: Contender) -> bool:
     return run.config.get(DROPOUT, by_name) is False
 
 
-def _contest(name: str, slug: str, runs: Sequence[Run], titles: Mapping[str, str], timings: list[Timing]) -> Contest:
+def _contest(
+    name: str, slug: str, runs: Sequence[Run], titles: Mapping[str, str], timings: list[Timing], reference: str
+) -> Contest:
     plan = runs[0].plan
     latest: dict[str, dict[int, Run]] = {variant: {} for variant in titles}
     superseded = []
@@ -166,12 +171,6 @@ def _contest(name: str, slug: str, runs: Sequence[Run], titles: Mapping[str, str
             superseded.append(earlier)
         of_variant[run.plan.seed] = run
     first = max(runs, key=lambda run: len(run.scores))
-    fitting = [
-        timing
-        for timing in timings
-        if (timing.model, timing.task, timing.attention) == (plan.model, plan.task, plan.settings.attention)
-        and timing.precision in ("", plan.settings.precision)
-    ]
     return Contest(
         name=name,
         slug=slug,
@@ -182,9 +181,20 @@ def _contest(name: str, slug: str, runs: Sequence[Run], titles: Mapping[str, str
         seeds=tuple(sorted({run.plan.seed for run in runs})),
         domains=tuple(first.scores),
         metrics=tuple(first.metrics),
-        timing=fitting[-1] if fitting else None,
+        timing=_best_timing([timing for timing in timings if timing.fits(plan)], latest, reference),
         superseded=tuple(superseded),
     )
+
+
+def _best_timing(timings: Iterable[Timing], variants: Mapping[str, Any], reference: str) -> Timing | None:
+    """Return the latest of the timings that measured the reference and the most of the methods beside it."""
+    best: Timing | None = None
+    most = (False, 0)
+    for timing in timings:
+        covers = (reference in timing.seconds, len(timing.seconds.keys() & {v for v in variants if variants[v]}))
+        if covers >= most and covers[1] > 0:
+            best, most = timing, covers
+    return best
 
 
 def _score(run: Run, domain: str) -> float:
@@ -214,6 +224,8 @@ def _name(runs: Sequence[Run], key: tuple[Any, ...], keys: Iterable[tuple[Any, .
             parts.append(f"{setting} {value}")
     if len({other[4] for other in others}) > 1:
         parts.append(f"protocol {plan.protocol}")
+    if len({other[5] for other in others if other[0] == plan.task}) > 1:
+        parts.append(f"scored by {' and '.join(plan.metrics) or 'the task'}")
     return ", ".join(parts)
 
 

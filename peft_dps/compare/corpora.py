@@ -234,7 +234,7 @@ def split(examples: Examples, validation: float = 0.1, test: float = 0.2, seed: 
         The three parts, each in the order of `examples`.
 
     Raises:
-        ValueError: A fraction is out of range, or a part would be empty or lack a class.
+        ValueError: A fraction is out of range, or a part would be empty or lack a class that occurs.
     """
     if not (validation >= 0 and test > 0 and validation + test < 1):
         raise ValueError(
@@ -251,7 +251,7 @@ def split(examples: Examples, validation: float = 0.1, test: float = 0.2, seed: 
     parts = {}
     for part in ("train", "validation", "test"):
         parts[part] = examples.take([i for i, group in enumerate(examples.groups) if part_of[group] == part])
-        lacking = set(range(len(examples.label_names))) - set(parts[part].labels)
+        lacking = (set(examples.labels) if examples.label_names else set()) - set(parts[part].labels)
         if (lacking or not parts[part].texts) and (part != "validation" or validation):
             missing = [examples.label_names[int(label)] for label in sorted(lacking)] or "any example"
             raise ValueError(f"The {part} part lacks {missing}: use more data, larger fractions or another `seed`.")

@@ -75,7 +75,7 @@ class Method:
         if not with_dropout:
             disable_dropout(model)
         prepared = self.prepare(model, **given)
-        config = {DROPOUT: with_dropout, **given}
+        config = {DROPOUT: with_dropout, **_plain(given)}
         if isinstance(prepared, PeftConfig):
             config.update(_plain(prepared.to_dict()))
             return get_peft_model(model, prepared), config

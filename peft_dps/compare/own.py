@@ -52,8 +52,12 @@ class OwnData:
 
         Raises:
             DataError: The data cannot be read, or a test has labels that the training data does not have.
-            ValueError: A column is not in the data, or a metric does not fit.
+            ValueError: A column is not in the data, a metric does not fit, or a further domain has the task's name.
         """
+        if self.title in self.others:
+            raise ValueError(
+                f"`other` must not have the name of the data itself, got {self.title!r}: give it another name."
+            )
         parts = self._load(self.source, self.config)
         if "train" not in parts:
             raise DataError(f"The data {self.source!r} has no split 'train', only {sorted(parts)}.")
@@ -66,13 +70,18 @@ class OwnData:
         aligned = {domain: _align(examples, training, domain) for domain, examples in tests.items()}
         return build_task(self.title, training, aligned, settings, self.metrics)
 
-    def _load(self, source: str, config: str | None = None) -> dict[str, Examples]:
+    def _load(self, source: str, config: str | None = None, least_classes: int = 2) -> dict[str, Examples]:
         return load_user_data(
-            source, self.text_columns, self.label_column, group_column=self.group_column, config=config
+            source,
+            self.text_columns,
+            self.label_column,
+            group_column=self.group_column,
+            config=config,
+            least_classes=least_classes,
         )
 
     def _test(self, source: str) -> Examples:
-        parts = self._load(source)
+        parts = self._load(source, least_classes=1)  # a test may lack classes
         return parts.get("test", parts.get("validation", next(iter(parts.values()))))
 
 

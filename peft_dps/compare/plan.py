@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -58,6 +58,7 @@ class Plan:
         settings: The budget.
         data: Fingerprint of the examples of all splits.
         protocol: Version of the protocol.
+        metrics: Names of the metrics that were asked for; empty for those of the task.
     """
 
     method: str
@@ -71,11 +72,15 @@ class Plan:
     settings: Settings = field(default_factory=Settings)
     data: str = ""
     protocol: int = PROTOCOL
+    metrics: Sequence[str] = ()
 
     @property
     def key(self) -> str:
         """The identity of the run: 16 hex digits of a hash over all fields."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        fields = asdict(self)
+        if not self.metrics:  # records without the field are those of the same run
+            del fields["metrics"]
+        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     @property

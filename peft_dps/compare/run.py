@@ -181,6 +181,7 @@ class Timing:
         stages: Per variant of DPS, the stage of each round.
         precision: As in `Settings`; empty in records that do not say.
         attention: As in `Settings`.
+        max_length: As in `Settings`; None in records that do not say.
         protocol: Version of the protocol.
         versions: As in `Run`.
         hardware: As in `Run`.
@@ -194,9 +195,21 @@ class Timing:
     stages: dict[str, list[str]] = field(default_factory=dict)
     precision: str = ""
     attention: str | None = None
+    max_length: int | None = None
     protocol: int = PROTOCOL
     versions: dict[str, str] = field(default_factory=dict)
     hardware: dict[str, Any] = field(default_factory=dict)
+
+    def fits(self, plan: Plan) -> bool:
+        """Tell whether runs of a plan took steps like those that were timed."""
+        settings = plan.settings
+        size = min(settings.batch_size, settings.batch_size if plan.train_size is None else plan.train_size)
+        mine = (self.model, self.task, self.attention, self.batch_size, self.protocol)
+        return (
+            mine == (plan.model, plan.task, settings.attention, size, plan.protocol)
+            and self.precision in ("", settings.precision)
+            and self.max_length in (None, settings.max_length)
+        )
 
 
 def mean_score(values: Mapping[str, float], metrics: list[str]) -> float:
@@ -224,13 +237,14 @@ def from_json(line: str) -> Run | Timing:
         raise ValueError(f"`record` must be 'run' or 'timing', got {kind!r}.")
     try:
         return _run(content) if kind == "run" else _timing(content)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"This is no complete {kind}: {error}.") from error
 
 
 def _run(content: dict[str, Any]) -> Run:
     plan = _known(Plan, content["plan"])
     plan["settings"] = Settings(**_known(Settings, plan["settings"]))
+    plan["metrics"] = tuple(plan.get("metrics", ()))
     parts = {"candidates": Candidate, "evaluations": Evaluation, "stages": Span, "selections": Selection}
     values = _known(Run, content)
     for name in ("scores", "validation", "losses", *parts):

@@ -20,12 +20,13 @@ from peft_dps.compare.comparison import EMBEDDED, Comparison
 from peft_dps.compare.machine import hardware, versions
 from peft_dps.compare.observer import Observer
 from peft_dps.compare.plan import Plan
+from peft_dps.compare.pretrained import check_model, longest_input
 from peft_dps.compare.results import Results, append, read
 from peft_dps.compare.run import Candidate, Run, Timing
 from peft_dps.compare.task import Task
 from peft_dps.compare.tasks import load_task
 from peft_dps.compare.timing import time_steps
-from peft_dps.compare.training import check_model, longest_input, quieten, train
+from peft_dps.compare.training import quieten, train
 
 _logger = logging.getLogger(__name__)
 TIMED_STEPS = 16
@@ -104,6 +105,7 @@ class _Runner:
     ) -> None:
         self.comparison, self.choices, self.tasks = comparison, choices, tasks
         self.model_path, self.observer = model_path, observer
+        self.metrics = {data.title: tuple(data.metrics) for data in comparison.own}
         self.results = read(comparison.output)
         self.apart = Apart(comparison.imports)
         self.seats: queue.SimpleQueue[Seat] = queue.SimpleQueue()
@@ -140,7 +142,7 @@ class _Runner:
     def _plan(self, choice: Choice, rate: float, task: str, size: int | None, seed: int, data: str) -> Plan:
         comparison = self.comparison
         plan = choice.plan(rate, task, size, seed, comparison.model, comparison.settings)
-        return replace(plan, data=data)
+        return replace(plan, data=data, metrics=self.metrics.get(task, ()))
 
     def _tune(
         self, name: str, size: int | None, drawn: dict[int, Task], prints: dict[int, str]
@@ -190,7 +192,8 @@ class _Runner:
                 if runs and all(run.failed for run in runs):
                     error = f"No learning rate could be tried: {runs[0].error}"
                     self.planned.append(plan.key)
-                    self._keep(Run(plan, choice.title or "", error, candidates=candidates))
+                    metrics = list(drawn[seed].metrics)
+                    self._keep(Run(plan, choice.title or "", error, metrics=metrics, candidates=candidates))
                 else:
                     assignments.append(_Assignment(plan, choice.title or "", drawn[seed], candidates))
         self._run_all(assignments)
@@ -265,11 +268,10 @@ class _Runner:
                 self.timed.append(timing)
 
     def _earlier(self, plans: Sequence[Plan]) -> Timing | None:
-        first, variants = plans[0], [plan.variant for plan in plans]
-        wanted = (first.model, first.task, first.settings.precision, first.settings.attention, variants, self.gpu)
+        variants = [plan.variant for plan in plans]
         for timing in self.results.timings:
-            place = (timing.model, timing.task, timing.precision, timing.attention)
-            if (*place, list(timing.seconds), timing.hardware.get("gpu")) == wanted:
+            same = timing.fits(plans[0]) and timing.precision == plans[0].settings.precision
+            if same and (list(timing.seconds), timing.hardware.get("gpu")) == (variants, self.gpu):
                 return timing
         return None
 

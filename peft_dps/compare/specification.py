@@ -136,7 +136,13 @@ def _own(item: Any) -> OwnData:
     for name in ("text_columns", "metrics"):
         if name in values:
             values[name] = [_text(name, column) for column in _listed(name, values[name])]
-    return OwnData(**values)
+    for name in ("test", "label_column", "group_column", "config", "name"):
+        if values.get(name) is not None:
+            values[name] = _text(name, values[name])
+    others = values.get("others", {})
+    if not isinstance(others, Mapping):
+        raise ValueError(f"`others` must be a table of names and data, got {others!r}.")
+    return OwnData(**{**values, "others": {name: _text("others", source) for name, source in others.items()}})
 
 
 def _seeds(items: Sequence[Any]) -> list[int]:

@@ -143,11 +143,11 @@ def hold_out(examples: Examples, size: int) -> tuple[Examples, Examples]:
             filled += sizes[names[i]]
     rest = examples.take([i for i, group in enumerate(examples.groups) if group not in held])
     validation = examples.take([i for i, group in enumerate(examples.groups) if group in held])
-    lacking = set(range(len(examples.label_names))) - set(rest.labels)
+    lacking = (set(examples.labels) if examples.label_names else set()) - set(rest.labels)
     if not held or lacking:
         raise ValueError(
             f"{len(examples)} examples of {examples.name!r} in {len(sizes)} groups are too few: a fifth is held out "
-            "for validation, and the rest needs every class."
+            "for validation, and the rest needs every class that occurs."
         )
     return rest, validation
 

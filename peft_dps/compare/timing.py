@@ -14,9 +14,10 @@ from peft_dps.adapters import find_subnetworks
 from peft_dps.compare.machine import hardware, versions
 from peft_dps.compare.methods import find_method
 from peft_dps.compare.plan import Plan
+from peft_dps.compare.pretrained import load_model, load_tokenizer
 from peft_dps.compare.run import Timing
 from peft_dps.compare.task import Task, tokenize
-from peft_dps.compare.training import load_model, load_tokenizer, quieten
+from peft_dps.compare.training import quieten
 from peft_dps.compare.witness import Report
 
 WARM_UP = 2
@@ -70,6 +71,7 @@ def time_steps(plans: Sequence[Plan], task: Task, model_path: str, steps: int, r
         stages=stages,
         precision=plan.settings.precision,
         attention=plan.settings.attention,
+        max_length=plan.settings.max_length,
         versions=versions(),
         hardware=hardware(),
     )

@@ -18,9 +18,6 @@ from datasets.arrow_dataset import Dataset
 from datasets.utils.logging import disable_progress_bar
 from torch import nn
 from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedModel,
@@ -28,7 +25,6 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -37,6 +33,7 @@ from peft_dps.compare.memory import PeakMemory
 from peft_dps.compare.methods import find_method
 from peft_dps.compare.metrics import measure
 from peft_dps.compare.plan import Plan, Settings
+from peft_dps.compare.pretrained import load_model, load_tokenizer
 from peft_dps.compare.run import Candidate, Run
 from peft_dps.compare.task import Task, tokenize
 from peft_dps.compare.witness import Report, Witness, selected_entries
@@ -71,8 +68,8 @@ def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[
         trainer = _trainer(plan, task, tokenizer, model, data, collator, witness, folder)
         trainer.train()
         peak = memory.peak()
-        size = _saved_size(model, folder) if is_test else 0
         scores = _test(trainer, task, tokenizer, plan.settings) if is_test else {}
+        size = _saved_size(model, folder) if is_test else 0
     run = Run(
         plan=plan,
         title=title,
@@ -91,62 +88,6 @@ def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[
         hardware=hardware(),
     )
     return _witnessed(run, witness, model)
-
-
-def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model; where it has no padding token, the end of the text pads."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes where there are no files
-        raise OSError("There is no vocabulary.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_model(
-    task: Task, model_path: str, seed: int, tokenizer: PreTrainedTokenizerBase, attention: str | None = None
-) -> PreTrainedModel:
-    """Load the pretrained model; a head that it lacks, or that has another size, is drawn by the seed."""
-    set_seed(seed)
-    model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
-        model_path,
-        num_labels=task.num_labels,
-        problem_type="regression" if task.is_regression else None,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,
-        attn_implementation=attention,
-    )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model
-
-
-def check_model(model_path: str) -> None:
-    """Check that a model and its tokenizer exist and that it can get a head for the tasks.
-
-    Raises:
-        ValueError: It cannot.
-        OSError: It cannot be found.
-    """
-    remedy = "it must be a Hub id that can be reached, or a folder with a model and its tokenizer."
-    try:
-        config = AutoConfig.from_pretrained(model_path)
-    except (OSError, ValueError) as error:
-        raise OSError(f"`model` {model_path!r} cannot be loaded, {remedy} {error}") from error
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
-        raise ValueError(
-            f"`model` must be one that transformers can give a classification head, got {model_path!r}, whose type is "
-            f"{config.model_type!r}."
-        )
-    try:
-        load_tokenizer(model_path)
-    except (OSError, ValueError) as error:
-        raise OSError(f"The tokenizer of `model` {model_path!r} cannot be loaded, {remedy} {error}") from error
-
-
-def longest_input(model_path: str, wanted: int) -> int:
-    """Return the longest sequence up to `wanted` tokens that a model takes."""
-    return min(wanted, getattr(AutoConfig.from_pretrained(model_path), "max_position_embeddings", wanted))
 
 
 def quieten() -> None:

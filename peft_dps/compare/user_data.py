@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import re
 from collections.abc import Mapping, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from datasets.load import load_dataset
 from peft_dps.compare.corpora import DataError, Examples, group
 
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+_NOTHING = ("NA", "N/A", "n/a", "NaN", "nan", "None", "null", "NULL", "-")
+"""What stands among numbers where there is none."""
 
 _Paths = str | Path | Sequence[str | Path]
 Source = _Paths | Mapping[str, _Paths]
@@ -31,11 +36,13 @@ def load_user_data(
     config: str | None = None,
     revision: str | None = None,
     cache: Path | None = None,
+    least_classes: int = 2,
 ) -> dict[str, Examples]:
     """Load the user's own data from the Hugging Face Hub or from csv, tsv, json, jsonl or parquet files.
 
     Strings, ints and bools are classes, mapped to 0..k-1 in sorted order over all splits; a `ClassLabel` column keeps
-    its own order. A float column means regression: to regress on an int column, store it as float.
+    its own order. A float column means regression: to regress on an int column, store it as float. Of several splits,
+    those without any label are left out. In csv and tsv only an empty field is a missing one.
 
     Args:
         source: A Hub id, a path, several paths, or a mapping from split names to paths.
@@ -47,6 +54,7 @@ def load_user_data(
         config: The configuration of the Hub data set, where it has several.
         revision: The commit or tag of the Hub data set.
         cache: Where `datasets` keeps what it prepares; `None` is its own default.
+        least_classes: How many classes there have to be.
 
     Returns:
         Examples by split name; paths without split names are one split, "train".
@@ -62,7 +70,13 @@ def load_user_data(
     loaded = load_splits(source, splits, **options)
     asked = {"text_columns": columns, "label_column": [label_column], "group_column": [group_column or label_column]}
     require_columns(loaded, asked)
+    loaded = _labelled(loaded, label_column)
     labels, label_names = _labels({part: data.select_columns([label_column]) for part, data in loaded.items()})
+    if 0 < len(label_names) < least_classes:
+        raise DataError(
+            f"Column {label_column!r} must hold at least {least_classes} classes, got only {list(label_names)}. Name "
+            "another column."
+        )
     title = source if isinstance(source, str) else "user data"
     result = {}
     for part, data in loaded.items():
@@ -90,9 +104,13 @@ def load_splits(source: Source, splits: Mapping[str, str] | None, **options: Any
         where = source
     else:
         where = _file_format(paths)
-        options["data_files"] = {part: [str(path) for path in group] for part, group in files.items()}
+        options["data_files"] = {part: [escape(str(path)) for path in group] for part, group in files.items()}
+        if where in ("csv", "tsv"):
+            options.update(keep_default_na=False, na_values=[""])  # "None" and "NA" are words like others
         if where == "tsv":
             where, options["sep"] = "csv", "\t"
+            if any(_has_plain_quotes(path) for path in paths):
+                options["quoting"] = csv.QUOTE_NONE
     try:
         if splits is None:
             loaded = dict(load_dataset(where, **options))
@@ -119,6 +137,17 @@ def _file_format(paths: Sequence[Path]) -> str:
         got = ", ".join(sorted({path.name for path in paths}))
         raise ValueError(f"`source` must be files of one format, of {', '.join(FORMATS)}, got {got}.")
     return found
+
+
+def _has_plain_quotes(path: Path) -> bool:
+    """Tell whether quotation marks in a tsv file are part of its texts: one opens a field and does not close it.
+
+    Rows of one length have no field that goes on in the next line, for which a file would be quoted.
+    """
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        rows = [line.rstrip("\r\n").split("\t") for line in file]
+    unclosed = any(field.startswith('"') and not field[1:].endswith('"') for row in rows for field in row)
+    return unclosed and len({len(row) for row in rows}) == 1
 
 
 def require_columns(loaded: Mapping[str, Dataset], asked: Mapping[str, Sequence[str]]) -> None:
@@ -160,19 +189,35 @@ def strings(data: Dataset, column: str, part: str) -> tuple[str, ...]:
     return tuple(values)
 
 
+def _is_missing(label: Any, feature: Any) -> bool:
+    # A ClassLabel of -1 is the Hub's way to withhold the labels of a test split.
+    withheld = isinstance(feature, ClassLabel) and label == -1
+    return label is None or withheld or (isinstance(label, float) and not math.isfinite(label))
+
+
+def _labelled(loaded: Mapping[str, Dataset], column: str) -> dict[str, Dataset]:
+    """Leave out splits without any label, such as texts to pretrain on or a withheld test, if others have some."""
+    kept = {
+        part: data
+        for part, data in loaded.items()
+        if not all(_is_missing(label, data.features[column]) for label in data[column][:])
+    }
+    return kept or dict(loaded)
+
+
 def _labels(columns: Mapping[str, Dataset]) -> tuple[dict[str, tuple[float, ...]], tuple[str, ...]]:
     """The labels by split, and the class names: none for regression."""
     column, feature = next((name, kind) for data in columns.values() for name, kind in data.features.items())
     values = {part: data[column][:] for part, data in columns.items()}
     dtype = str(getattr(feature, "dtype", None) or type(feature).__name__)
     named = isinstance(feature, ClassLabel)
+    numbers = dtype in ("string", "large_string") and _are_numbers(values)
     for part, labels in values.items():
-        # A ClassLabel of -1 is the Hub's way to withhold the labels of a test split.
-        absent = (None, math.inf, -math.inf, -1 if named else None)
-        if bad := [i for i, label in enumerate(labels) if label in absent or label != label]:
+        bad = [i for i, label in enumerate(labels) if _is_missing(label, feature) or (numbers and label in _NOTHING)]
+        if bad:
             raise DataError(
                 f"Column {column!r} has no label in row {bad[0]} of split {part!r} ({len(bad)} such rows). Remove "
-                "these rows, or leave the split out with `splits`."
+                "these rows."
             )
     if named:
         return {part: tuple(labels) for part, labels in values.items()}, tuple(feature.names)
@@ -181,7 +226,14 @@ def _labels(columns: Mapping[str, Dataset]) -> tuple[dict[str, tuple[float, ...]
     if not re.match("u?int|bool|large_string|string", dtype):
         raise DataError(f"Column {column!r} must hold strings, ints, bools or floats to be predicted, got {dtype}.")
     classes = sorted({label for labels in values.values() for label in labels})
-    if len(classes) < 2:
-        raise DataError(f"Column {column!r} must hold at least 2 classes, got only {classes}. Name another column.")
     index = {label: i for i, label in enumerate(classes)}
     return {part: tuple(index[label] for label in labels) for part, labels in values.items()}, tuple(map(str, classes))
+
+
+def _are_numbers(values: Mapping[str, Sequence[Any]]) -> bool:
+    """Tell whether texts are numbers, but for some that stand for none."""
+    words = {label for labels in values.values() for label in labels if label is not None} - set(_NOTHING)
+    try:
+        return bool([float(word) for word in words])
+    except ValueError:
+        return False

@@ -7,8 +7,15 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 from transformers.pytorch_utils import Conv1D
 
 from peft_dps import DPSConfig, DPSLayer, TargetError
@@ -57,6 +64,15 @@ def test_the_default_config_trains_the_head_in_full(model_class, task_type, head
     model.add_adapter("other", DPSConfig(stage_steps=2, task_type=task_type))
     assert len(targets(model)) == 6
     assert set(getattr(model.base_model.model, head).modules_to_save) == {"default", "other"}
+
+
+def test_what_peft_takes_for_the_head_is_no_target():
+    sizes = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24}
+    base = DistilBertForSequenceClassification(DistilBertConfig(vocab_size=20, max_position_embeddings=8, **sizes))
+    model = get_peft_model(base, DPSConfig(task_type="SEQ_CLS", stage_steps=2))
+    inner = model.base_model.model
+    assert all(isinstance(head, ModulesToSaveWrapper) for head in (inner.pre_classifier, inner.classifier))
+    assert isinstance(inner.distilbert.transformer.layer[0].attention.q_lin, DPSLayer)
 
 
 @pytest.mark.supports("Targets", "`layers_to_transform`, `layers_pattern`")

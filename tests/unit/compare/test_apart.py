@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +68,34 @@ def test_work_apart():
     thread.join()
     with pytest.raises(WorkError, match="Stopped before it began"):
         workers.run(double, (1,), SEAT)
+
+
+def test_work_that_is_being_started_is_ended_too():
+    class Process:
+        exitcode, ended = -signal.SIGTERM, False
+
+        def start(self):
+            closing.start()
+            started.wait(5)  # as `close` comes while a process starts
+
+        def terminate(self):
+            self.ended = True
+
+        def join(self):
+            pass
+
+    workers, process, started = Apart(), Process(), threading.Event()
+
+    def close():
+        started.set()
+        workers.close()
+
+    closing = threading.Thread(target=close)
+    workers._context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=lambda **given: process)
+    with pytest.raises(WorkError, match="ended by SIGTERM"):
+        workers.run(double, (1,), SEAT)
+    closing.join()
+    assert process.ended
 
 
 def test_modules_of_the_user_are_imported_first(tmp_path, monkeypatch):

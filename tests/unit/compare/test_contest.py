@@ -10,7 +10,7 @@ from peft_dps.compare.run import Run, Timing
 
 
 def run(method="full", seed=0, score=0.8, **fields):
-    names = {field.name for field in dataclasses.fields(Plan)}
+    names = {field.name for field in dataclasses.fields(Plan)} - {"metrics"}
     base = {"method": method, "learning_rate": 1e-4, "task": "cola", "seed": seed, "model": "tiny"}
     plan = Plan(**{**base, **{name: value for name, value in fields.items() if name in names}})
     values = {"title": method.upper(), "metrics": ["accuracy"], "scores": {"cola": {"accuracy": score}}}
@@ -58,6 +58,31 @@ def test_contests_that_differ_in_precision_alone_are_told_apart():
         "cola, all training examples, precision fp32",
         "cola, all training examples, precision bf16",
     ]
+
+
+def test_what_is_scored_otherwise_is_not_compared():
+    other = run("lora")
+    found = contests(run(), dataclasses.replace(other, plan=dataclasses.replace(other.plan, metrics=("macro_f1",))))
+    assert [contest.name for contest in found] == [
+        "cola, all training examples, scored by the task",
+        "cola, all training examples, scored by macro_f1",
+    ]
+    assert [len(contest.contenders) for contest in found] == [1, 1]
+
+
+def timing(*variants, **fields):
+    values = {"model": "tiny", "task": "cola", "batch_size": 16, "tokens": 8, **fields}
+    return Timing(**values, seconds={variant: [1.0] for variant in variants})
+
+
+def test_step_times_are_those_of_the_budget_that_cover_the_most_methods():
+    small, both, again = timing("full", "lora", batch_size=4), timing("full", "lora"), timing("full", "lora", tokens=9)
+    short, other = timing("full", "lora", max_length=16), timing("lora", "bitfit")
+    runs = (run(), run("lora"), run("bitfit"))
+    (contest,) = contests(*runs, timings=[small, both, again, short, other, timing("mix")])
+    assert contest.timing is again
+    assert contests(*runs, timings=[small, short, timing("mix")])[0].timing is None
+    assert contests(*runs, timings=[other])[0].timing is other
 
 
 def test_the_reference_comes_first_and_titles_are_told_apart():

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Con
 from peft_dps.compare import methods as module
 from peft_dps.compare.bitfit import apply_bitfit
 from peft_dps.compare.head import head_parameters
-from peft_dps.compare.methods import METHODS, find_method, register_method
+from peft_dps.compare.methods import METHODS, Method, find_method, register_method
 
 IDS = torch.randint(15, (4, 8), generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 1, 0])
@@ -101,6 +101,24 @@ def test_lora_trains_the_head_of_every_model_in_full(model_type):
     low_rank = {name: p for name, p in trained(model).items() if "lora_" in name}
     assert sum(p.numel() for p in trained(model).values()) == entries + sum(p.numel() for p in low_rank.values())
     assert low_rank
+
+
+@pytest.mark.parametrize("name", ["dps-dense", "dps-mix", "random-mask"])
+@pytest.mark.parametrize("model_type", ["distilbert", "deberta-v2", "roberta", "bart", "gpt2", "modernbert"])
+def test_dps_trains_everything_in_every_model(name, model_type):
+    base = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, **TINY.get(model_type, {})))
+    entries = sum(parameter.numel() for parameter in base.parameters())
+    model, _ = find_method(name).apply(base, {"stage_steps": 2})
+    assert sum(parameter.numel() for parameter in trained(model).values()) == entries
+
+
+def test_options_that_are_no_json_are_kept_as_text(tiny_bert):
+    def prepare(model, layers=None):
+        return model
+
+    method = Method("mine", "mine", prepare, defaults={"layers": {2, 1}})
+    _, config = method.apply(tiny_bert(), {})
+    assert json.loads(json.dumps(config)) == {"dropout": True, "layers": ["1", "2"]}
 
 
 @pytest.mark.parametrize("name", ["dps-mix", "random-mask"])

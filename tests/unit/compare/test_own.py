@@ -41,6 +41,17 @@ def test_a_test_that_lacks_a_class_keeps_the_numbers_of_the_others(make, data_fi
     assert set(task.tests["three"].labels) == {0, 2}
 
 
+def test_a_test_may_have_one_class_alone(make, data_files):
+    (data_files / "far.csv").write_text("sentence,mood\na film,up\na plot,up")
+    task = make(others={"far": str(data_files / "far.csv")}).task(Settings())
+    assert set(task.tests["far"].labels) == {1}
+
+
+def test_a_further_domain_does_not_replace_the_task_itself(make, data_files):
+    with pytest.raises(ValueError, match="`other` must not have the name of the data itself, got 'train'"):
+        make(others={"train": str(data_files / "elsewhere.csv")}).task(Settings())
+
+
 def test_labels_that_do_not_fit_are_named(make, data_files):
     (data_files / "other.csv").write_text("sentence,mood\na film,up\na plot,sideways")
     with pytest.raises(DataError, match=r"'far' has the labels \['sideways'\].*\['down', 'up'\]"):

@@ -80,6 +80,7 @@ def test_every_field_of_the_plan_is_in_the_identity(name):
         "seed": 1,
         "learning_rate": 2e-4,
         "protocol": 99,
+        "metrics": ("f1",),
     }
     changed = dataclasses.replace(plan(), **{name: other.get(name, "other")})
     assert changed.key != plan().key
@@ -125,7 +126,16 @@ def test_a_whole_line_without_its_end_is_kept(path):
     assert [run.plan.seed for run in read(path).runs.values()] == [0, 1]
 
 
-@pytest.mark.parametrize("line", ["[]", "{}", '{"record": "run"}', '{"record": "run", "plan": {}}', "\xff"])
+def test_records_that_do_not_know_a_later_field_are_the_same_runs():
+    line = json.loads(to_json(complete_run()))
+    del line["plan"]["metrics"]
+    assert from_json(json.dumps(line)).plan.key == complete_run().plan.key
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["[]", "{}", '{"record": "run"}', '{"record": "run", "plan": {}}', '{"record": "run", "plan": null}', "\xff"],
+)
 def test_lines_that_are_no_records_are_named(line, path):
     append(complete_run(), path)
     with path.open("a", encoding="latin-1") as file:

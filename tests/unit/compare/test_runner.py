@@ -172,6 +172,22 @@ def test_steps_are_timed_again_in_another_precision(trainings, comparison, run):
     assert len(trainings.timed) == 2
 
 
+def test_other_metrics_are_other_runs(trainings, comparison, run):
+    run(comparison)
+    trainings.plans.clear()
+    found = run(replace(comparison, own=[replace(comparison.own[0], metrics=["macro_f1"])]))
+    assert len(trainings.plans) == 8
+    assert {tuple(each.plan.metrics) for each in found.reported} == {("macro_f1",)}
+
+
+def test_steps_are_timed_again_with_another_batch_size(trainings, comparison, run):
+    run(comparison)
+    run(replace(comparison, settings=replace(comparison.settings, batch_size=8)))
+    assert len(trainings.timed) == 2
+    run(comparison)
+    assert len(trainings.timed) == 2
+
+
 def test_a_cut_line_is_run_again_and_nothing_else(trainings, comparison, run):
     run(replace(comparison, timing=False))
     content = comparison.output.read_bytes()

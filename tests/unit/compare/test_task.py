@@ -55,6 +55,14 @@ def test_data_without_enough_examples_is_named(examples):
         hold_out(examples(4), 10)
 
 
+def test_classes_that_never_occur_are_not_missed(examples):
+    given = replace(examples(), label_names=("down", "up", "never"))
+    rest, _ = hold_out(given, 8)
+    assert set(rest.labels) == {0, 1}
+    training, test = train_and_test(given)
+    assert set(training.labels) == set(test.labels) == {0, 1}
+
+
 def test_tests_with_other_labels_are_named(examples):
     other = replace(examples(12), label_names=("no", "yes"))
     with pytest.raises(DataError, match=r"'there' has the labels \('no', 'yes'\)"):
@@ -80,5 +88,5 @@ def test_twenty_examples_are_enough_to_train_and_test(examples):
     train, test = train_and_test(examples(20))
     assert len(train) + len(test) == 20
     assert set(train.labels) == set(test.labels) == {0, 1}
-    with pytest.raises(ValueError, match=r"The 3 examples of 'here' are too few .* test data of its own"):
-        train_and_test(examples(3))
+    with pytest.raises(ValueError, match=r"The 4 examples of 'here' are too few .* test data of its own"):
+        train_and_test(examples(4))

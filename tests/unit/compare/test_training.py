@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, EvalPrediction
+from transformers import EvalPrediction
 
 from peft_dps.compare import training as module
 from peft_dps.compare.plan import Plan, Settings
+from peft_dps.compare.pretrained import load_model
 from peft_dps.compare.run import Candidate, to_json
 from peft_dps.compare.task import build_task
-from peft_dps.compare.training import check_model, load_model, longest_input, train
+from peft_dps.compare.training import train
 
 SETTINGS = Settings(epochs=2, batch_size=8, max_length=16, validation_size=8, evaluations=3)
 CANDIDATES = [Candidate(1e-2, [0], 0.5, chosen=True)]
@@ -176,31 +177,3 @@ def test_merged_classes_are_merged_in_the_predictions(task):
     compute = module._metrics(task, (0, 1, 1))
     assert compute(EvalPrediction(logits, np.array([0, 1, 1]))) == {"accuracy": 1.0}
     assert module._metrics(task)(EvalPrediction((logits, None), np.array([0, 1, 1]))) == {"accuracy": 2 / 3}
-
-
-def test_a_head_of_another_size_gives_way_to_a_new_one_drawn_by_the_seed(examples, model_folder):
-    numbers = examples(regression=True)
-    task = build_task("numbers", numbers, {"here": numbers}, SETTINGS)
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    heads = [load_model(task, str(model_folder), seed, tokenizer).classifier.weight for seed in (0, 0, 1)]
-    assert heads[0].shape == (1, 32)
-    assert heads[0].equal(heads[1])
-    assert not heads[0].equal(heads[2])
-
-
-def test_models_that_cannot_get_a_head_are_named(model_folder, tmp_path):
-    check_model(str(model_folder))
-    assert longest_input(str(model_folder), 64) == 16
-    assert longest_input(str(model_folder), 8) == 8
-    with pytest.raises(OSError, match=r"`model` '.*nowhere' cannot be loaded"):
-        check_model(str(tmp_path / "nowhere"))
-    config = (model_folder / "config.json").read_text()
-    (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "config.json").write_text(config)
-    with pytest.raises(OSError, match=r"The tokenizer of `model` '.*bare' cannot be loaded"):
-        check_model(str(tmp_path / "bare"))
-    vision = tmp_path / "vision"
-    vision.mkdir()
-    (vision / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(ValueError, match=r"`model` must be one .* a classification head, got '.*vision'.*'vit'"):
-        check_model(str(vision))

@@ -178,8 +178,53 @@ def test_withheld_test_labels_are_named(load: Load, monkeypatch: pytest.MonkeyPa
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     hidden = Dataset.from_dict({"text": ["x"], "label": [-1]}, features=features)
     monkeypatch.setattr(module, "load_dataset", lambda where, **options: DatasetDict(test=hidden))
-    with pytest.raises(DataError, match=r"no label in row 0 of split 'test'.*leave the split out with `splits`"):
+    with pytest.raises(DataError, match=r"no label in row 0 of split 'test' \(1 such rows\). Remove these rows"):
         load("some/data", "text", "label")
+
+
+def test_splits_without_any_label_are_left_out(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    known = Dataset.from_dict({"text": ["x", "y"], "label": [0, 1]}, features=features)
+    hidden = Dataset.from_dict({"text": ["x"], "label": [-1]}, features=features)
+    parts = DatasetDict(train=known, validation=known, test=hidden, unsupervised=hidden)
+    monkeypatch.setattr(module, "load_dataset", lambda where, **options: parts)
+    assert list(load("some/data", "text", "label")) == ["train", "validation"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_words_that_look_like_nothing_are_words(suffix: str, load: Load, tmp_path: Path) -> None:
+    path = tmp_path / f"mine{suffix}"
+    rows = [["text", "side"], ["null", "favor"], ["NA", "against"], ["a", "None"]]
+    path.write_text("\n".join(("," if suffix == ".csv" else "\t").join(row) for row in rows))
+    found = load(path, "text", "side")["train"]
+    assert found.texts == ("null", "NA", "a")
+    assert found.label_names == ("None", "against", "favor")
+
+
+@pytest.mark.parametrize("word", ["NA", "nan", "None", ""])
+def test_what_stands_among_numbers_for_none_is_named(word: str, load: Load, tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text(f"text,score\na,0.5\nb,{word}\nc,1.5")
+    with pytest.raises(DataError, match=r"'score' has no label in row 1 of split 'train' \(1 such rows\)"):
+        load(path, "text", "score")
+
+
+def test_a_tsv_file_without_quoting_loses_no_rows(load: Load, tmp_path: Path) -> None:
+    texts = ['"I said', "so", 'he said "no"', '"', "the end"]
+    path = tmp_path / "plain.tsv"
+    path.write_text("text\tlabel\n" + "".join(f"{text}\t{index % 2}\n" for index, text in enumerate(texts)))
+    assert load(path, "text", "label")["train"].texts == tuple(texts)
+
+
+def test_a_tsv_file_with_quoting_is_read_as_such(load: Load, tmp_path: Path) -> None:
+    texts = ['"I said', "two\nlines", "a\ttab", 'he said "no"']
+    path = write(tmp_path / "quoted.tsv", {"text": texts, "label": [0, 1, 0, 1]})
+    assert load(path, "text", "label")["train"].texts == tuple(texts)
+
+
+def test_a_path_with_brackets_is_a_path(load: Load, tmp_path: Path) -> None:
+    path = write(tmp_path / "mine [1].csv", TABLE)
+    assert load(path, "review", "mood")["train"].texts == tuple(TABLE["review"])
 
 
 def test_hub_out_of_reach_is_named(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

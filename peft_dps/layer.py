@@ -225,8 +225,7 @@ class DPSLayer(BaseLayerWrapper):
         if self._offloaded_from is None:
             return None
         # FSDP2 moves parameters without `_apply`, which is where the layer would notice.
-        devices = (copy.device for copy in self.dps_weight.values() if not copy.is_meta)
-        return next(devices, self._offloaded_from)
+        return next((copy.device for copy in self.dps_weight.values()), self._offloaded_from)
 
     def _adapters_in_effect(self) -> list[str]:
         if self.disable_adapters or self.merged:

@@ -32,7 +32,8 @@ def own_tensors(model: nn.Module, adapter: str) -> Iterator[tuple[str, torch.Ten
     for key, layer in model.named_modules():
         if isinstance(layer, DPSLayer) and adapter in layer.dps_weight:
             prefix = f"{key}." if key else ""
-            weight, bias = layer._pretrained()
+            # Wherever W0 is now: while an adapter is loaded its copies may have no device yet.
+            weight, bias = layer.pretrained_parameter.data, layer._pretrained_bias()
             yield f"{prefix}dps_weight.{adapter}", layer.dps_weight[adapter], weight
             if adapter in layer.dps_bias and bias is not None:
                 yield f"{prefix}dps_bias.{adapter}", layer.dps_bias[adapter], bias

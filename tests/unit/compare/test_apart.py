@@ -76,21 +76,16 @@ def test_work_that_is_being_started_is_ended_too():
 
         def start(self):
             closing.start()
-            started.wait(5)  # as `close` comes while a process starts
+            closing.join(0.2)  # `close` comes while a process starts
 
         def terminate(self):
             self.ended = True
 
         def join(self):
-            pass
+            closing.join(5)
 
-    workers, process, started = Apart(), Process(), threading.Event()
-
-    def close():
-        started.set()
-        workers.close()
-
-    closing = threading.Thread(target=close)
+    workers, process = Apart(), Process()
+    closing = threading.Thread(target=workers.close)
     workers._context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=lambda **given: process)
     with pytest.raises(WorkError, match="ended by SIGTERM"):
         workers.run(double, (1,), SEAT)

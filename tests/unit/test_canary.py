@@ -46,3 +46,4 @@ def test_averaged_weights_that_are_swapped_in_for_a_look_are_no_alarm(make_model
         for state in (averaged, own):
             model.load_state_dict(state)
             model(x)
+    assert model.dps_status().steps == 1

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from peft_dps.adapters import find_subnetworks
+from peft_dps.tuner.adapter import find_subnetworks
 
 KINDS = ("trained weights", "W0", "other weights", "gradients", "optimizer", "scores", "masks", "snapshots")
 # Where a tracked weight keeps what; anything else that it keeps counts as a snapshot.

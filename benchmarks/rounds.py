@@ -11,7 +11,7 @@ from benchmarks.crew import crew_of
 from benchmarks.settings import Settings
 from benchmarks.worker import StepTimes, Summary, Trainee, set_up
 from peft_dps import StageSchedule
-from peft_dps.schedule import Position
+from peft_dps.selection.schedule import Position
 
 ACCUMULATE, SELECTING, SUBNETWORK = FIGURES = ("accumulate", "selecting", "subnetwork")
 

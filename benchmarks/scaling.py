@@ -35,7 +35,7 @@ from benchmarks.settings import SIZES, Settings
 from benchmarks.traffic import traffic_of
 from benchmarks.worker import Trainee, quieten
 from peft_dps import StageSchedule, offloaded_parameters
-from peft_dps.selection import select
+from peft_dps.selection.topk import select
 
 DENSITY = 0.3
 

@@ -1,7 +1,8 @@
 """Dynamic Parameter Selection for PEFT: `get_peft_model(model, DPSConfig(...))`. Importing it registers the tuner."""
 
-from peft_dps import bridge, registration
-from peft_dps.adapters import (
+from peft_dps.training import hooks as bridge
+from peft_dps.tuner import registration
+from peft_dps.tuner.adapter import (
     check_ranks_agree,
     dps_state_dict,
     dps_status,
@@ -10,8 +11,8 @@ from peft_dps.adapters import (
     offloaded_parameters,
     save_dps_state,
 )
-from peft_dps.config import DPSConfig
-from peft_dps.dropout import disable_dropout
+from peft_dps.tuner.config import DPSConfig
+from peft_dps.tuner.dropout import disable_dropout
 from peft_dps.errors import (
     AdapterFileError,
     ConfigError,
@@ -23,13 +24,13 @@ from peft_dps.errors import (
     StateError,
     TargetError,
 )
-from peft_dps.export import ExportReport, export_adapter
+from peft_dps.tuner.export import ExportReport, export_adapter
 from peft_dps.integrations import DPSTrainerCallback, register_for_checkpointing, trainer
-from peft_dps.layer import DPSLayer
-from peft_dps.model import DPSModel
-from peft_dps.schedule import Stage, StageSchedule
-from peft_dps.scores import Evidence, register_score
-from peft_dps.status import DPSStatus
+from peft_dps.tuner.layers.layer import DPSLayer
+from peft_dps.tuner.model import DPSModel
+from peft_dps.selection.schedule import Stage, StageSchedule
+from peft_dps.selection.scores import Evidence, register_score
+from peft_dps.training.status import DPSStatus
 
 __version__ = "0.1.0"
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from peft_dps import DPSConfig
-from peft_dps.adapters import find_subnetworks
+from peft_dps.tuner.adapter import find_subnetworks
 
 OPTIMIZERS = {
     "adamw": lambda parameters: AdamW(parameters, lr=1e-2, weight_decay=0.1),

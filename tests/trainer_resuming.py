@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from peft_dps import DPSConfig
-from peft_dps.adapters import find_subnetworks
+from peft_dps.tuner.adapter import find_subnetworks
 from tests.resuming import as_bits
 
 

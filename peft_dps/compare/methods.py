@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from peft_dps.compare.bitfit import apply_bitfit
 from peft_dps.compare.bottleneck import add_houlsby, add_pfeiffer
 from peft_dps.compare.head import head_modules
-from peft_dps.config import DPSConfig
-from peft_dps.dropout import disable_dropout
+from peft_dps.tuner.config import DPSConfig
+from peft_dps.tuner.dropout import disable_dropout
 
 Prepare = Callable[..., PreTrainedModel | PeftConfig]
 """Takes the model, and the method's options by keyword. Returns the model ready to train, or a PEFT config to wrap it

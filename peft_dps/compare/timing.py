@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import DataCollatorWithPadding
 
-from peft_dps.adapters import find_subnetworks
+from peft_dps.tuner.adapter import find_subnetworks
 from peft_dps.compare.machine import hardware, versions
 from peft_dps.compare.methods import find_method
 from peft_dps.compare.plan import Plan

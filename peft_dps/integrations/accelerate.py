@@ -9,8 +9,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from peft_dps import checkpoint, statefile
-from peft_dps.adapters import find_trained
+from peft_dps.checkpoint import checkpoint
+from peft_dps.checkpoint import file as statefile
+from peft_dps.tuner.adapter import find_trained
 from peft_dps.errors import ConfigError
 
 

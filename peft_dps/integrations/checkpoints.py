@@ -13,10 +13,11 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from peft_dps import checkpoint, statefile
+from peft_dps.checkpoint import checkpoint
+from peft_dps.checkpoint import file as statefile
 from peft_dps.errors import EngineError, StateError
-from peft_dps.state import state_of
-from peft_dps.subnetwork import Subnetwork
+from peft_dps.checkpoint.state import state_of
+from peft_dps.training.controller import Subnetwork
 
 logger = logging.getLogger(__name__)
 

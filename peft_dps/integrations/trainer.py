@@ -14,8 +14,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from peft_dps import checkpoint, statefile
-from peft_dps.adapters import all_subnetworks, find_trained
+from peft_dps.checkpoint import checkpoint
+from peft_dps.checkpoint import file as statefile
+from peft_dps.tuner.adapter import all_subnetworks, find_trained
 from peft_dps.errors import ConfigError, EngineError
 from peft_dps.integrations.checkpoints import (
     PartsSaver,
@@ -24,9 +25,9 @@ from peft_dps.integrations.checkpoints import (
     saved_digests,
     warn_of_incomplete_checkpoint,
 )
-from peft_dps.schedule import Stage, StageSchedule
-from peft_dps.status import selected_fraction_of
-from peft_dps.subnetwork import Subnetwork
+from peft_dps.selection.schedule import Stage, StageSchedule
+from peft_dps.training.status import selected_fraction_of
+from peft_dps.training.controller import Subnetwork
 
 logger = logging.getLogger(__name__)
 

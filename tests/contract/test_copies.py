@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from peft_dps import DPSLayer
-from peft_dps.adapters import find_subnetworks
+from peft_dps.tuner.adapter import find_subnetworks
 
 STEPS = pytest.mark.parametrize("steps", [0, 1, 3, 5], ids=["fresh", "accumulate", "subnetwork", "next cycle"])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from peft_dps.adapters import find_subnetworks
+from peft_dps.tuner.adapter import find_subnetworks
 
 pytestmark = pytest.mark.parametrize("variant", ["dense", "mix"])
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from peft_dps import ConfigError, DPSConfig, DPSLayer, Stage, TargetError
-from peft_dps.noise import ColumnNoise
+from peft_dps.masking.noise import ColumnNoise
 from tests.contract.conftest import TOKENS, Case
 from tests.reference import ReferenceMix
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from peft_dps.adapters import find_subnetworks
+from peft_dps.tuner.adapter import find_subnetworks
 from tests.resuming import as_bits, assert_same
 
 STEPS = pytest.mark.parametrize("steps", [0, 1, 3, 4, 5], ids=lambda steps: f"step {steps}")

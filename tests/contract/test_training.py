@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_dps import DPSLayer, Stage
-from peft_dps.adapters import find_subnetworks
+from peft_dps.tuner.adapter import find_subnetworks
 
 
 def changed(before, after):

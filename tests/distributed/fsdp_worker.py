@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from peft_dps import DPSConfig, offloaded_parameters
-from peft_dps.adapters import find_subnetworks
+from peft_dps.tuner.adapter import find_subnetworks
 from tests.resuming import as_bits
 
 LAYERS = ("0", "2", "4", "6")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_dps import load_dps_state, save_dps_state, statefile
+from peft_dps import load_dps_state, save_dps_state
+from peft_dps.checkpoint import file as statefile
 from tests.distributed.fsdp_worker import batches, everything, make_model, optimizer_of, train_alone
 from tests.launching import torchrun
 from tests.resuming import assert_same

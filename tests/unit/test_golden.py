@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from peft_dps import DPSConfig
-from peft_dps.noise import ColumnNoise
+from peft_dps.masking.noise import ColumnNoise
 
 # Comparisons per kind of tensor, so that a file read wrongly cannot pass.
 EXPECTED = {

@@ -238,7 +238,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from transformers import Trainer, TrainerState
-from peft_dps import statefile
+from peft_dps.checkpoint import file as statefile
 from tests.trainer_resuming import make_trainer
 
 def die(*_, **__):

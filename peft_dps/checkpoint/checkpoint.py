@@ -1,0 +1,99 @@
+"""Training states on the disk: one file, or one for each process where FSDP2 has cut the weights."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import zlib
+from pathlib import Path
+
+import torch
+
+from peft_dps.checkpoint import file as statefile
+from peft_dps.errors import StateError
+from peft_dps.checkpoint.recutting import fits, recut
+from peft_dps.tensors.shards import Ranks, together, world_of
+from peft_dps.checkpoint.state import LOADING, alive_in, damage_told, load_state, state_of
+from peft_dps.training.controller import Subnetwork
+
+_SAVING = "Saving the training state"
+
+
+def save(subnetwork: Subnetwork, path: str | os.PathLike[str]) -> str:
+    """Save the training state of an adapter. Where FSDP2 has cut the weights, all processes have to call it.
+
+    Each process then writes a file of its own beside `path`, under a name that no other save has. The file at `path`
+    follows when all of these are on the disk, and says which belong together. So a save that is cut off anywhere
+    leaves the one before as it was.
+
+    Args:
+        subnetwork: The adapter's weights and stages.
+        path: Name of the file, the same on all processes; its folder exists, and is the same for all.
+
+    Returns:
+        Digest of the file at `path`; an empty one where another process has written it.
+
+    Raises:
+        StateError: If the processes were given different names, or saving failed on another one.
+    """
+    world = processes_of(subnetwork)
+    if not world:
+        return statefile.write(path, state_of(subnetwork))
+    ranks = world[0]
+    _check_path(ranks, Path(path))
+    name = f"{common_number(ranks):016x}"
+    with together(world, _SAVING, StateError):
+        state = state_of(subnetwork)
+        statefile.write_part(path, state, name, ranks.rank, ranks.size)
+    digest = ""
+    with together(world, _SAVING, StateError):
+        if ranks.rank == 0:
+            digest = statefile.write_index(path, state["header"], name, ranks.size)
+    return digest
+
+
+def load(subnetwork: Subnetwork, path: str | os.PathLike[str]) -> None:
+    """Go on where the training was whose state is at `path`; see `state.load_state`.
+
+    It may have been cut over another number of processes, or over none: each reads the rows that it needs. Where FSDP2
+    has cut the weights now, all processes have to call it.
+
+    Args:
+        subnetwork: The adapter's weights and stages.
+        path: Where it was saved.
+
+    Raises:
+        StateError: If it is missing or damaged, or not that of this adapter, these settings and these weights.
+    """
+    world = processes_of(subnetwork)
+    with together(world, LOADING, StateError), damage_told(subnetwork):
+        saved = statefile.find_save(path)
+        state = None
+        if len(saved.paths) == (world[0].size if world else 1):
+            own = saved.part(world[0].rank if world else 0)
+            state = own.read() if fits(subnetwork, own.header) else None
+    cut_otherwise = [ranks.any(state is None) for ranks in world]
+    if state is None or any(cut_otherwise):
+        with together(world, LOADING, StateError), damage_told(subnetwork):
+            sources = [saved.part(rank) for rank in range(len(saved.paths))]
+        state = recut(subnetwork, sources, world)
+    load_state(subnetwork, state)
+
+
+def processes_of(subnetwork: Subnetwork) -> list[Ranks]:
+    """Return all processes as one set if weights of an adapter are cut over them, else nothing."""
+    return world_of(weight.ranks for weight in alive_in(subnetwork))
+
+
+def common_number(ranks: Ranks) -> int:
+    """Agree on a random number below 2**63."""
+    return int(ranks.gather(torch.tensor([secrets.randbits(63)]))[0])
+
+
+def _check_path(ranks: Ranks, path: Path) -> None:
+    found = ranks.gather(torch.tensor([zlib.crc32(str(path).encode())]))
+    if not bool((found == found[0]).all()):
+        raise StateError(
+            f"The processes were told to save the training state under different names, this one as '{path}'. Give "
+            "all the same one: each adds what tells its own file."
+        )

@@ -1,0 +1,261 @@
+"""Effective weights of DPS Mix: what a training forward multiplies with in place of the weight itself.
+
+They are computed anew in the backward pass, so that no second copy of a weight lives from forward to backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from peft_dps.masking.frozen_bits import zero_frozen_
+from peft_dps.masking.mask import Mask
+from peft_dps.masking.noise import unfold_groups
+from peft_dps.tensors.scratch import scratch
+
+_COLUMNS_TOGETHER = 32
+
+
+class EffectiveWeight(Protocol):
+    """A weight as a training forward sees it."""
+
+    def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the effective weight in the weight's shape and dtype, in `out` if given, else as a new tensor."""
+
+    def at(self, rows: torch.Tensor) -> EffectiveWeight:
+        """Return the same for the rows of the weight that these indices name, an embedding's."""
+
+    def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Turn the gradient of the effective weight into that of the weight, in place."""
+
+    def active_columns(self) -> torch.Tensor | None:
+        """Return the input columns whose gradient is not zero, by index; None for all, or where it does not pay."""
+
+
+@dataclass(frozen=True)
+class NoisyWeight:
+    """ACCUMULATE: W_eff = W0 + b * (W - W0) / density, whose mean over b is W; dL/dW = dL/dW_eff * b.
+
+    Attributes:
+        base_weight: W0, perhaps on another device.
+        columns: b, 0 or 1 per input column, shaped to broadcast over the weight, in the weight's dtype.
+        density: Probability of b = 1.
+        groups: Number of groups into which `columns` has the weight's first axis unfolded.
+    """
+
+    base_weight: torch.Tensor
+    columns: torch.Tensor
+    density: float
+    groups: int = 1
+
+    def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return W_eff in the weight's shape and dtype, in `out` if given, else as a new tensor."""
+        base, share = self.base_weight.to(weight.device, weight.dtype), self.columns / self.density
+        if self.groups > 1:
+            out = torch.empty_like(weight) if out is None else out
+            wide = [unfold_groups(tensor, self.groups) for tensor in (base, weight.detach(), out)]
+            torch.lerp(wide[0], wide[1], share, out=wide[2])
+            return out
+        return torch.lerp(base, weight.detach(), share) if out is None else torch.lerp(base, weight, share, out=out)
+
+    def at(self, rows: torch.Tensor) -> NoisyWeight:
+        """Return the same for some rows of the weight; the weight has no groups."""
+        return NoisyWeight(self.base_weight[rows.to(self.base_weight.device)], self.columns, self.density)
+
+    def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Multiply the gradient of W_eff by b, in place."""
+        unfold_groups(gradient, self.groups).mul_(self.columns.to(gradient.dtype))
+        return gradient
+
+    def active_columns(self) -> torch.Tensor | None:
+        """Return the columns where b = 1. An accelerator would have to wait for their number: None there."""
+        if self.columns.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        return self.columns.view(-1).nonzero().view(-1)
+
+
+@dataclass(frozen=True)
+class AmplifiedWeight:
+    """SUBNETWORK: W_eff = T + M * (W - T) / density; dL/dW = dL/dW_eff * M.
+
+    Attributes:
+        snapshot: T, the weight when the stage began.
+        density: Density of the subnetwork.
+        mask: M. None where frozen entries of W equal T: then the formula holds without it, and the gradient is
+            masked once, at the optimizer step.
+    """
+
+    snapshot: torch.Tensor
+    density: float
+    mask: Mask | None = None
+
+    def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return W_eff in the weight's shape and dtype, in `out` if given, else as a new tensor."""
+        weight, scale = weight.detach(), 1.0 / self.density
+        effective = torch.empty_like(weight) if out is None else out
+        if self.mask is None:
+            return torch.lerp(self.snapshot, weight, scale, out=effective)
+        for kept, now, before, piece in self.mask.along(weight, self.snapshot, effective):
+            torch.lerp(before, now, kept.to(piece.dtype).mul_(-scale), out=piece)
+        return effective
+
+    def at(self, rows: torch.Tensor) -> AmplifiedWeight:
+        """Return the same for some rows of the weight."""
+        mask = None if self.mask is None else self.mask.rows(rows)
+        return AmplifiedWeight(self.snapshot[rows], self.density, mask)
+
+    def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Zero the gradient of frozen entries, in place."""
+        if self.mask is not None:
+            zero_frozen_(gradient, self.mask)
+        return gradient
+
+    def active_columns(self) -> torch.Tensor | None:
+        """Return None: entries are frozen, not columns."""
+        return None
+
+
+def effective_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    effective: EffectiveWeight,
+    *,
+    input_axis: int,
+) -> torch.Tensor:
+    """Compute x @ W_eff^T + bias, in the dtype that autocast or else `x` asks for.
+
+    Args:
+        x: Activations `[..., in]`.
+        weight: W, `[out, in]`, or `[in, out]` with `input_axis=0`.
+        bias: `[out]` or None.
+        effective: What makes W_eff of W.
+        input_axis: Axis of `weight` that holds the input columns.
+
+    Returns:
+        Activations `[..., out]`.
+    """
+    dtype = compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        output: torch.Tensor = _EffectiveLinear.apply(  # type: ignore[no-untyped-call]
+            x.to(dtype), weight, None if bias is None else bias.to(dtype), effective, input_axis
+        )
+    return output
+
+
+def materialize(weight: torch.Tensor, effective: EffectiveWeight) -> torch.Tensor:
+    """Return W_eff as a tensor that passes its gradient on to the weight, for modules that read weights.
+
+    Args:
+        weight: W.
+        effective: What makes W_eff of W.
+    """
+    output: torch.Tensor = _Materialize.apply(weight, effective)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Materialize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, effective: EffectiveWeight) -> torch.Tensor:
+        ctx.effective = effective
+        return effective.of(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.effective.gradient_(gradient.clone()), None
+
+
+class _EffectiveLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        effective: EffectiveWeight,
+        input_axis: int,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.effective, ctx.input_axis = effective, input_axis
+        return F.linear(x, _out_in(passing(effective, weight, x.dtype), input_axis), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        if ctx.needs_input_grad[0]:
+            effective = _out_in(passing(ctx.effective, weight, x.dtype), ctx.input_axis)
+            grad_x = (rows @ effective).view(x.shape)
+            del effective
+        if ctx.needs_input_grad[1]:
+            columns = x.reshape(-1, x.shape[-1])
+            grad_weight = _weight_gradient(rows, columns, ctx.effective, ctx.input_axis, weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _weight_gradient(
+    rows: torch.Tensor, columns: torch.Tensor, effective: EffectiveWeight, input_axis: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the gradient of the weight from those of the outputs, `[tokens, out]`, and the inputs, `[tokens, in]`."""
+    active = effective.active_columns()
+    if active is None:
+        return effective.gradient_((rows.t() @ columns if input_axis == 1 else columns.t() @ rows).to(dtype))
+    # Columns without a gradient are left out of the product and read from a column of zeros behind it.
+    inputs, count = columns.shape[-1], active.numel()
+    width = _rounded_up(count + 1, inputs + 1)
+    taken = scratch.empty((columns.shape[0], width), columns.dtype, "columns")
+    torch.index_select(columns, 1, F.pad(active, (0, width - count)), out=taken)
+    place = torch.full((inputs,), count, device=active.device)
+    place[active] = torch.arange(count, device=active.device)
+    outputs = rows.shape[-1]
+    shape = (outputs, width) if input_axis == 1 else (width, outputs)
+    product = scratch.empty(shape, rows.dtype, "weight")  # W_eff has been used by now
+    torch.mm(*((rows.t(), taken) if input_axis == 1 else (taken.t(), rows)), out=product)
+    product.select(input_axis, count).zero_()
+    if dtype == product.dtype:
+        return product.index_select(input_axis, place)
+    whole = scratch.empty((outputs, inputs) if input_axis == 1 else (inputs, outputs), product.dtype, "cast")
+    return torch.index_select(product, input_axis, place, out=whole).to(dtype)
+
+
+def _rounded_up(columns: int, most: int) -> int:
+    """Round to one of few widths: oneDNN compiles a kernel for each shape and keeps a thousand of them in memory."""
+    return min(-(-columns // _COLUMNS_TOGETHER) * _COLUMNS_TOGETHER, most)
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which autocast, or else the activation, wants the result.
+
+    Args:
+        x: The activation.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype is not torch.float64
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
+
+
+def passing(effective: EffectiveWeight, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return W_eff in memory that the next call may overwrite.
+
+    Args:
+        effective: What makes W_eff of W.
+        weight: W.
+        dtype: Dtype of the result.
+    """
+    if weight.device.type != "cpu" or not weight.is_contiguous() or torch.compiler.is_compiling():
+        return effective.of(weight).to(dtype)
+    made = effective.of(weight, scratch.empty(weight.shape, weight.dtype, "weight"))
+    return made if made.dtype == dtype else scratch.empty(weight.shape, dtype, "cast").copy_(made)
+
+
+def _out_in(weight: torch.Tensor, input_axis: int) -> torch.Tensor:
+    return weight if input_axis == 1 else weight.t()

@@ -1,0 +1,143 @@
+"""Masks: which entries of a weight are updated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from peft_dps.masking.bits import pack
+from peft_dps.tensors.scratch import scratch
+
+_BYTE = 8
+_INT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Entries that are unpacked at once. On a CPU they stay in its cache.
+_CPU_CHUNK = 1 << 19
+_DEVICE_CHUNK = 1 << 24
+
+
+class Mask:
+    """Which entries of a weight are updated, in bits or in bytes.
+
+    Bits take an eighth of the memory. On a CPU reading them takes no longer, since it moves less; an accelerator would
+    have to write the bytes out first.
+
+    Attributes:
+        shape: Shape of the weight.
+        packed: The bits, as `peft_dps.masking.bits.pack` makes them; None where bytes are kept.
+    """
+
+    def __init__(self, shape: torch.Size, packed: torch.Tensor | None, keep: torch.Tensor | None) -> None:
+        self.shape = shape
+        self.packed = packed
+        self._keep = keep
+
+    @classmethod
+    def of(cls, selected: torch.Tensor, *, in_bits: bool | None = None) -> Mask:
+        """Make a mask.
+
+        Args:
+            selected: Bool, or int8 where -1 is updated and 0 is not, of the weight's shape. Its memory may be reused.
+            in_bits: Whether to keep bits; None to do so on a CPU.
+        """
+        in_bits = selected.device.type == "cpu" if in_bits is None else in_bits
+        if in_bits:
+            return cls(selected.shape, pack(selected), None)
+        keep = selected if selected.dtype is torch.int8 else selected.view(torch.int8).neg_()
+        return cls(selected.shape, None, keep)
+
+    @property
+    def keep(self) -> torch.Tensor:
+        """The mask in bytes: int8 of the weight's shape, -1 (all bits set) where updated, 0 elsewhere."""
+        if self.packed is None:
+            return self._bytes
+        keep = torch.empty(self.shape, dtype=torch.int8, device=self.packed.device)
+        for kept, piece in self.along(keep):
+            piece.copy_(kept)
+        return keep
+
+    @property
+    def bits(self) -> torch.Tensor:
+        """The mask in bits, as `peft_dps.masking.bits.pack` makes them."""
+        return pack(self._bytes) if self.packed is None else self.packed
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self._stored.device
+
+    def to(self, device: torch.device) -> Mask:
+        """Return the mask on another device."""
+        return Mask(
+            self.shape,
+            None if self.packed is None else self.packed.to(device),
+            None if self._keep is None else self._keep.to(device),
+        )
+
+    def rows(self, indices: torch.Tensor) -> Mask:
+        """Return the mask of some rows of the weight.
+
+        Args:
+            indices: Integers of any shape.
+        """
+        inner = self.shape[1:].numel()
+        shape = torch.Size([*indices.shape, *self.shape[1:]])
+        if self.packed is not None and inner > 0 and inner % _BYTE == 0:
+            return Mask(shape, self.packed.view(-1, inner // _BYTE)[indices].view(-1), None)
+        return Mask(shape, None, self.keep[indices])
+
+    def along(self, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Cut tensors into equal pieces, with the mask of each.
+
+        Args:
+            *tensors: Tensors of the weight's shape, on the mask's device.
+
+        Returns:
+            Tuples of the mask of a piece, integers that are -1 where updated and 0 elsewhere, valid until the next
+            piece is asked for, and the pieces: views of the tensors, flat or as a whole.
+        """
+        if not all(tensor.is_contiguous() for tensor in tensors):
+            return iter([(self.keep, *tensors)])
+        if self.packed is None:
+            return _pieces(self._bytes, *tensors)
+        return self._unpacked(self.packed, tensors)
+
+    def _unpacked(self, packed: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
+        table = _table(_INT_DTYPES[tensors[0].element_size()], packed.device)
+        chunk = _CPU_CHUNK if packed.device.type == "cpu" else _DEVICE_CHUNK
+        cut = (tensor.view(-1).split(chunk) for tensor in tensors)
+        for octets, *parts in zip(packed.split(chunk // _BYTE), *cut, strict=True):
+            if packed.device.type == "cpu":
+                places = scratch.empty(octets.shape, torch.int32, "mask places").copy_(octets)
+                kept = scratch.empty((octets.numel(), _BYTE), table.dtype, "mask")
+                torch.index_select(table, 0, places, out=kept)
+            else:
+                kept = table.index_select(0, octets.int())
+            yield kept.view(-1)[: parts[0].numel()], *parts
+
+    @property
+    def _bytes(self) -> torch.Tensor:
+        if self._keep is None:
+            raise ValueError("This mask is kept in bits.")
+        return self._keep
+
+    @property
+    def _stored(self) -> torch.Tensor:
+        return self._bytes if self.packed is None else self.packed
+
+
+def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    if tensors[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
+        return iter([tensors])
+    return zip(*(tensor.view(-1).split(_CPU_CHUNK) for tensor in tensors), strict=True)
+
+
+_tables: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+
+def _table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return what each value of a byte unpacks to: `[256, 8]`, -1 for a bit that is set."""
+    if (dtype, device) not in _tables:
+        places = torch.arange(_BYTE)
+        _tables[dtype, device] = -((torch.arange(1 << _BYTE).unsqueeze(1) >> places) & 1).to(device, dtype)
+    return _tables[dtype, device]

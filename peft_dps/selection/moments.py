@@ -1,0 +1,182 @@
+"""Scores from the optimizer's second moment: what lean mode has in place of scores of its own.
+
+Adam keeps v <- beta2 * v + (1 - beta2) * G * G, so what a stage of n steps has added to it is
+
+    S = (v_n - beta2^n * v_0) / (1 - beta2) = sum over the stage of beta2^(n - i) * G_i * G_i,
+
+the accumulated squared gradient with weights from beta2^(n - 1) to 1. v_0 waits in a file until the stage ends.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
+
+from peft_dps.errors import EngineError
+from peft_dps.tensors.scratch import scratch
+from peft_dps.tensors.shards import local_part
+from peft_dps.tensors.shelf import Piece, shelf
+
+_CPU_CHUNK = 1 << 18
+_COUPLED = (Adam, NAdam, RAdam, RMSprop, Adagrad)  # add weight decay to the gradient unless told otherwise
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """What an optimizer remembers of the squared gradients of one weight: v <- decay * v + share * G * G.
+
+    Attributes:
+        value: v, the weight's shape, or this process's rows of it; None before the first step.
+        decay: Factor in [0, 1].
+        share: Factor above 0.
+    """
+
+    value: torch.Tensor | None
+    decay: float
+    share: float
+
+
+def second_moments(optimizer: Optimizer, weights: Mapping[str, torch.Tensor]) -> dict[str, SecondMoment]:
+    """Look up the second moments of weights.
+
+    Args:
+        optimizer: torch's Adam, AdamW, NAdam, RAdam, RMSprop or Adagrad, or one that keeps `exp_avg_sq` as they do.
+        weights: Weights that it updates, by what errors call them.
+
+    Raises:
+        EngineError: If the optimizer keeps none, or none of the gradient alone.
+    """
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    return {name: _second_moment(optimizer, groups[id(weight)], weight, name) for name, weight in weights.items()}
+
+
+def _second_moment(optimizer: Optimizer, group: dict[str, Any], parameter: torch.Tensor, name: str) -> SecondMoment:
+    if isinstance(optimizer, RMSprop):
+        key, decay, share = "square_avg", group["alpha"], 1.0 - group["alpha"]
+    elif isinstance(optimizer, Adagrad):
+        key, decay, share = "sum", 1.0, 1.0
+    else:
+        decay = float(group.get("betas", (0.0, 1.0))[1])
+        key, share = "exp_avg_sq", 1.0 - decay
+    state, kind = optimizer.state.get(parameter, {}), type(optimizer).__name__
+    value = state.get(key)
+    if share <= 0.0 or (state and not _is_like(value, parameter)):
+        raise EngineError(
+            f"`lean=True` takes scores from the optimizer's second moment, and {kind} keeps none of {name!r} that DPS "
+            "can read: of the weight's shape, in fp32 or fp64. Use torch.optim.AdamW on weights in fp32, or "
+            "`lean=False`."
+        )
+    if isinstance(optimizer, _COUPLED) and group.get("weight_decay") and not _is_decoupled(optimizer, group):
+        raise EngineError(
+            f"`lean=True` takes scores from the optimizer's second moment, and {kind} with "
+            f"weight_decay={group['weight_decay']} adds the weight itself to the gradient. Use torch.optim.AdamW, "
+            "weight_decay=0, or `lean=False`."
+        )
+    return SecondMoment(None if value is None else local_part(value), decay, share)
+
+
+class MomentScores:
+    """Scores of one weight in one ACCUMULATE stage, made from the second moment when they are asked for.
+
+    Args:
+        before: v_0, the second moment when the stage began; None for zero.
+        share: 1 - beta2.
+        decay: beta2^n.
+        steps: n, the steps so far.
+    """
+
+    def __init__(self, before: torch.Tensor | None, share: float, decay: float = 1.0, steps: int = 0) -> None:
+        self.share = share
+        self.decay = decay
+        self.steps = steps
+        self._piece: Piece | None = None
+        if before is not None:
+            self._dtype, self._shape = before.dtype, before.shape
+            content = before.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            self._piece = shelf.put(content)
+            weakref.finalize(self, shelf.free, self._piece)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What there is besides v_0, in plain values."""
+        return {"share": self.share, "decay": self.decay, "steps": self.steps}
+
+    def before(self) -> torch.Tensor | None:
+        """Return v_0, on the CPU; None if it was zero."""
+        if self._piece is None:
+            return None
+        content = shelf.get(self._piece)
+        if not content:
+            return torch.empty(self._shape, dtype=self._dtype)
+        return torch.frombuffer(content, dtype=self._dtype).view(self._shape)
+
+    def count_step(self, decay: float) -> None:
+        """Take note of a step.
+
+        Args:
+            decay: beta2 of the step.
+        """
+        self.decay *= decay
+        self.steps += 1
+
+    def scores(self, now: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Work out the accumulated squared gradients.
+
+        Args:
+            now: v_n.
+            out: Memory for the result, of the weight's shape.
+        """
+        if self._piece is None:
+            return torch.div(now, self.share, out=out)
+        floor = (self.steps + 1) * torch.finfo(now.dtype).eps
+        for left, value, score in self._along(now, out):
+            left.mul_(self.decay)
+            torch.sub(value, left, out=score)
+            # Rounding leaves a little, or less than nothing, where no gradient came.
+            above = torch.gt(score, left.mul_(floor), out=left)  # in floats, since torch is slow at writing bool
+            score.mul_(above).abs_().div_(self.share)
+        return out
+
+    def _along(self, now: torch.Tensor, out: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Cut tensors into pieces that stay in a CPU's cache, with v_0 of each, which may be written to."""
+        if self._piece is None or not _is_plain(now, out):
+            before = self.before()
+            if before is not None:
+                yield before.to(out.device, out.dtype, copy=True), now, out
+            return
+        start = 0
+        for value, score in zip(now.view(-1).split(_CPU_CHUNK), out.view(-1).split(_CPU_CHUNK), strict=True):
+            left = scratch.empty(value.shape, self._dtype, "second moment")
+            shelf.read(self._piece, start, left.view(torch.uint8).numpy().data)
+            start += left.nbytes
+            yield left, value, score
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"before": self.before(), **self.facts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        MomentScores.__init__(self, **state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MomentScores:
+        return MomentScores(**self.__getstate__())
+
+
+def _is_plain(now: torch.Tensor, out: torch.Tensor) -> bool:
+    """Tell whether both are on a CPU, of one dtype, in the order in which v_0 was written."""
+    return now.dtype == out.dtype and all(each.device.type == "cpu" and each.is_contiguous() for each in (now, out))
+
+
+def _is_like(value: object, parameter: torch.Tensor) -> bool:
+    """Tell whether a second moment can be read; in 16 bits what a stage adds is lost in its rounding."""
+    if not (isinstance(value, torch.Tensor) and value.shape == parameter.shape):
+        return False
+    return value.is_floating_point() and value.element_size() >= 4
+
+
+def _is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    return isinstance(optimizer, AdamW) or bool(group.get("decoupled_weight_decay"))

@@ -1,0 +1,89 @@
+"""Notices weights that change from forward to forward while the bridge is shown no optimizer step."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from peft_dps.errors import EngineError
+from peft_dps.masking.frozen_bits import bits_of
+from peft_dps.tuner.layers.layer import DPSLayer
+
+
+class Canary:
+    """Watches one weight of an adapter in its training forwards.
+
+    Once may be a user who loads other weights; twice without a step is an engine that DPS cannot see. Who perturbs
+    weights for a forward and restores them, as adversarial training does, comes back to bits that were seen before.
+    """
+
+    def __init__(self) -> None:
+        self._layer: weakref.ref[DPSLayer] | None = None
+        self._version: int | None = None
+        self._bits: int | None = None  # of the previous forward, where they were read
+        self._known: set[int] = set()  # bits seen since the latest step
+        self._step = 0
+        self._unseen_changes = 0
+
+    def check(self, adapter: str, layer: DPSLayer, step: int) -> None:
+        """Compare the weight with the previous forward's. The first layer to come is the one that is watched.
+
+        Args:
+            adapter: Name of the adapter.
+            layer: The layer about to compute a training forward.
+            step: Optimizer steps that the bridge has seen, applied or skipped.
+
+        Raises:
+            EngineError: If the weight belongs to an engine that is known to step copies, or has changed twice in a
+                row and no step was seen.
+        """
+        if self._layer is None or self._layer() is None:
+            self._layer = weakref.ref(layer)
+        if self._layer() is not layer:
+            return
+        weight = layer.dps_weight[adapter]
+        if self._version is None:
+            _refuse_known_engines(adapter, weight)
+        version, before = weight._version, self._version
+        if step != self._step:
+            self._bits, self._known, self._unseen_changes = None, set(), 0
+        # Updates through `.data` leave the version counter alone. The bits tell, but reading them waits for the
+        # device: once a step has been seen they are read only where the counter has gone on without one.
+        if step == 0 or (step == self._step and before is not None and version != before):
+            self._count_change(int(bits_of(weight).sum(dtype=torch.int64)), first=before is None)
+        self._version, self._step = version, step
+        if self._unseen_changes >= (2 if step == 0 else 4):  # the unperturbed bits are read at the second change then
+            raise EngineError(
+                f"The weights of adapter {adapter!r} were changed twice without an optimizer step that DPS could see, "
+                "so its stages would never happen. The engine updates copies of the weights (DeepSpeed ZeRO, FSDP1, "
+                "CPU offloading) or its optimizer is no torch.optim.Optimizer. Train with a torch optimizer on the "
+                "model's own parameters."
+            )
+
+    def _count_change(self, bits: int, *, first: bool) -> None:
+        if bits == self._bits:
+            return
+        if bits in self._known:
+            self._unseen_changes = 0
+        elif not first:
+            self._unseen_changes += 1
+        self._bits = bits
+        self._known.add(bits)
+
+
+def _refuse_known_engines(adapter: str, weight: torch.Tensor) -> None:
+    # Marks that DeepSpeed leaves on parameters: ZeRO-3 the first, ZeRO-1, ZeRO-2 and its bf16 optimizer the second.
+    if hasattr(weight, "ds_id") or hasattr(weight, "_hp_mapping"):
+        raise EngineError(
+            f"The weights of adapter {adapter!r} are managed by DeepSpeed (ZeRO-1, 2 or 3, or its bf16 optimizer), "
+            "which steps flat fp32 copies of its own that DPS cannot follow. Use FSDP2 (`fully_shard`; "
+            "`fsdp_version: 2` in Accelerate), DDP, or ZeRO stage 0 without fp16 and bf16."
+        )
+    if isinstance(weight, DTensor):  # FSDP2 shows the whole weight to the forward
+        raise EngineError(
+            f"A forward of adapter {adapter!r} computes with a weight placed as {tuple(weight.placements)}. That is "
+            "tensor parallelism, which DPS does not support, or a forward that goes around the hooks of "
+            "`fully_shard`; call the module that was sharded."
+        )

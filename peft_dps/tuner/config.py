@@ -1,0 +1,300 @@
+"""`DPSConfig`: the fields of DPS and their validation."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from peft_dps.tuner.card import write_section
+from peft_dps.errors import AdapterFileError, ConfigError
+from peft_dps.selection.schedule import StageSchedule
+from peft_dps.selection.scores import SCORE_DTYPES, find_score
+
+VARIANTS = ("dense", "mix")
+SCOPES = ("tensor", "model")
+FROZEN_POLICIES = ("exact", "gradient")
+
+
+class DPSPeftType(str, enum.Enum):
+    """The PEFT type of DPS: an enum of its own, since PEFT's has no place for tuners from outside."""
+
+    DPS = "DPS"
+
+
+@dataclass
+class DPSConfig(PeftConfig):
+    """Configuration of Dynamic Parameter Selection (Zhang et al., NeurIPS 2022, arXiv:2211.01642).
+
+    Training alternates two stages of equal length. ACCUMULATE updates every entry of the targeted weights and scores
+    each by its accumulated squared gradient; SUBNETWORK updates only the ceil(n * density) best-scored entries and
+    freezes the rest. Then scores and masks are thrown away and the next cycle begins.
+
+    Args:
+        target_modules (`list[str] | str`, defaults to `"all-linear"`): Names of the modules to train, a regular
+            expression, or `"all-linear"`.
+        target_parameters (`list[str]`, *optional*): Names of single parameters to train besides, such as the weights
+            of experts that models of transformers keep as one parameter (`["experts.gate_up_proj"]`). With
+            `target_modules=[]` nothing else is targeted.
+        exclude_modules (`list[str] | str`, *optional*): Names, or a regular expression, of modules to leave out.
+        variant (`"dense" | "mix"`, defaults to `"dense"`): `"dense"` trains as described; `"mix"` adds column noise
+            to ACCUMULATE, relaxes scores by how often a column took part, and trains SUBNETWORK on
+            W_eff = T + M * (W - T) / density, T being the weight when the stage began.
+        density (`float`, defaults to 0.7): Fraction of entries that the subnetwork holds, in (0, 1].
+        stage_steps (`int | float`, defaults to 0.05): Length of a stage: optimizer steps if an int, a fraction of all
+            steps in (0, 1) if a float.
+        total_steps (`int`, *optional*): Number of optimizer steps of the whole training. Only a fractional
+            `stage_steps` needs it, and not with the HF Trainer, which knows it.
+        scope (`"tensor" | "model"`, defaults to `"tensor"`): Whether the best entries are chosen within each weight
+            or over all weights together.
+        frozen (`"exact" | "gradient"`, defaults to `"exact"`): What frozen means in SUBNETWORK. With `"exact"` frozen
+            entries keep their bits whatever the optimizer does; with `"gradient"` only their gradient is zeroed, and
+            momentum and weight decay still move them, as in the code released with the paper.
+        score (`str`, defaults to `"squared_gradient"`): How entries are ranked: `"squared_gradient"`, `"random"` (the
+            baseline), or a name given to `peft_dps.register_score`.
+        score_dtype (`"float32" | "bfloat16"`, defaults to `"float32"`): What squared gradients are added up in.
+            `"bfloat16"` halves the memory of the scores; entries whose scores are within 0.4% of each other may change
+            places, and once a sum is more than 256 times what a step adds to it, it stands still. `"float32"` means
+            fp64 for an fp64 weight.
+        participation_decay (`bool`, *optional*): Only for Mix: whether scores are multiplied by exp(-F / stage_steps),
+            F being how often a column took part. By default it is for stages of 50 steps or more.
+        train_bias (`bool`, defaults to `True`): Whether the biases of targeted modules are trained too. They are
+            never masked.
+        train_remaining (`bool`, defaults to `False`): Whether every other module with parameters is trained in full,
+            as in the paper, by adding it to `modules_to_save`.
+        modules_to_save (`list[str]`, *optional*): Modules trained in full and saved with the adapter.
+        layers_to_transform (`list[int] | int`, *optional*): Indices of the layers to train.
+        layers_pattern (`list[str] | str`, *optional*): Name of the module list that `layers_to_transform` counts in.
+        offload_base (`bool`, defaults to `False`): Whether the pretrained weights W0 of targeted modules are kept in a
+            temporary file (see `TMPDIR`) instead of memory, on the host or an accelerator. What needs them reads them
+            from there: disabling, merging and combining adapters, and each step of Mix in ACCUMULATE.
+        lean (`bool`, defaults to `False`): Whether memory is saved wherever it can be, at the price of somewhat
+            different scores and of time: scores come from the optimizer's second moment (AdamW; see
+            `peft_dps.selection.moments`), frozen entries are held only while the optimizer steps, and W0 is kept in a file as
+            with `offload_base`; on a CPU the originals of `modules_to_save` too.
+        seed (`int`, defaults to 0): Seed of the method's own random numbers.
+        init_weights (`bool`, defaults to `True`): `False` perturbs the trainable copies at random; only for tests.
+
+    Raises:
+        ConfigError: If a field has a value that cannot work.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default="all-linear",
+        metadata={"help": "Names of the modules to train, a regular expression, or 'all-linear'."},
+    )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of single parameters to train besides, such as the fused weights of experts."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, or a regular expression, of modules to leave out."}
+    )
+    variant: Literal["dense", "mix"] = field(
+        default="dense", metadata={"help": "'dense', or 'mix', which trains with column noise and relaxed scores."}
+    )
+    density: float = field(default=0.7, metadata={"help": "Fraction of entries in the subnetwork, in (0, 1]."})
+    stage_steps: int | float = field(
+        default=0.05, metadata={"help": "Steps of a stage if int, a fraction in (0, 1) of all steps if float."}
+    )
+    total_steps: int | None = field(
+        default=None, metadata={"help": "Optimizer steps of the whole training, for a fractional `stage_steps`."}
+    )
+    scope: Literal["tensor", "model"] = field(
+        default="tensor", metadata={"help": "Choose the best entries within each weight, or over the model."}
+    )
+    frozen: Literal["exact", "gradient"] = field(
+        default="exact",
+        metadata={"help": "'exact': frozen entries keep their bits; 'gradient': only their gradient is zeroed."},
+    )
+    score: str = field(default="squared_gradient", metadata={"help": "How entries are ranked."})
+    score_dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", metadata={"help": "What squared gradients are added up in."}
+    )
+    participation_decay: bool | None = field(
+        default=None, metadata={"help": "Mix: favour columns that took part less often. None: from 50 steps on."}
+    )
+    train_bias: bool = field(default=True, metadata={"help": "Train the biases of targeted modules too."})
+    train_remaining: bool = field(
+        default=False, metadata={"help": "Train every other module with parameters in full (`modules_to_save`)."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved with the adapter."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to train."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that `layers_to_transform` counts in."}
+    )
+    offload_base: bool = field(
+        default=False, metadata={"help": "Keep the pretrained weights of targeted modules in a temporary file."}
+    )
+    lean: bool = field(
+        default=False, metadata={"help": "Save memory: scores from the optimizer's state, W0 in a file."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the method's own random numbers."})
+    init_weights: bool = field(default=True, metadata={"help": "False perturbs the copies; only for tests."})
+
+    @classmethod
+    def from_paper(cls, variant: Literal["dense", "mix"] = "dense", **fields: Any) -> DPSConfig:
+        """Build the configuration of the paper's own runs (arXiv:2211.01642, with the code released beside it).
+
+        DPS on every linear layer, pooler and head included, with density 0.7 and stages of 5% of all steps; every
+        other parameter is trained too, and freezing is by gradient. The runs also had no dropout in the model
+        (`peft_dps.disable_dropout`), AdamW with learning rate 2e-5, weight decay 0.01, warm-up over 10% of the steps,
+        batches of 16 and 3 epochs.
+
+        Args:
+            variant: `"dense"` or `"mix"`.
+            **fields: Fields to set otherwise. With a `task_type` PEFT trains the head in full, beside DPS.
+
+        Returns:
+            The configuration.
+        """
+        paper: dict[str, Any] = {
+            "target_modules": "all-linear",
+            "density": 0.7,
+            "stage_steps": 0.05,
+            "scope": "tensor",
+            "frozen": "gradient",
+            "train_bias": True,
+            "train_remaining": True,
+        }
+        return cls(variant=variant, **{**paper, **fields})
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the configuration, and what is known of the training into the folder's model card, if it has one."""
+        super().save_pretrained(save_directory, **kwargs)
+        if self.card is not None:
+            write_section(self.card, Path(save_directory, "README.md"))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read a configuration from an adapter's folder, or from the Hub; see `peft.PeftConfig.from_pretrained`.
+
+        Raises:
+            AdapterFileError: If the folder's file of weights is cut short or damaged. Adapters are loaded in this
+                order, configuration first, so it is found before the model is touched.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.is_to_be_filled = True
+        _require_readable(Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
+        return config
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = DPSPeftType.DPS
+        self.card: str | None = None  # section of the model card, made when the weights are saved; no field either
+        self.is_to_be_filled = False  # read from a file whose weights are still to come; no field, never saved
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._validate_targets()
+        self._validate_method()
+        self._validate_schedule()
+
+    @property
+    def is_mix(self) -> bool:
+        """Whether training forwards use effective weights."""
+        return self.variant == "mix" and self.density < 1.0
+
+    def _validate_targets(self) -> None:
+        parameters = self.target_parameters
+        if parameters is not None and not _are_names(parameters, expression=False):
+            raise ConfigError(f"`target_parameters` must be a list of names, got {parameters!r}.")
+        if not (self.target_modules or parameters) or not _are_names(self.target_modules):
+            raise ConfigError(f"`target_modules` must name modules or be 'all-linear', got {self.target_modules!r}.")
+        if self.exclude_modules is not None and not _are_names(self.exclude_modules):
+            raise ConfigError(f"`exclude_modules` must name modules, got {self.exclude_modules!r}.")
+        if self.modules_to_save is not None and not _are_names(self.modules_to_save, expression=False):
+            raise ConfigError(f"`modules_to_save` must be a list of names, got {self.modules_to_save!r}.")
+        layers = self.layers_to_transform
+        if layers is not None and not all(
+            _is_int(layer) and layer >= 0 for layer in (layers if isinstance(layers, list) else [layers])
+        ):
+            raise ConfigError(f"`layers_to_transform` must be layer numbers of at least 0, got {layers!r}.")
+        is_expression = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
+        if is_expression and self.layers_to_transform is not None:
+            raise ConfigError(
+                "`layers_to_transform` works with a list of names or 'all-linear' in `target_modules`, got the "
+                f"regular expression {self.target_modules!r}. Put the layer numbers into the expression."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                f"`layers_pattern={self.layers_pattern!r}` needs `layers_to_transform`, the indices to count in it."
+            )
+
+    def _validate_method(self) -> None:
+        _require_choice("variant", self.variant, VARIANTS)
+        _require_choice("scope", self.scope, SCOPES)
+        _require_choice("frozen", self.frozen, FROZEN_POLICIES)
+        _require_choice("score_dtype", self.score_dtype, tuple(SCORE_DTYPES))
+        if self.lean and self.score_dtype != "float32":
+            raise ConfigError(
+                f"`score_dtype={self.score_dtype!r}` has nothing to do with `lean=True`, which adds up no scores. Use "
+                "one of the two."
+            )
+        if not self.inference_mode:  # a trained adapter loads without the score that trained it
+            find_score(self.score)
+        for name in ("train_bias", "train_remaining", "offload_base", "lean", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if not _is_number(self.density) or not 0.0 < self.density <= 1.0:
+            raise ConfigError(f"`density` must be in (0, 1], got {self.density!r}.")
+        if not _is_int(self.seed) or self.seed < 0:
+            raise ConfigError(f"`seed` must be an integer of at least 0, got {self.seed!r}.")
+        if self.participation_decay is not None and not isinstance(self.participation_decay, bool):
+            raise ConfigError(f"`participation_decay` must be True, False or None, got {self.participation_decay!r}.")
+
+    def _validate_schedule(self) -> None:
+        steps = self.stage_steps
+        if not _is_number(steps):
+            raise ConfigError(f"`stage_steps` must be an int (steps) or a float (fraction), got {steps!r}.")
+        if _is_int(steps) and steps < 1:
+            raise ConfigError(f"`stage_steps` as a number of steps must be at least 1, got {steps}.")
+        if isinstance(steps, float) and not 0.0 < steps < 1.0:
+            raise ConfigError(
+                f"`stage_steps` as a fraction of all steps must be in (0, 1), got {steps}. Use an int for steps."
+            )
+        if self.total_steps is not None and (not _is_int(self.total_steps) or self.total_steps < 2):
+            raise ConfigError(f"`total_steps` must be an integer of at least 2, got {self.total_steps!r}.")
+        if self.total_steps is not None:
+            StageSchedule.resolve(self.stage_steps, self.total_steps)
+
+
+def _require_readable(path: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # opening checks that the file is as long as its header says
+    except SafetensorError as error:
+        raise AdapterFileError(
+            f"The adapter's file {path} is cut short or damaged ({error}). Save or copy it again."
+        ) from error
+
+
+def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _are_names(value: Any, *, expression: bool = True) -> bool:
+    return (expression and isinstance(value, str)) or (
+        isinstance(value, (list, set)) and all(isinstance(name, str) and name for name in value)
+    )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or isinstance(value, float)

@@ -1,0 +1,68 @@
+"""DPS on convolutions: `torch.nn.Conv1d`, `Conv2d` and `Conv3d`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peft_dps.masking.effective import EffectiveWeight
+from peft_dps.tuner.layers.layer import DPSLayer, cast_to_activation
+from peft_dps.masking.noise import Columns
+from peft_dps.masking.operations import effective_conv
+
+
+class Conv(DPSLayer):
+    """DPS on a convolution; weight `[out, in / groups, *kernel]`."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        base: Any = base_layer
+        self.in_features: int = base.in_channels
+        self.out_features: int = base.out_channels
+
+    @property
+    def columns(self) -> Columns:
+        """One column per input channel: all output channels of its group, all places in the kernel."""
+        base: Any = self.get_base_layer()
+        groups, inputs, kernel = base.groups, base.in_channels // base.groups, (1,) * len(base.kernel_size)
+        return Columns((1, inputs, *kernel) if groups == 1 else (groups, 1, inputs, *kernel), groups)
+
+    def _compute(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None
+    ) -> torch.Tensor:
+        base: Any = self.get_base_layer()
+        if effective is None:
+            output: torch.Tensor = base._conv_forward(x, *cast_to_activation(x, weight, bias))
+            return output
+        batched = x.dim() == len(base.kernel_size) + 2
+        x, padding = _pad(x if batched else x.unsqueeze(0), base)
+        output = effective_conv(
+            x, weight, bias, effective,
+            stride=base.stride, padding=padding, dilation=base.dilation, groups=base.groups,
+        )  # fmt: skip
+        return output if batched else output.squeeze(0)
+
+
+class Conv1d(Conv):
+    """DPS on `torch.nn.Conv1d`."""
+
+
+class Conv2d(Conv):
+    """DPS on `torch.nn.Conv2d`."""
+
+
+class Conv3d(Conv):
+    """DPS on `torch.nn.Conv3d`."""
+
+
+def _pad(x: torch.Tensor, base: Any) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Pad as the module would, but for zeros on both sides, whose number is returned."""
+    if base.padding_mode == "zeros" and not isinstance(base.padding, str):
+        return x, base.padding
+    # What torch's own forward pads with; "same" may need one more on one side.
+    both_sides = base._reversed_padding_repeated_twice
+    mode = "constant" if base.padding_mode == "zeros" else base.padding_mode
+    return F.pad(x, both_sides, mode=mode), (0,) * len(base.kernel_size)

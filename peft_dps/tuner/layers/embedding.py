@@ -1,0 +1,75 @@
+"""DPS on `torch.nn.Embedding`, and on subclasses that multiply its output by a constant `embed_scale`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from peft_dps.masking.effective import EffectiveWeight
+from peft_dps.tuner.layers.layer import DPSLayer
+from peft_dps.masking.noise import Columns
+from peft_dps.masking.operations import effective_embedding
+
+
+class Embedding(DPSLayer):
+    """DPS on `torch.nn.Embedding`; weight `[rows, dimensions]`."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        base: Any = base_layer
+        self.in_features: int = base.num_embeddings
+        self.out_features: int = base.embedding_dim
+
+    @property
+    def columns(self) -> Columns:
+        """One column per dimension, over all rows."""
+        return Columns((1, self.out_features))
+
+    def _compute(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None
+    ) -> torch.Tensor:
+        base: Any = self.get_base_layer()
+        if effective is None:
+            rows = F.embedding(x, weight, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+        else:
+            rows = effective_embedding(
+                x, weight, effective,
+                padding_index=-1 if base.padding_idx is None else base.padding_idx,
+                scale_grad_by_freq=base.scale_grad_by_freq,
+            )  # fmt: skip
+        return _scaled(rows.to(base.weight.dtype), base)
+
+
+def _scaled(rows: torch.Tensor, base: Any) -> torch.Tensor:
+    if type(base).forward is nn.Embedding.forward:
+        return rows
+    scale = base.embed_scale
+    return rows * (scale.to(rows.dtype) if isinstance(scale, torch.Tensor) else scale)
+
+
+def computes_alike(base: nn.Embedding) -> bool:
+    """Tell whether an embedding computes what the DPS layer would: a look-up, times `embed_scale` in a subclass.
+
+    A forward of its own is tried out on some rows, since the attribute does not tell what is done with it.
+
+    Args:
+        base: The module, with its weight loaded.
+    """
+    if type(base).forward is nn.Embedding.forward:
+        return True
+    scale = getattr(base, "embed_scale", None)
+    if not isinstance(scale, (int, float)) and not (isinstance(scale, torch.Tensor) and scale.numel() == 1):
+        return False
+    last = base.num_embeddings - 1
+    indices = torch.arange(8, device=base.weight.device).mul_(last).div_(7, rounding_mode="floor").unsqueeze(0)
+    with torch.no_grad():
+        expected = _scaled(F.embedding(indices, base.weight), base)
+        try:
+            actual = type(base).forward(base, indices)
+        except (TypeError, ValueError, RuntimeError, LookupError):
+            return False
+    tolerance = 4 * torch.finfo(expected.dtype).eps
+    return actual.shape == expected.shape and torch.allclose(actual, expected, rtol=tolerance, atol=0.0)

@@ -1,0 +1,304 @@
+"""`DPSLayer`: wraps a target module and holds, per adapter, a full trainable copy of its weight and bias."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar, Protocol
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+
+from peft_dps.tuner.config import DPSConfig
+from peft_dps.masking.effective import EffectiveWeight, materialize
+from peft_dps.masking.noise import Columns
+from peft_dps.tuner.layers.base import BaseLayerWrapper
+
+
+class Training(Protocol):
+    """What a layer needs to know of the training of one of its adapters."""
+
+    @property
+    def is_mix(self) -> bool:
+        """Whether training forwards use effective weights."""
+
+    def on_forward(self, layer: DPSLayer) -> EffectiveWeight | None:
+        """Prepare a training forward of `layer`: what to multiply with in place of the weight, None for itself."""
+
+
+class DPSLayer(BaseLayerWrapper):
+    """Tuner layer that trains a copy of the base layer's weight.
+
+    The base layer stays frozen: it is the pretrained weight W0, it is what runs when adapters are disabled, and
+    `dps_weight - W0` is the delta by which several adapters are combined and merged. With one active adapter the
+    forward is the base layer's operation with the adapter's weight in place of W0.
+
+    Attributes:
+        dps_weight: Per adapter, the trainable weight, in the base weight's shape and layout.
+        dps_bias: Per adapter, the trainable bias; missing where the base layer has none or `train_bias=False`.
+        dps_subnetworks: Per adapter, the subnetwork this layer belongs to.
+        in_features: Size of the input, as PEFT wants it of every layer.
+        out_features: Size of the output.
+        entries: Number of entries of the weight.
+        supports_lora: Whether the weight is a matrix, whose delta a LoRA of the same kind of layer can approximate.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("dps_weight", "dps_bias")
+    other_param_names: tuple[str, ...] = ("dps_subnetworks",)
+    in_features: int
+    out_features: int
+    supports_lora: ClassVar[bool] = False
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.dps_weight = nn.ParameterDict({})
+        self.dps_bias = nn.ParameterDict({})
+        self.dps_subnetworks: dict[str, Training] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.entries = self._pretrained()[0].numel()
+
+    @property
+    def columns(self) -> Columns:
+        """What the column noise of Mix takes for a column of the weight."""
+        raise NotImplementedError
+
+    def update_layer(
+        self, adapter_name: str, config: DPSConfig, subnetwork: Training, low_cpu_mem_usage: bool = False
+    ) -> None:
+        """Add an adapter: copy the base layer's weight and bias as its starting point.
+
+        Args:
+            adapter_name: Name of the adapter.
+            config: Its configuration.
+            subnetwork: The subnetwork that the copy is trained in.
+            low_cpu_mem_usage: Create the copies without data on the meta device, to be filled by a checkpoint.
+        """
+        weight, bias = self._pretrained()
+        self.dps_weight[adapter_name] = _trainable_copy(weight, config, low_cpu_mem_usage)
+        if bias is not None and config.train_bias:
+            self.dps_bias[adapter_name] = _trainable_copy(bias, config, low_cpu_mem_usage)
+        self.dps_subnetworks[adapter_name] = subnetwork
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def trained(self, adapter: str) -> nn.Parameter | None:
+        """Return an adapter's trainable weight, or None: `dps_weight.get`, for whoever asks many times a step.
+
+        Args:
+            adapter: Name of the adapter.
+
+        Returns:
+            The parameter, or what an engine shows in its place.
+        """
+        # `dps_weight[adapter]` is several attribute lookups, each of which fails first: many times as long.
+        parameter = self._modules["dps_weight"]._parameters.get(adapter)  # type: ignore[union-attr]
+        return self.dps_weight.get(adapter) if parameter is None else parameter
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """Return what the adapter adds to the pretrained weight: dps_weight - W0.
+
+        Args:
+            adapter: Name of the adapter.
+
+        Returns:
+            The difference in the adapter's dtype, in the shape and layout of the base weight.
+        """
+        weight: torch.Tensor = self.dps_weight[adapter]
+        return weight - self._pretrained()[0].to(weight.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the adapters' weights into the base layer.
+
+        The merged weight is computed from the pretrained one with all merged adapters at once, and the pretrained one
+        is kept until `unmerge`, which is therefore exact to the bit. The merged weight is a parameter of its own: a
+        layer that shared the pretrained one (tied embeddings) keeps that.
+
+        Args:
+            safe_merge: Check the merged values for NaN and infinity before anything is changed.
+            adapter_names: Adapters to merge; None for the active ones.
+
+        Raises:
+            ValueError: If `safe_merge` finds a value that is not finite.
+        """
+        new_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dps_weight]
+        if not new_names:
+            return
+        names = [*self.merged_adapters, *new_names]
+        with torch.no_grad():
+            weight, bias = self._combined(names)
+            base_weight, base_bias = self._pretrained()
+            weight = _detached_as(weight, base_weight)
+            bias = None if bias is None or base_bias is None else _detached_as(bias, base_bias)
+        if safe_merge:
+            for tensor in (weight, bias):
+                if tensor is not None and not torch.isfinite(tensor).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {', '.join(new_names)} seems to be broken"
+                    )
+        base: Any = self.get_base_layer()
+        self._unmerged = self._unmerged or self._parameters_of_base()
+        setattr(base, self.parameter_name, nn.Parameter(weight, requires_grad=False))
+        if bias is not None and self.bias_name is not None:
+            setattr(base, self.bias_name, nn.Parameter(bias, requires_grad=False))
+        self.merged_adapters = names
+
+    def unmerge(self) -> None:
+        """Give the base layer its pretrained weight and bias back, bit for bit."""
+        if self._unmerged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base: Any = self.get_base_layer()
+        weight, bias = self._unmerged
+        setattr(base, self.parameter_name, weight)
+        if bias is not None and self.bias_name is not None:
+            setattr(base, self.bias_name, bias)
+        self._unmerged = None
+        self.merged_adapters = []
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight in effect, for modules that read it instead of calling the layer; dtype of the base weight."""
+        if self.disable_adapters and self.merged:
+            return self._pretrained()[0]
+        base_weight = self._parameters_of_base()[0]
+        if not self._adapters_in_effect():
+            return base_weight if self._home() in (None, base_weight.device) else self._pretrained()[0]
+        return self._effective()[0].to(base_weight.dtype)
+
+    @property
+    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
+        """The bias in effect, like `weight`."""
+        if self.disable_adapters and self.merged:
+            return self._pretrained()[1]
+        base_bias = self._parameters_of_base()[1]
+        if base_bias is None or not self._adapters_in_effect():
+            return base_bias
+        bias = self._effective()[1]
+        return None if bias is None else bias.to(base_bias.dtype)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the base layer, merged or not, with all of its weights in memory; PEFT asks for it."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self.restore_base()
+        return self.get_base_layer()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Tell PEFT whether it may approximate the adapter's delta by a LoRA."""
+        return self.supports_lora
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the base layer's operation with the weight of the active adapters."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = self._adapters_in_effect()
+        if not names:
+            output: torch.Tensor = self._call_base(x, *args, **kwargs)
+            return output
+        effective = self._prepare_training(names)
+        weight, bias = self._combined(names, effective if len(names) > 1 else {})
+        return self._compute(x, weight, bias, effective.get(names[0]) if len(names) == 1 else None)
+
+    def _compute(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _prepare_training(self, names: list[str]) -> dict[str, EffectiveWeight]:
+        """Announce a training forward to the adapters; return the effective weights of those that train by Mix."""
+        effective = {}
+        for name in names if self.training else ():
+            weight = self.trained(name)
+            if weight is None or not weight.requires_grad:
+                continue
+            subnetwork = self.dps_subnetworks[name]
+            # Dense leaves a compiled graph whole; Mix breaks it here.
+            if subnetwork.is_mix or not torch.compiler.is_compiling():
+                made = _announce(subnetwork, self)
+                if made is not None:
+                    effective[name] = made
+        return effective
+
+    def _home(self) -> torch.device | None:
+        if self._offloaded_from is None:
+            return None
+        # FSDP2 moves parameters without `_apply`, which is where the layer would notice.
+        return next((copy.device for copy in self.dps_weight.values()), self._offloaded_from)
+
+    def _adapters_in_effect(self) -> list[str]:
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if self.trained(name) is not None]
+
+    def _effective(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        names = self._adapters_in_effect()
+        return self._combined(names, self._prepare_training(names))
+
+    def _combined(
+        self, names: list[str], effective: dict[str, EffectiveWeight] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the weight and bias of one adapter, or W0 plus the deltas of several."""
+        effective = effective or {}
+        weights: list[Any] = [self.trained(name) for name in names]
+        weights = [
+            materialize(weight, effective[name]) if name in effective else weight
+            for name, weight in zip(names, weights, strict=True)
+        ]
+        biases = [self.dps_bias[name] for name in names if name in self.dps_bias]
+        if len(names) == 1:
+            return weights[0], biases[0] if biases else self._pretrained_bias()
+        pretrained_weight, pretrained_bias = self._pretrained()
+        weight = sum((own - pretrained_weight.to(own.dtype) for own in weights), start=pretrained_weight)
+        bias = pretrained_bias
+        if pretrained_bias is not None:
+            bias = sum((own - pretrained_bias.to(own.dtype) for own in biases), start=pretrained_bias)
+        return weight, bias
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version makes new parameters, which forgets requires_grad and rounds fp32 copies to the base's dtype.
+        device = device or self._offloaded_from or self.pretrained_parameter.device
+        for container in (self.dps_weight, self.dps_bias):
+            if adapter_name in container and container[adapter_name].device not in (device, torch.device("meta")):
+                container[adapter_name].data = container[adapter_name].data.to(device)
+
+    def __repr__(self) -> str:
+        return "dps." + super().__repr__()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _announce(subnetwork: Training, layer: DPSLayer) -> EffectiveWeight | None:
+    return subnetwork.on_forward(layer)
+
+
+def _trainable_copy(tensor: torch.Tensor, config: DPSConfig, on_meta: bool) -> nn.Parameter:
+    if on_meta:
+        return nn.Parameter(torch.empty_like(tensor, device="meta"))
+    copy = tensor.detach().clone()
+    if not config.init_weights:
+        copy += 0.02 * torch.randn_like(copy)
+    return nn.Parameter(copy)
+
+
+def _detached_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    # Merged weights must not share memory with the adapter, and `.to` of the same dtype would.
+    return tensor.detach().to(device=like.device, dtype=like.dtype, copy=True)
+
+
+def cast_to_activation(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Cast fp32 master weights to the activation's dtype; autocast does that by itself.
+
+    Args:
+        x: The activation.
+        weight: The weight.
+        bias: The bias, if there is one.
+
+    Returns:
+        Weight and bias.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        return weight, bias
+    return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)

@@ -1,0 +1,323 @@
+"""`DPSModel`: puts DPS layers in place of the targeted modules."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from peft_dps.tuner.adapter import (
+    all_subnetworks,
+    dps_state_dict,
+    dps_status,
+    find_subnetwork,
+    load_dps_state,
+    load_dps_state_dict,
+    save_dps_state,
+)
+from peft_dps.tuner.combination import combined_config, fill, make_recipe
+from peft_dps.tuner.config import DPSConfig
+from peft_dps.tuner.dispatch import check_reach, make_layer, wrap_parameter
+from peft_dps.errors import AdapterFileError, ConfigError
+from peft_dps.tuner.layers.layer import DPSLayer
+from peft_dps.tuner.loading import read_state, require_saved_shapes, take_out
+from peft_dps.training.status import DPSStatus
+from peft_dps.training.controller import Subnetwork
+from peft_dps.tuner.summary import describe
+from peft_dps.tuner.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules, warn_of_statistics
+from peft_dps.tuner.tied import check_ties, offload_bases, offload_originals
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class DPSModel(BaseTuner):
+    """Dynamic Parameter Selection model: `get_peft_model(model, DPSConfig(...))` makes one.
+
+    Args:
+        model (`torch.nn.Module`): The model to train.
+        config (`DPSConfig`): Its configuration.
+        adapter_name (`str`): Name of the adapter.
+
+    Example:
+        ```py
+        >>> from transformers import AutoModelForSequenceClassification
+        >>> from peft import get_peft_model
+        >>> from peft_dps import DPSConfig
+
+        >>> base = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
+        >>> model = get_peft_model(base, DPSConfig(task_type="SEQ_CLS", total_steps=1000))
+        ```
+    """
+
+    prefix: str = "dps_"
+    tuner_layer_cls = DPSLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+    _originals_wait = False
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Wrap the targeted modules and add the adapter to them; see `BaseTuner.inject_adapter`.
+
+        If it fails, the model is left as it was.
+        """
+        config = _as_dps(self.peft_config[adapter_name])
+        if any(hasattr(container, adapter_name) for container in (nn.ParameterDict(), nn.ModuleDict())):
+            raise ConfigError(
+                f"`adapter_name` must not be {adapter_name!r}: torch's containers have an attribute of that name. Use "
+                "another one."
+            )
+        subnetwork = Subnetwork(adapter_name, config)
+        self._injecting = subnetwork, low_cpu_mem_usage
+        try:
+            super().inject_adapter(
+                model,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                state_dict=state_dict,
+            )
+            check_ties(model, adapter_name)
+            # PEFT leaves this to PeftModel, which transformers' `add_adapter` does without.
+            self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            if not config.inference_mode:
+                if config.offload_base or config.lean:
+                    offload_bases(model, adapter_name)
+                self._originals_wait |= config.lean
+                warn_of_statistics(model)
+        except Exception:
+            _take_out(model, subnetwork)
+            raise
+        finally:
+            del self._injecting
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # PEFT asks for the weights before it saves the configuration, which brings the model card up to date.
+        subnetwork = next((each for each in all_subnetworks(model) if each.config is config), None)
+        if subnetwork is not None:
+            subnetwork.config.card = describe(subnetwork.config, subnetwork)
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        # PEFT's place for what a tuner does with a loaded state dict, before it reaches the model.
+        config = _as_dps(config)
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            return read_state(model, adapter_name, mapped)
+        except AdapterFileError:
+            if config.is_to_be_filled and isinstance(model, PeftModel):
+                tuner: Any = model.base_model
+                take_out(tuner, adapter_name)
+            raise
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # Called before anything is loaded into the modules inside, and after PEFT has left out what it shall ignore.
+        loaded = [
+            (name, _as_dps(config))
+            for name, config in self.peft_config.items()
+            if any(f".{name}." in f"{key}." for key in state_dict)
+        ]
+        try:
+            require_saved_shapes(self.state_dict(), state_dict, prefix)
+        except AdapterFileError:
+            for name, config in loaded:
+                if config.is_to_be_filled:
+                    take_out(self, name)
+            raise
+        subnetworks = {subnetwork.adapter: subnetwork for subnetwork in all_subnetworks(self.model)}
+        for name, config in loaded:
+            config.is_to_be_filled = False
+            if name in subnetworks:
+                subnetworks[name].loaded_after = subnetworks[name].step
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def dps_status(self, adapter_name: str | None = None) -> DPSStatus:
+        """Tell what DPS is doing; see `peft_dps.dps_status`."""
+        return dps_status(self.model, self._one_adapter(adapter_name))
+
+    def dps_state_dict(self, adapter_name: str | None = None) -> dict[str, Any]:
+        """Take down the training state of an adapter; see `peft_dps.dps_state_dict`."""
+        return dps_state_dict(self.model, self._one_adapter(adapter_name))
+
+    def load_dps_state_dict(self, state: Mapping[str, Any], adapter_name: str | None = None) -> None:
+        """Go on where the training was whose state was taken down; see `peft_dps.load_dps_state_dict`."""
+        load_dps_state_dict(self.model, state, self._one_adapter(adapter_name))
+
+    def save_dps_state(self, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+        """Save the training state of an adapter to a file; see `peft_dps.save_dps_state`."""
+        save_dps_state(self.model, path, self._one_adapter(adapter_name))
+
+    def load_dps_state(self, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+        """Go on where the training was whose state is in a file; see `peft_dps.load_dps_state`."""
+        load_dps_state(self.model, path, self._one_adapter(adapter_name))
+
+    def set_dps_total_steps(self, total_steps: int, adapter_name: str | None = None) -> None:
+        """Begin a training of so many optimizer steps: a fractional `stage_steps` refers to them.
+
+        The stages start anew. With the HF Trainer there is no need to call this.
+
+        Args:
+            total_steps: Number of optimizer steps of the whole training, at least 2.
+            adapter_name: Name of the adapter; None for the active one.
+
+        Raises:
+            ConfigError: If the number is no integer or too small, or there is no such adapter.
+        """
+        if type(total_steps) is not int or total_steps < 2:
+            raise ConfigError(f"`total_steps` must be an integer of at least 2, got {total_steps!r}.")
+        find_subnetwork(self.model, self._one_adapter(adapter_name)).restart(total_steps)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter that combines others: W_new = W0 + sum_i w_i (W_i - W0), as in task arithmetic.
+
+        The same goes for biases and for the copies of `modules_to_save`; an adapter that does not train a tensor adds
+        nothing to it. The new adapter has the first one's settings and is not active.
+
+        Args:
+            adapters: Names of the adapters to combine.
+            weights: A factor w_i for each, negative ones too.
+            adapter_name: Name of the new adapter.
+            combination_type: Only `"linear"`; LoRA's others need low-rank factors.
+
+        Raises:
+            ConfigError: If one of the arguments cannot work.
+        """
+        recipe = make_recipe(list(self.peft_config), adapters, weights, adapter_name, combination_type)
+        config = combined_config(self.model, [_as_dps(self.peft_config[name]) for name in adapters], recipe)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        fill(self.model, adapter_name, recipe)
+
+    def _one_adapter(self, adapter_name: str | None) -> str:
+        if adapter_name is not None:
+            return adapter_name
+        if len(self.active_adapters) != 1:
+            raise ConfigError(f"`adapter_name` is needed, since the active adapters are {self.active_adapters}.")
+        return self.active_adapters[0]
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops `adapter_names` in silence where a tuner has no such method.
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError("`adapter_names` (one adapter per sample) works with LoRA only; use `set_adapter`.")
+        if self.training and self._originals_wait:  # PEFT wraps modules to save after the injection
+            offload_originals(self.model)
+            self._originals_wait = False
+        yield
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        config = _as_dps(peft_config)
+        expand_all_linear(config, model)
+        check_reach(config, model)
+        if config.train_remaining:
+            save_remaining(config, model)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: PeftConfig) -> None:
+        # PEFT warns that tied copies come apart; `train_remaining` ties them.
+        if not _as_dps(peft_config).train_remaining:
+            super()._check_tied_modules(model, peft_config)
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        mine = set(_as_dps(config).target_parameters or ())
+        for name, other in self.peft_config.items():
+            theirs = set(_as_dps(other).target_parameters or ())
+            # Wrappers of several parameters lie around each other, and a checkpoint tells them apart by their order.
+            if mine and theirs and mine != theirs:
+                raise ConfigError(
+                    f"`target_parameters` must be the same in all adapters that have them, got {sorted(mine)}, and "
+                    f"{sorted(theirs)} in the adapter {name!r}."
+                )
+
+    def _check_merge_allowed(self) -> None:
+        # PEFT warns of tied weights, which its layers would write into; here merging unties the layer first.
+        pass
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        return is_target(_as_dps(peft_config), key)
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        subnetwork, low_cpu_mem_usage = self._injecting
+        layer: DPSLayer
+        if parameter_name is not None:
+            layer = wrap_parameter(target, parameter_name, current_key)
+        else:
+            layer = target if isinstance(target, DPSLayer) else make_layer(target, current_key)
+        is_new = not layer.dps_subnetworks
+        layer.update_layer(adapter_name, _as_dps(peft_config), subnetwork, low_cpu_mem_usage)
+        if is_new:
+            self._replace_module(parent, target_name, layer, target)
+        subnetwork.track(current_key, layer)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version reads the weight of what it replaces, which a head of several layers does not have.
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT's version makes new parameters, which makes inactive adapters trainable.
+        for module in self.model.modules():
+            if isinstance(module, DPSLayer):
+                for container, base in zip((module.dps_weight, module.dps_bias), module._pretrained(), strict=True):
+                    if adapter_name in container and base is not None and base.dtype in HALF_PRECISION:
+                        dtype = torch.float32 if autocast_adapter_dtype else base.dtype
+                        container[adapter_name].data = container[adapter_name].data.to(dtype)
+        # PEFT calls this after every load, and with `low_cpu_mem_usage=True` that puts new parameters in.
+        if _as_dps(self.peft_config[adapter_name]).train_remaining:
+            tie_saved_modules(self.model, adapter_name)
+
+
+def _take_out(model: nn.Module, subnetwork: Subnetwork) -> None:
+    """Undo an injection that failed midway."""
+    subnetwork.weights.clear()
+    for key, module in reversed(list(model.named_modules())):  # the inner ones first
+        if isinstance(module, DPSLayer) and module.dps_subnetworks.get(subnetwork.adapter) is subnetwork:
+            for container in (module.dps_weight, module.dps_bias, module.dps_subnetworks):
+                if subnetwork.adapter in container:
+                    del container[subnetwork.adapter]
+            if not module.dps_subnetworks:
+                model.set_submodule(key, module.unload_and_optionally_merge_module(False, False, None))
+
+
+def _as_dps(config: PeftConfig) -> DPSConfig:
+    if not isinstance(config, DPSConfig):
+        raise ConfigError(f"A DPS model takes a DPSConfig, got {type(config).__name__}.")
+    return config

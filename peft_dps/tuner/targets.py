@@ -1,0 +1,143 @@
+"""Which modules an adapter trains: those that DPS wraps, and those that PEFT trains in full beside them."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from peft_dps.tuner.config import DPSConfig
+from peft_dps.errors import TargetError
+
+logger = logging.getLogger(__name__)
+
+# Heads that PEFT trains in full. For these tasks it says so only after the targets have been wrapped.
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+def expand_all_linear(config: DPSConfig, model: nn.Module) -> None:
+    """Put the names of all linear modules, without heads, in place of "all-linear" in `target_modules`."""
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
+        return
+    packed = next((key for key, module in model.named_modules() if is_packed(module)), None)
+    if packed is not None:
+        raise TargetError(
+            f"The model is quantized ({packed!r} is a {type(model.get_submodule(packed)).__name__}), so 'all-linear' "
+            "would leave most of it out. DPS trains full-precision weights: load the model without quantization, or "
+            "use LoRA on a quantized model."
+        )
+    _maybe_include_all_linear_layers(config, model)
+    # What another adapter saves in full is no part of the base model: a checkpoint must not name its insides.
+    wrapped = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
+    closed = wrapped + _HEADS.get(str(config.task_type), ())
+    # PEFT takes every module for one to save whose path ends like a name, as 'pre_classifier' like 'classifier'.
+    saved = tuple(config.modules_to_save or ())
+    names = sorted(config.target_modules)
+    config.target_modules = [name for name in names if not name.startswith(closed) and not name.endswith(saved)]
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Tell whether a layer holds quantized weights under a name of their own, as GPTQ, AWQ, HQQ and others do."""
+    return any(getattr(module, name, None) is not None for name in ("qweight", "W_q", "weight_packed", "codes"))
+
+
+def is_target(config: DPSConfig, key: str) -> Any:
+    """Tell whether the module at a path is a target, in PEFT's terms."""
+    found = check_target_module_exists(config, key)
+    if not found or config.layers_to_transform is None:
+        return found
+    # PEFT forgets `layers_to_transform` for modules named in full, which is what "all-linear" becomes.
+    return _layer_index(key, config.layers_pattern) in _as_list(config.layers_to_transform)
+
+
+def is_target_parameter(config: DPSConfig, key: str) -> bool:
+    """Tell whether the parameter at a path is a target by itself, in PEFT's terms."""
+    return any(key == name or key.endswith(f".{name}") for name in config.target_parameters or ())
+
+
+def save_remaining(config: DPSConfig, model: nn.Module) -> None:
+    """Add the innermost modules that hold all other parameters to `modules_to_save`."""
+    saved = config.modules_to_save or []
+    targets = [key for key, _ in model.named_modules() if is_target(config, key)]
+    remaining: list[str] = []
+    done: tuple[str, ...] = ()
+    for key, module in model.named_modules():
+        if key.startswith(done):
+            continue
+        if key in targets or any(key.endswith(name) for name in saved):
+            done += (key + ".",)
+        elif isinstance(module, AuxiliaryTrainingWrapper) or any(True for _ in module.parameters(recurse=False)):
+            own = [is_target_parameter(config, f"{key}.{name}") for name, _ in module.named_parameters(recurse=False)]
+            if own and all(own):
+                continue
+            if not key or any(own) or any(target.startswith(key + ".") for target in targets):
+                logger.warning("`train_remaining` cannot reach the parameters of %r itself: they stay frozen.", key)
+                continue
+            remaining.append(key)
+            done += (key + ".",)
+    for key in remaining:
+        clash = next((target for target in targets if any(part.endswith(key) for part in _paths_to(target))), None)
+        if clash is not None:
+            raise TargetError(
+                f"`train_remaining` would train {key!r} in full, but PEFT finds modules by the end of their path and "
+                f"could not tell it from the target {clash!r}. Rename it, or list `modules_to_save` yourself."
+            )
+    config.modules_to_save = sorted({*saved, *remaining})
+
+
+def _paths_to(key: str) -> Iterator[str]:
+    parts = key.split(".")
+    return (".".join(parts[: index + 1]) for index in range(len(parts)))
+
+
+def tie_saved_modules(model: nn.Module, adapter_name: str) -> None:
+    """Share the parameters of copies in `modules_to_save` as the originals share theirs, such as tied embeddings."""
+    first: dict[int, nn.Parameter] = {}
+    for wrapper in model.modules():
+        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+            copy = wrapper.modules_to_save[adapter_name]
+            for path, original in wrapper.original_module.named_parameters():
+                parent, _, name = path.rpartition(".")
+                shared = first.setdefault(id(original), copy.get_parameter(path))
+                setattr(copy.get_submodule(parent), name, shared)
+
+
+def warn_of_statistics(model: nn.Module) -> None:
+    """Warn of norms whose running statistics training changes in the base model, unless they are saved in full."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    saved = {id(module) for wrapper in wrappers for module in wrapper.modules()}
+    norms = [
+        key
+        for key, module in model.named_modules()
+        if isinstance(module, _NormBase) and module.track_running_stats and id(module) not in saved
+    ]
+    if norms:
+        logger.warning(
+            "Training will change the running statistics of %d norms (%s, ...), which are no part of the adapter: it "
+            "is neither saved with them nor disabled without them. Add these modules to `modules_to_save`, or set "
+            "`train_remaining=True`.",
+            len(norms),
+            norms[0],
+        )
+
+
+def _layer_index(key: str, layers_pattern: list[str] | str | None) -> int | None:
+    """Return the layer number in a module path, counted in the module lists that the patterns name."""
+    patterns = _as_list(layers_pattern) or [r"[^.]+"]
+    for pattern in patterns:
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)(?:\.|$)", key)
+        if match:
+            return int(match.group(1))
+    return None
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple, set)) else [value]

@@ -9,8 +9,7 @@ the accumulated squared gradient with weights from beta2^(n - 1) to 1. v_0 waits
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,11 @@ import torch
 from torch.optim import Adagrad, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from peft_dps.errors import EngineError
+from peft_dps.tensors.file import on_disk
 from peft_dps.tensors.scratch import scratch
 from peft_dps.tensors.shards import local_part
-from peft_dps.tensors.shelf import Piece, shelf
 
-_CPU_CHUNK = 1 << 18
+_CPU_CHUNK = 1 << 18  # entries whose scores stay in a CPU's cache
 _COUPLED = (Adam, NAdam, RAdam, RMSprop, Adagrad)  # add weight decay to the gradient unless told otherwise
 
 
@@ -94,12 +93,7 @@ class MomentScores:
         self.share = share
         self.decay = decay
         self.steps = steps
-        self._piece: Piece | None = None
-        if before is not None:
-            self._dtype, self._shape = before.dtype, before.shape
-            content = before.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-            self._piece = shelf.put(content)
-            weakref.finalize(self, shelf.free, self._piece)
+        self._before = None if before is None else on_disk(before)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -107,13 +101,8 @@ class MomentScores:
         return {"share": self.share, "decay": self.decay, "steps": self.steps}
 
     def before(self) -> torch.Tensor | None:
-        """Return v_0, on the CPU; None if it was zero."""
-        if self._piece is None:
-            return None
-        content = shelf.get(self._piece)
-        if not content:
-            return torch.empty(self._shape, dtype=self._dtype)
-        return torch.frombuffer(content, dtype=self._dtype).view(self._shape)
+        """Return v_0, mapped from its file; None if it was zero."""
+        return self._before
 
     def count_step(self, decay: float) -> None:
         """Take note of a step.
@@ -131,44 +120,22 @@ class MomentScores:
             now: v_n.
             out: Memory for the result, of the weight's shape.
         """
-        if self._piece is None:
+        if self._before is None:
             return torch.div(now, self.share, out=out)
         floor = (self.steps + 1) * torch.finfo(now.dtype).eps
-        for left, value, score in self._along(now, out):
-            left.mul_(self.decay)
+        rows = len(out) if out.device.type != "cpu" else max(1, _CPU_CHUNK * len(out) // max(1, out.numel()))
+        pieces = zip(self._before.split(rows), now.split(rows), out.split(rows), strict=True)
+        for before, value, score in pieces:
+            left = scratch.like(score, "second moment")
+            torch.mul(before.to(score.device, score.dtype), self.decay, out=left)
             torch.sub(value, left, out=score)
             # Rounding leaves a little, or less than nothing, where no gradient came.
             above = torch.gt(score, left.mul_(floor), out=left)  # in floats, since torch is slow at writing bool
             score.mul_(above).abs_().div_(self.share)
         return out
 
-    def _along(self, now: torch.Tensor, out: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        """Cut tensors into pieces that stay in a CPU's cache, with v_0 of each, which may be written to."""
-        if self._piece is None or not _is_plain(now, out):
-            before = self.before()
-            if before is not None:
-                yield before.to(out.device, out.dtype, copy=True), now, out
-            return
-        start = 0
-        for value, score in zip(now.view(-1).split(_CPU_CHUNK), out.view(-1).split(_CPU_CHUNK), strict=True):
-            left = scratch.empty(value.shape, self._dtype, "second moment")
-            shelf.read(self._piece, start, left.view(torch.uint8).numpy().data)
-            start += left.nbytes
-            yield left, value, score
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"before": self.before(), **self.facts}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        MomentScores.__init__(self, **state)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MomentScores:
-        return MomentScores(**self.__getstate__())
-
-
-def _is_plain(now: torch.Tensor, out: torch.Tensor) -> bool:
-    """Tell whether both are on a CPU, of one dtype, in the order in which v_0 was written."""
-    return now.dtype == out.dtype and all(each.device.type == "cpu" and each.is_contiguous() for each in (now, out))
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MomentScores, (self._before, self.share, self.decay, self.steps)  # a copy has a file of its own
 
 
 def _is_like(value: object, parameter: torch.Tensor) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import tempfile
 
 import torch
@@ -15,34 +13,32 @@ def on_disk(tensor: torch.Tensor) -> torch.Tensor:
     """Write a tensor to a temporary file, and map it from there.
 
     The file has no name any more: its space is free again when the last tensor that uses it is gone. It lies where
-    `tempfile` puts files (`TMPDIR`), which should be a disk and not memory.
+    `tempfile` puts files (`TMPDIR`), which should be a disk and not memory. No file stays open.
 
     Args:
         tensor: Any dtype, on any device that holds data.
 
     Returns:
-        A tensor on the CPU of the same values, dtype, shape and strides. The system may drop its pages from memory,
-        and reads them again when they are asked for.
+        A tensor on the CPU of the same values, dtype, shape and strides. Nothing of it is memory of this process until
+        it is read; the system may drop its pages then, and reads them again when they are asked for.
 
     Raises:
-        EngineError: If there is no room for it.
+        EngineError: If it cannot be written.
     """
-    with tempfile.NamedTemporaryFile(prefix="peft_dps-") as file:
-        _reserve(file.fileno(), tensor.nbytes)
-        flat = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    strides = torch.empty_like(tensor, device="meta").stride()
-    return flat.as_strided(tensor.shape, strides).copy_(tensor.detach())
-
-
-def _reserve(file: int, size: int) -> None:
-    """Make sure of the room on the disk: where it lacks, writing through a mapping ends the process."""
+    dense = tensor.detach().cpu()
+    strides = torch.empty_like(dense, device="meta").stride()
+    if dense.stride() != strides:  # a view with gaps
+        dense = dense.clone()
+    content = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data
     try:
-        if size > 0 and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file, 0, size)
+        # Written as a file: through the mapping it would all be in memory, and a full disk would end the process.
+        with tempfile.NamedTemporaryFile(prefix="peft_dps-") as file:
+            file.write(content)
+            file.flush()
+            flat = torch.from_file(file.name, shared=True, size=dense.numel(), dtype=dense.dtype)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            return  # a file system that cannot reserve
         raise EngineError(
-            f"There is no room for {size / 2**20:.0f} MiB of weights in {tempfile.gettempdir()!r}. Set TMPDIR to a "
-            "folder on a larger disk, or leave `offload_base` and `lean` out."
+            f"{tensor.nbytes / 2**20:.0f} MiB cannot be written into {tempfile.gettempdir()!r}: {error}. Set TMPDIR "
+            "to a folder on a larger disk, or leave `offload_base` and `lean` out."
         ) from error
+    return flat.as_strided(dense.shape, strides)

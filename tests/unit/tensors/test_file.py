@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -67,24 +67,61 @@ def test_noise_takes_the_pretrained_weight_from_another_device():
     assert noisy.of(torch.empty(3, 4, device="meta")).device.type == "meta"
 
 
-@pytest.mark.parametrize("size", [0, 10])
-def test_a_full_disk_is_told_before_anything_is_written(monkeypatch, size):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    tensor = torch.rand(size)
-    if size == 0:
-        assert torch.equal(on_disk(tensor), tensor)
-        return
-    with pytest.raises(EngineError, match=r"no room for 0 MiB of weights in .* Set TMPDIR"):
-        on_disk(tensor)
+def test_nothing_is_memory_of_the_process_before_it_is_read():
+    tensor = torch.ones(16 << 20)
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    stored = on_disk(tensor)
+    assert psutil.Process().memory_info().rss - before < 8 << 20
+    assert stored.sum() == 16 << 20
 
 
-def test_a_file_system_that_cannot_reserve_is_used_all_the_same(monkeypatch):
-    def unable(*_):
-        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+def test_no_file_stays_open_for_a_weight():
+    opened = psutil.Process().num_fds()
+    stored = [on_disk(torch.full((10,), float(value))) for value in range(20)]
+    assert psutil.Process().num_fds() == opened
+    assert [each.unique().item() for each in stored] == list(range(20))
 
-    monkeypatch.setattr(os, "posix_fallocate", unable)
-    tensor = torch.rand(10)
-    assert torch.equal(on_disk(tensor), tensor)
+
+def test_the_file_is_gone_with_the_last_tensor(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mapped = Path("/proc/self/maps").read_text
+    stored = on_disk(torch.ones(4))
+    part = stored[:2]
+    del stored
+    assert str(tmp_path) in mapped()
+    del part
+    gc.collect()
+    assert str(tmp_path) not in mapped()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python warns of forks beside threads
+def test_a_forked_process_reads_it_too():
+    stored = on_disk(torch.arange(10))
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if stored.tolist() == list(range(10)) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), ()])
+def test_shapes_without_room(shape):
+    stored = on_disk(torch.ones(shape))
+    assert stored.shape == torch.Size(shape)
+    assert torch.equal(stored, torch.ones(shape))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize("entries", [10, 1 << 20])
+def test_a_full_disk_is_told_with_the_remedy(monkeypatch, entries):
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda **_: Path("/dev/full").open("wb"))
+    with pytest.raises(
+        EngineError, match=rf"{entries >> 18} MiB cannot be written into .* No space left .* Set TMPDIR to a folder on"
+    ):
+        on_disk(torch.rand(entries))
+
+
+def test_a_folder_that_is_not_there_is_told_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
+    with pytest.raises(EngineError, match=r"cannot be written into '/no/such/folder': .* Set TMPDIR"):
+        on_disk(torch.rand(4))

@@ -7,10 +7,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_dps.errors import TargetError
 from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.layers.conv import Conv1d, Conv2d, Conv3d
 from peft_dps.tuner.layers.embedding import Embedding, computes_alike
-from peft_dps.errors import TargetError
 from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tuner.layers.linear import Conv1DLinear, Linear
 from peft_dps.tuner.layers.parameter import ParamWrapper, find_wrapper, path_in_base

@@ -22,17 +22,19 @@ from peft_dps.tuner.adapter import (
     load_dps_state_dict,
     save_dps_state,
 )
-from peft_dps.tuner.combination import combined_config, fill, make_recipe
+from peft_dps.tuner.adapter_name import require_adapter_name
 from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.dispatch import check_reach, make_layer, wrap_parameter
 from peft_dps.errors import AdapterFileError, ConfigError
 from peft_dps.tuner.layers.layer import DPSLayer
-from peft_dps.tuner.loading import read_state, require_saved_shapes, take_out
+from peft_dps.tuner.loading import read_state, require_saved_shapes
+from peft_dps.tuner.summary import describe
+from peft_dps.tuner.removal import remove_adapter
 from peft_dps.training.status import DPSStatus
 from peft_dps.training.controller import Subnetwork
-from peft_dps.tuner.summary import describe
 from peft_dps.tuner.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules, warn_of_statistics
 from peft_dps.tuner.tied import check_ties, offload_bases, offload_originals
+from peft_dps.tuner.weighted_adapter import combined_config, fill, make_terms
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -74,11 +76,7 @@ class DPSModel(BaseTuner):
         If it fails, the model is left as it was.
         """
         config = _as_dps(self.peft_config[adapter_name])
-        if any(hasattr(container, adapter_name) for container in (nn.ParameterDict(), nn.ModuleDict())):
-            raise ConfigError(
-                f"`adapter_name` must not be {adapter_name!r}: torch's containers have an attribute of that name. Use "
-                "another one."
-            )
+        require_adapter_name(adapter_name)
         subnetwork = Subnetwork(adapter_name, config)
         self._injecting = subnetwork, low_cpu_mem_usage
         try:
@@ -98,7 +96,8 @@ class DPSModel(BaseTuner):
                 self._originals_wait |= config.lean
                 warn_of_statistics(model)
         except Exception:
-            _take_out(model, subnetwork)
+            subnetwork.weights.clear()
+            remove_adapter(self, adapter_name)
             raise
         finally:
             del self._injecting
@@ -130,7 +129,7 @@ class DPSModel(BaseTuner):
         except AdapterFileError:
             if config.is_to_be_filled and isinstance(model, PeftModel):
                 tuner: Any = model.base_model
-                take_out(tuner, adapter_name)
+                remove_adapter(tuner, adapter_name)
             raise
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -145,7 +144,7 @@ class DPSModel(BaseTuner):
         except AdapterFileError:
             for name, config in loaded:
                 if config.is_to_be_filled:
-                    take_out(self, name)
+                    remove_adapter(self, name)
             raise
         subnetworks = {subnetwork.adapter: subnetwork for subnetwork in all_subnetworks(self.model)}
         for name, config in loaded:
@@ -207,15 +206,11 @@ class DPSModel(BaseTuner):
         Raises:
             ConfigError: If one of the arguments cannot work.
         """
-        recipe = make_recipe(list(self.peft_config), adapters, weights, adapter_name, combination_type)
-        config = combined_config(self.model, [_as_dps(self.peft_config[name]) for name in adapters], recipe)
+        terms = make_terms(list(self.peft_config), adapters, weights, adapter_name, combination_type)
+        config = combined_config(self.model, [_as_dps(self.peft_config[name]) for name in adapters], terms)
         self.peft_config[adapter_name] = config
-        try:
-            self.inject_adapter(self.model, adapter_name)
-        except Exception:
-            del self.peft_config[adapter_name]
-            raise
-        fill(self.model, adapter_name, recipe)
+        self.inject_adapter(self.model, adapter_name)
+        fill(self.model, adapter_name, terms)
 
     def _one_adapter(self, adapter_name: str | None) -> str:
         if adapter_name is not None:
@@ -303,18 +298,6 @@ class DPSModel(BaseTuner):
         # PEFT calls this after every load, and with `low_cpu_mem_usage=True` that puts new parameters in.
         if _as_dps(self.peft_config[adapter_name]).train_remaining:
             tie_saved_modules(self.model, adapter_name)
-
-
-def _take_out(model: nn.Module, subnetwork: Subnetwork) -> None:
-    """Undo an injection that failed midway."""
-    subnetwork.weights.clear()
-    for key, module in reversed(list(model.named_modules())):  # the inner ones first
-        if isinstance(module, DPSLayer) and module.dps_subnetworks.get(subnetwork.adapter) is subnetwork:
-            for container in (module.dps_weight, module.dps_bias, module.dps_subnetworks):
-                if subnetwork.adapter in container:
-                    del container[subnetwork.adapter]
-            if not module.dps_subnetworks:
-                model.set_submodule(key, module.unload_and_optionally_merge_module(False, False, None))
 
 
 def _as_dps(config: PeftConfig) -> DPSConfig:

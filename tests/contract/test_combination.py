@@ -13,7 +13,7 @@ from tests.contract.conftest import TOKENS, Case
 from tests.contract.test_parameters import EXPERTS, make_mixtral
 
 pytestmark = pytest.mark.supports("Adapters", "`add_weighted_adapter`, linear (task arithmetic)")
-RECIPE = {"default": 0.75, "other": -0.5}
+TERMS = {"default": 0.75, "other": -0.5}
 
 
 def dps_layers(model):
@@ -32,11 +32,11 @@ def two(case):
 
 
 def expected(pretrained, tensors):
-    return pretrained + sum(factor * (tensors[name] - pretrained) for name, factor in RECIPE.items())
+    return pretrained + sum(factor * (tensors[name] - pretrained) for name, factor in TERMS.items())
 
 
 def test_the_deltas_are_added_with_their_factors(two):
-    two.add_weighted_adapter(list(RECIPE), list(RECIPE.values()), "sum")
+    two.add_weighted_adapter(list(TERMS), list(TERMS.values()), "sum")
     for layer in dps_layers(two):
         base = layer.get_base_layer()
         torch.testing.assert_close(layer.dps_weight["sum"], expected(base.weight, layer.dps_weight))
@@ -45,7 +45,7 @@ def test_the_deltas_are_added_with_their_factors(two):
 
 
 def test_copies_of_modules_to_save_are_combined_alike(two, case):
-    two.add_weighted_adapter(list(RECIPE), list(RECIPE.values()), "sum")
+    two.add_weighted_adapter(list(TERMS), list(TERMS.values()), "sum")
     wrappers = [module for module in two.modules() if isinstance(module, ModulesToSaveWrapper)]
     assert len(wrappers) == (case.name != "gpt2")
     for wrapper in wrappers:
@@ -78,7 +78,7 @@ def test_a_sum_is_what_both_compute_when_active_together(case):
 def test_the_sources_and_the_active_adapter_stay(two, case, snapshot):
     before, output = snapshot(two), case.output(two)
     trainable = {name for name, p in two.named_parameters() if p.requires_grad}
-    two.add_weighted_adapter(list(RECIPE), list(RECIPE.values()), "sum")
+    two.add_weighted_adapter(list(TERMS), list(TERMS.values()), "sum")
     after = snapshot(two)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert two.active_adapters == ["default"]
@@ -87,7 +87,7 @@ def test_the_sources_and_the_active_adapter_stay(two, case, snapshot):
 
 
 def test_the_new_adapter_trains_saves_and_loads(two, case, tmp_path):
-    two.add_weighted_adapter(list(RECIPE), list(RECIPE.values()), "sum")
+    two.add_weighted_adapter(list(TERMS), list(TERMS.values()), "sum")
     two.set_adapter("sum")
     case.train(two, steps=4)
     assert two.dps_status("sum").engaged

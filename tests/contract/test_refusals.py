@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
 
@@ -115,6 +117,31 @@ def test_fields_of_other_tuners(field):
 
     with pytest.raises(TypeError, match=field):
         DPSConfig(**{field: None})
+
+
+@pytest.mark.filterwarnings("ignore:Adapter name '' should not be contained")
+@pytest.mark.parametrize("name", ["", "a.b", "..", "/abs", "a/b", "a\\b", 3, None, ("a",)])
+def test_adapter_names_that_name_no_parameter_and_no_folder(mlp, tmp_path, name):
+    model = mlp.model()
+    model.save_pretrained(tmp_path)
+    before = set(model.state_dict())
+    attempts = [
+        lambda: inject_adapter_in_model(mlp.config(modules_to_save=None), mlp.base(), name),
+        lambda: model.add_weighted_adapter(["default"], [1.0], name),
+    ]
+    if isinstance(name, str):  # PEFT itself compares the name with strings before a tuner is asked
+        attempts += [
+            lambda: get_peft_model(mlp.base(), mlp.config(), name),
+            lambda: model.add_adapter(name, mlp.config()),
+            lambda: model.load_adapter(tmp_path, name),
+        ]
+    for attempt in attempts:
+        with pytest.raises(
+            ConfigError, match=re.escape(f"`adapter_name` must be a word without dots and slashes, got {name!r}")
+        ):
+            attempt()
+    assert list(model.peft_config) == ["default"]
+    assert set(model.state_dict()) == before
 
 
 @pytest.mark.parametrize("name", ["half", "train", "keys"])

@@ -114,7 +114,10 @@ def test_shapes_without_room(shape):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
 @pytest.mark.parametrize("entries", [10, 1 << 20])
 def test_a_full_disk_is_told_with_the_remedy(monkeypatch, entries):
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda **_: Path("/dev/full").open("wb"))
+    def full(**_):
+        return Path("/dev/full").open("wb")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
     with pytest.raises(
         EngineError, match=rf"{entries >> 18} MiB cannot be written into .* No space left .* Set TMPDIR to a folder on"
     ):

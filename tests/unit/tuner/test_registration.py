@@ -86,7 +86,7 @@ def test_newer_pefts_are_compared_as_versions_not_as_text(version, monkeypatch):
 
 
 def test_the_oldest_peft_is_the_one_that_the_package_requires():
-    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    project = (Path(__file__).parents[3] / "pyproject.toml").read_text()
     assert f'"peft>={registration.MINIMUM_PEFT},' in project
 
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from peft_dps.tuner.config import DPSConfig
 from peft_dps.errors import ConfigError
+from peft_dps.tuner.adapter_name import require_adapter_name
+from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tuner.layers.parameter import ParamWrapper, path_in_base
+from peft_dps.tuner.trained_tensors import trained_tensors
 
-Recipe = list[tuple[str, float]]
+Terms = list[tuple[str, float]]  # names of adapters, and their factors
 
 
-def make_recipe(
+def make_terms(
     known: Sequence[str], adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
-) -> Recipe:
+) -> Terms:
     """Validate what is to be combined.
 
     Args:
@@ -30,9 +31,6 @@ def make_recipe(
         weights: A factor for each.
         adapter_name: Name of the new adapter.
         combination_type: How to combine; only `"linear"` exists.
-
-    Returns:
-        Pairs of an adapter's name and its factor.
 
     Raises:
         ConfigError: If one of them cannot work.
@@ -47,6 +45,7 @@ def make_recipe(
     unknown = [name for name in adapters if name not in known]
     if unknown:
         raise ConfigError(f"`adapters` must be some of {sorted(known)}, got {unknown}.")
+    require_adapter_name(adapter_name)
     if adapter_name in known:
         raise ConfigError(f"`adapter_name` must be a new name, and there is an adapter {adapter_name!r} already.")
     if not all(math.isfinite(weight) for weight in weights):
@@ -54,15 +53,15 @@ def make_recipe(
     return [(name, float(weight)) for name, weight in zip(adapters, weights, strict=True)]
 
 
-def combined_config(model: nn.Module, configs: Sequence[DPSConfig], recipe: Recipe) -> DPSConfig:
+def combined_config(model: nn.Module, configs: Sequence[DPSConfig], terms: Terms) -> DPSConfig:
     """Make the configuration of a combined adapter: the first one's, with the targets of all.
 
     Args:
         model: The base model with the adapters in it.
-        configs: Their configurations, in the order of the recipe.
-        recipe: What is combined.
+        configs: Their configurations, in the order of the terms.
+        terms: What is combined.
     """
-    names = {name for name, _ in recipe}
+    names = {name for name, _ in terms}
     targets = [
         path_in_base(model, key)
         for key, module in model.named_modules()
@@ -84,7 +83,7 @@ def combined_config(model: nn.Module, configs: Sequence[DPSConfig], recipe: Reci
 
 
 @torch.no_grad()
-def fill(model: nn.Module, adapter_name: str, recipe: Recipe) -> None:
+def fill(model: nn.Module, adapter_name: str, terms: Terms) -> None:
     """Write W_new = W0 + sum_i w_i (W_i - W0) into an adapter, for weights, biases and `modules_to_save` alike.
 
     An adapter that does not train a tensor adds nothing to it.
@@ -92,30 +91,17 @@ def fill(model: nn.Module, adapter_name: str, recipe: Recipe) -> None:
     Args:
         model: The base model with the adapters in it.
         adapter_name: The adapter to write.
-        recipe: Pairs of an adapter's name and its factor w_i.
+        terms: What is combined.
     """
-    for new, pretrained, trained in _tensors(model, adapter_name):
-        parts = [(trained[name], weight) for name, weight in recipe if name in trained]
+    values = {
+        name: {(tensor.module, tensor.name): tensor.value for tensor in trained_tensors(model, name)}
+        for name, _ in terms
+    }
+    for new in trained_tensors(model, adapter_name):
+        place = new.module, new.name
+        parts = [(values[name][place], weight) for name, weight in terms if place in values[name]]
         # As (1 - sum w_i) W0 + sum w_i W_i, one adapter with factor 1 comes out to the bit.
-        total = (1.0 - math.fsum(weight for _, weight in parts)) * pretrained.to(new)
+        total = (1.0 - math.fsum(weight for _, weight in parts)) * new.pretrained.to(new.value)
         for tensor, weight in parts:
-            total += weight * tensor.to(new)
-        new.copy_(total)
-
-
-def _tensors(model: nn.Module, adapter: str) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
-    """Yield each tensor of an adapter, its pretrained value, and those of all adapters by name."""
-    for module in model.modules():
-        if isinstance(module, DPSLayer):
-            for container, pretrained in zip((module.dps_weight, module.dps_bias), module._pretrained(), strict=True):
-                if adapter in container and pretrained is not None:
-                    yield container[adapter], pretrained, dict(container.items())
-        elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
-            copies = {name: _floating(copy) for name, copy in module.modules_to_save.items()}
-            for path, pretrained in _floating(module.original_module).items():
-                yield copies[adapter][path], pretrained, {name: tensors[path] for name, tensors in copies.items()}
-
-
-def _floating(module: nn.Module) -> dict[str, torch.Tensor]:
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return {path: tensor for path, tensor in tensors.items() if tensor.is_floating_point()}
+            total += weight * tensor.to(new.value)
+        new.value.copy_(total)

@@ -1,4 +1,4 @@
-"""The codec: any bits come back, and damaged frames are refused."""
+"""Bit differences: any bits come back, and damaged bytes are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from peft_dps import AdapterFileError
-from peft_dps.tensors.codec import SUPPORTED, decode, encode
+from peft_dps.tensors.difference import DTYPES, _decompress, _take_apart, decode, encode
 
 WORDS = {
     torch.float16: np.int16, torch.bfloat16: np.int16, torch.float32: np.int32, torch.float64: np.int64,
@@ -29,7 +29,7 @@ def patterns(dtype: torch.dtype, size: int) -> st.SearchStrategy:
     return arrays.arrays(WORDS[dtype], size, elements=words).map(lambda bits: torch.from_numpy(bits).view(dtype))
 
 
-@pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), size=st.integers(0, 40))
 def test_any_bits_come_back(dtype, data, size):
@@ -40,7 +40,7 @@ def test_any_bits_come_back(dtype, data, size):
     assert same_bits(reference, before[1])
 
 
-@pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 def test_special_values_against_each_other(dtype):
     smallest = torch.tensor(1, dtype={2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]).view(dtype)
     special = torch.cat([torch.tensor(SPECIAL, dtype=dtype), smallest[None], -smallest[None]])
@@ -64,14 +64,22 @@ def test_small_changes_take_little_room(dtype, most):
     generator = torch.Generator().manual_seed(0)
     reference = (0.05 * torch.randn(100_000, generator=generator)).to(dtype)
     values = (reference.float() + 2e-4 * torch.randn(100_000, generator=generator)).to(dtype)
-    size = sum(len(frame) for frame in encode(values, reference))
+    size = encode(values, reference).numel()
     assert size < most * values.numel() * values.element_size()
-    assert sum(len(frame) for frame in encode(reference, reference)) < 200
+    assert sum(_take_apart(encode(reference, reference))[0].frames) < 200
+
+
+def test_a_pretrained_weight_of_the_same_values_in_another_dtype_will_do():
+    pretrained, values = torch.randn(50).bfloat16(), torch.randn(50)
+    encoded = encode(values, pretrained)
+    assert same_bits(decode(encoded, pretrained.double()), values)
+    with pytest.raises(AdapterFileError, match="another pretrained weight"):
+        decode(encoded, pretrained + 1e-2)
 
 
 @pytest.fixture
 def frames():
-    return encode(torch.randn(1000), torch.zeros(1000))
+    return [bytes(frame) for frame in _take_apart(encode(torch.randn(1000), torch.zeros(1000)))[1]]
 
 
 def test_each_flipped_byte_is_noticed(frames):
@@ -81,34 +89,44 @@ def test_each_flipped_byte_is_noticed(frames):
         altered[position] ^= 1 << int(generator.integers(8))
         # One bit of a frame's head has no meaning; all else is refused.
         try:
-            restored = decode([frames[0], bytes(altered), *frames[2:]], torch.zeros(1000))
+            restored = _decompress(bytes(altered), 1000)
         except AdapterFileError:
             continue
-        assert same_bits(restored, decode(frames, torch.zeros(1000)))
+        assert np.array_equal(restored, _decompress(frames[1], 1000))
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, -1])
-def test_frames_cut_short(frames, kept):
+def test_a_frame_cut_short(frames, kept):
     with pytest.raises(AdapterFileError):
-        decode([frames[0][:kept], *frames[1:]], torch.zeros(1000))
+        _decompress(frames[0][:kept], 1000)
 
 
-def test_too_few_frames(frames):
-    with pytest.raises(AdapterFileError, match="3 frames in place of 4"):
-        decode(frames[:3], torch.zeros(1000))
+@pytest.mark.parametrize("kept", [0, 10, 33, 40, 200, -900, -1])
+def test_bytes_cut_short(kept):
+    with pytest.raises(AdapterFileError, match=r"cut short|neither a weight nor a difference"):
+        decode(encode(torch.randn(1000), torch.zeros(1000))[:kept], torch.zeros(1000))
 
 
-def test_a_frame_that_would_grow_is_refused_before_it_does(frames):
+def test_too_few_frames():
+    encoded = encode(torch.randn(1000), torch.zeros(1000)).numpy().tobytes()
+    lengths = _take_apart(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))[0].frames
+    told, fewer = str(lengths).encode(), str(lengths[:3]).encode()
+    cut = encoded.replace(told, fewer.ljust(len(told)))[: -lengths[3]]
+    with pytest.raises(AdapterFileError, match="3 bytes for an entry of 4"):
+        decode(torch.frombuffer(bytearray(cut), dtype=torch.uint8), torch.zeros(1000))
+
+
+def test_a_frame_that_would_grow_is_refused_before_it_does():
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 26))
     assert len(bomb) < 10_000
     with pytest.raises(AdapterFileError, match="67108864 bytes in place of 1000"):
-        decode([bomb, *frames[1:]], torch.zeros(1000))
+        _decompress(bomb, 1000)
     stream = zstandard.ZstdCompressor(write_content_size=False).compressobj()
     unsized = stream.compress(bytes(1 << 26)) + stream.flush()
     with pytest.raises(AdapterFileError, match="in place of 1000"):
-        decode([unsized, *frames[1:]], torch.zeros(1000))
+        _decompress(unsized, 1000)
 
 
 def test_bytes_after_a_frame_are_refused(frames):
     with pytest.raises(AdapterFileError):
-        decode([frames[0] + b"x", *frames[1:]], torch.zeros(1000))
+        _decompress(frames[0] + b"x", 1000)

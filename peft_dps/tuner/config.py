@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,6 @@ from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
-from peft_dps.tuner.card import write_section
 from peft_dps.errors import AdapterFileError, ConfigError
 from peft_dps.selection.schedule import StageSchedule
 from peft_dps.selection.scores import SCORE_DTYPES, find_score
@@ -171,8 +171,8 @@ class DPSConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the configuration, and what is known of the training into the folder's model card, if it has one."""
         super().save_pretrained(save_directory, **kwargs)
-        if self.card is not None:
-            write_section(self.card, Path(save_directory, "README.md"))
+        if self.write_card is not None:
+            self.write_card(Path(save_directory, "README.md"))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -190,7 +190,7 @@ class DPSConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = DPSPeftType.DPS
-        self.card: str | None = None  # section of the model card, made when the weights are saved; no field either
+        self.write_card: Callable[[Path], None] | None = None  # known when the weights are saved; no field either
         self.is_to_be_filled = False  # read from a file whose weights are still to come; no field, never saved
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]

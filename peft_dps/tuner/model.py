@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from peft_dps.tuner.dispatch import check_reach, make_layer, wrap_parameter
 from peft_dps.errors import AdapterFileError, ConfigError
 from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tuner.loading import read_state, require_saved_shapes
-from peft_dps.tuner.summary import describe
+from peft_dps.tuner.model_card import describe, write_section
 from peft_dps.tuner.removal import remove_adapter
 from peft_dps.training.status import DPSStatus
 from peft_dps.training.controller import Subnetwork
@@ -114,7 +115,8 @@ class DPSModel(BaseTuner):
         # PEFT asks for the weights before it saves the configuration, which brings the model card up to date.
         subnetwork = next((each for each in all_subnetworks(model) if each.config is config), None)
         if subnetwork is not None:
-            subnetwork.config.card = describe(subnetwork.config, subnetwork)
+            section = describe(subnetwork.config, subnetwork)
+            subnetwork.config.write_card = partial(write_section, section)
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod

@@ -1,20 +1,14 @@
-"""Makes PEFT know DPS. The only file that touches PEFT's tables, and its classes."""
+"""Makes PEFT know DPS. The only file that touches PEFT's tables."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from pathlib import Path
-
 import peft
 from packaging.version import Version
-from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
-from peft_dps.tuner.card import write_section
-from peft_dps.tuner.config import DPSConfig, DPSPeftType
 from peft_dps.errors import RegistrationError
+from peft_dps.tuner.config import DPSConfig, DPSPeftType
 from peft_dps.tuner.model import DPSModel
 
 MINIMUM_PEFT = "0.21.2"
@@ -43,23 +37,3 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[name] = DPSConfig  # type: ignore[index]
     PEFT_TYPE_TO_TUNER_MAPPING[name] = DPSModel  # type: ignore[index]
     PEFT_TYPE_TO_PREFIX_MAPPING[name] = DPSModel.prefix  # type: ignore[index]
-    _complete_cards()
-
-
-def _complete_cards() -> None:
-    """Give model cards the section on DPS back that the Trainer drops, when it lets PEFT add what it knows.
-
-    `Trainer.create_model_card` and `Trainer.push_to_hub` write the card anew after the adapter was saved.
-    """
-    current = PeftModel.create_or_update_model_card
-    write: Callable[[PeftModel, str], None] = getattr(current, "_without_dps", current)
-
-    @functools.wraps(write)
-    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
-        write(self, output_dir)
-        config = self.peft_config.get("default")  # PEFT writes one card, and only that adapter lies beside it
-        if isinstance(config, DPSConfig) and config.card is not None:
-            write_section(config.card, Path(output_dir, "README.md"))
-
-    create_or_update_model_card._without_dps = write  # type: ignore[attr-defined]
-    PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]

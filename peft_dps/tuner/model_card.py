@@ -1,0 +1,99 @@
+"""The section of a model card on how DPS trained the adapter: what it says, and its place in the file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from peft_dps.training.controller import Subnetwork
+from peft_dps.tuner.config import DPSConfig
+
+# The section is marked, so that it is found and replaced when the card is written again.
+_BEGIN, _END = "<!-- peft_dps: written on saving, replaced on saving again -->", "<!-- end of peft_dps -->"
+_SCOPES = {"tensor": "chosen within each weight", "model": "chosen over all weights together"}
+_POLICIES = {"exact": "keep their bits", "gradient": "have no gradient; momentum and weight decay move them"}
+_SHOWN = 6  # names of modules
+
+
+def write_section(section: str, path: Path) -> None:
+    """Put the section into a model card, in place of an earlier one.
+
+    Args:
+        section: What `describe` returned.
+        path: The card; if there is none, nothing is written.
+    """
+    if not path.is_file():
+        return
+    section = f"{_BEGIN}\n{section}\n{_END}"
+    text = path.read_text(encoding="utf-8")
+    earlier = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+    replaced, found = earlier.subn(lambda _: section, text, count=1)
+    path.write_text(replaced if found else f"{text.rstrip()}\n\n{section}\n", encoding="utf-8")
+
+
+def describe(config: DPSConfig, subnetwork: Subnetwork) -> str:
+    """Write the section, in Markdown.
+
+    Args:
+        config: The adapter's configuration.
+        subnetwork: What is known of its training, in this process. Only counts are read, no tensors: one process
+            of several may be the one that saves.
+    """
+    table = "\n".join(f"| {name} | {value} |" for name, value in _rows(config, subnetwork))
+    return f"""\
+## Dynamic Parameter Selection
+
+This adapter was made by DPS {config.variant.capitalize()} (Zhang et al., NeurIPS 2022, \
+[arXiv:2211.01642](https://arxiv.org/abs/2211.01642)), with the package `peft_dps`. In turns, an ACCUMULATE stage \
+trains all entries of the targeted weights and scores them, and a SUBNETWORK stage trains only the best-scored ones.
+
+| | |
+|---|---|
+{table}
+
+Loading it takes one more line, which makes PEFT know DPS:
+
+```python
+import peft_dps
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "<this folder or repository>")
+```"""
+
+
+def _rows(config: DPSConfig, subnetwork: Subnetwork) -> list[tuple[str, str]]:
+    weights, position, schedule = subnetwork.weights, subnetwork.position, subnetwork.schedule
+    entries = sum(weight.layer.entries for weight in weights)
+    selected = [weight.selected for weight in weights if weight.selected is not None]
+    length = f"{config.stage_steps} steps"
+    if isinstance(config.stage_steps, float):
+        known = "" if schedule is None else f": {schedule.stage_steps} steps"
+        length = f"{config.stage_steps:g} of all steps{known}"
+    rows = [
+        ("variant", f"`{config.variant}`"),
+        ("density of the subnetwork", f"{config.density:g}, {_SCOPES[config.scope]}"),
+        ("length of a stage", length),
+        ("score", f"`{config.score}`"),
+        ("frozen entries in SUBNETWORK", _POLICIES[config.frozen]),
+        ("targeted weights", f"{len(weights)}, of {entries} entries"),
+        ("biases of targeted modules", "trained" if config.train_bias else "not trained"),
+        ("modules trained in full beside them", _names(config.modules_to_save)),
+        ("seed of the method", str(config.seed)),
+    ]
+    if position is None:
+        return [*rows, ("training", "none in the process that saved this")]
+    share = f"{sum(selected)} of {entries} entries ({sum(selected) / entries:.1%})"
+    rows += [
+        ("optimizer steps", str(subnetwork.step)),
+        ("saved in", f"cycle {position.cycle}, {position.stage.name}, step {position.step_in_stage} of the stage"),
+        ("selected at the latest selection", share if selected else "none before the first SUBNETWORK stage"),
+    ]
+    if subnetwork.loaded_after == subnetwork.step:
+        rows.append(("weights", "loaded after the last of these steps, as those of a better checkpoint are"))
+    return rows
+
+
+def _names(names: list[str] | None) -> str:
+    shown = [f"`{name}`" for name in sorted(names or [])]
+    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
+    return ", ".join(shown[:_SHOWN]) + more or "none"

@@ -96,7 +96,7 @@ def decode(encoded: torch.Tensor, pretrained: torch.Tensor) -> torch.Tensor:
         raise AdapterFileError(f"it has {len(frames)} bytes for an entry of {reference.itemsize}.")
     planes = np.stack([_decompress(frame, reference.numel()) for frame in frames], axis=1)
     folded = np.empty(reference.numel(), _LAYOUTS[reference.dtype][1])
-    folded[_order(reference)] = planes.view(folded.dtype).reshape(-1)
+    folded[_exponent_order(reference)] = planes.view(folded.dtype).reshape(-1)
     one = folded.dtype.type(1)
     difference = ((folded >> one) ^ (~(folded & one) + one)).view(f"i{folded.itemsize}")
     bits = _ordered(_ordered(_bits(reference)) + difference)
@@ -121,7 +121,7 @@ def byte_planes(values: torch.Tensor, reference: torch.Tensor) -> list[bytes]:
     difference = _ordered(_bits(values)) - _ordered(_bits(reference))
     width = 8 * difference.itemsize
     folded = (difference << 1) ^ (difference >> (width - 1))
-    planes = folded[_order(reference)].view(np.uint8).reshape(-1, folded.itemsize)
+    planes = folded[_exponent_order(reference)].view(np.uint8).reshape(-1, folded.itemsize)
     return [planes[:, index].tobytes() for index in range(folded.itemsize)]
 
 
@@ -138,7 +138,7 @@ def _ordered(bits: Bits) -> Bits:
     return ordered
 
 
-def _order(reference: torch.Tensor) -> Bits:
+def _exponent_order(reference: torch.Tensor) -> Bits:
     """Positions in the order of the exponents, stable; for 8 and 16 bits numpy sorts in linear time."""
     _, unsigned, mantissa = _LAYOUTS[reference.dtype]
     bits = _bits(reference).view(unsigned)

@@ -1,7 +1,8 @@
-"""Which names an adapter may have."""
+"""Which names an adapter may have, and which one is meant."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -27,3 +28,18 @@ def require_adapter_name(name: Any) -> None:
         raise ConfigError(
             f"`adapter_name` must not be {name!r}: torch's containers have an attribute of that name. Use another one."
         )
+
+
+def one_adapter(name: str | None, active: Sequence[str]) -> str:
+    """Return the name of an adapter, or else that of the only active one.
+
+    Args:
+        name: The name, if one is given.
+        active: Names of the active adapters.
+
+    Raises:
+        ConfigError: If none is given, and not exactly one is active.
+    """
+    if name is None and len(active) != 1:
+        raise ConfigError(f"`adapter_name` is needed, since the active adapters are {list(active)}.")
+    return active[0] if name is None else name

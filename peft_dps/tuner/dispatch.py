@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from peft_dps.errors import TargetError
@@ -42,18 +43,12 @@ def make_layer(target: nn.Module, key: str) -> DPSLayer:
     base_cls = next((base for base in LAYER_TYPES if isinstance(target, base)), None)
     if base_cls is None:
         supported = ", ".join(base_cls.__name__ for base_cls in LAYER_TYPES)
-        raise TargetError(
-            f"The target {key!r} is a {type(target).__name__}, which DPS cannot train; it supports {supported}. Leave "
-            "it out with `exclude_modules`, or train it in full with `modules_to_save`."
-        )
+        raise _unknown(target, key, f"it supports {supported}")
     _check_loaded(target, "weight", key)
     if isinstance(target, nn.Embedding):
         _check_embedding(target, key)
     elif not _computes_as(target, base_cls):
-        raise TargetError(
-            f"The target {key!r} is a {type(target).__name__}, which DPS cannot train: its forward is not that of "
-            f"{base_cls.__name__}. Leave it out with `exclude_modules`, or train it in full with `modules_to_save`."
-        )
+        raise _unknown(target, key, f"its forward is not that of {base_cls.__name__}")
     return LAYER_TYPES[base_cls](target)
 
 
@@ -116,6 +111,13 @@ def wrap_parameter(target: nn.Module, parameter_name: str, key: str) -> ParamWra
     return ParamWrapper(target, parameter_name, key)
 
 
+def _unknown(target: nn.Module, key: str, why: str) -> TargetError:
+    return TargetError(
+        f"The target {key!r} is a {type(target).__name__}, which DPS cannot train: {why}. Leave it out with "
+        "`exclude_modules`, or train it in full with `modules_to_save`."
+    )
+
+
 def _check_unwrapped(target: nn.Module, key: str) -> None:
     if isinstance(target, BaseTunerLayer):
         raise TargetError(
@@ -149,7 +151,7 @@ def _check_loaded(target: nn.Module, name: str, key: str) -> None:
             "without offloading."
         )
     lazy = isinstance(parameter, nn.UninitializedParameter)
-    if lazy or parameter.device.type == "meta" or parameter.numel() == 0 or _is_dtensor(parameter):
+    if lazy or parameter.device.type == "meta" or parameter.numel() == 0 or isinstance(parameter, DTensor):
         raise TargetError(
             f"The weight of the target {key!r} is empty, on the meta device or sharded, so there is nothing to copy. "
             "Add the adapter to the fully loaded model, before it is sharded (FSDP, ZeRO-3) or dispatched."
@@ -168,11 +170,7 @@ def _check_embedding(target: nn.Embedding, key: str) -> None:
             "it out with `exclude_modules`."
         )
     if not computes_alike(target):
-        raise TargetError(
-            f"The target {key!r} is a {type(target).__name__}, which DPS cannot train: its forward is neither that of "
-            "Embedding nor that times a constant `embed_scale`. Leave it out with `exclude_modules`, or train it in "
-            "full with `modules_to_save`."
-        )
+        raise _unknown(target, key, "its forward is neither that of Embedding nor that times a constant `embed_scale`")
 
 
 def _computes_as(target: nn.Module, base_cls: type[nn.Module]) -> bool:
@@ -186,10 +184,6 @@ def _is_quantized(weight: torch.Tensor) -> bool:
     # torchao's weights are tensor subclasses of a floating dtype; bitsandbytes' are parameters with a state.
     if isinstance(weight, nn.UninitializedParameter):
         return False
-    subclass = type(weight.data) is not torch.Tensor and not _is_dtensor(weight)
+    subclass = type(weight.data) is not torch.Tensor and not isinstance(weight, DTensor)
     stored = weight.dtype not in TRAINABLE_DTYPES
     return stored or subclass or any(hasattr(weight, name) for name in ("quant_state", "SCB"))
-
-
-def _is_dtensor(weight: torch.Tensor) -> bool:
-    return type(weight.data).__name__ == "DTensor"

@@ -10,9 +10,11 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from torch.distributed.tensor import DTensor
 
 from peft_dps.errors import ConfigError, EngineError
 from peft_dps.tensors.difference import encode
+from peft_dps.tuner.adapter_name import one_adapter
 from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.trained_tensors import TrainedTensor, trained_tensors
 
@@ -105,18 +107,14 @@ def _folder(path: Any) -> Path:
 def _adapter_of(model: PeftModel, adapter: str | None) -> str:
     if not isinstance(model, PeftModel):
         raise ConfigError(f"`model` must be a PeftModel, got {type(model).__name__}.")
-    if adapter is None:
-        if len(model.active_adapters) != 1:
-            raise ConfigError(f"`adapter_name` is needed, since the active adapters are {model.active_adapters}.")
-        adapter = model.active_adapters[0]
-    config = model.peft_config.get(adapter)
-    if not isinstance(config, DPSConfig):
+    adapter = one_adapter(adapter, model.active_adapters)
+    if not isinstance(model.peft_config.get(adapter), DPSConfig):
         raise ConfigError(f"`adapter_name` must name a DPS adapter of the model, got {adapter!r}.")
     return adapter
 
 
 def _encoded(tensor: TrainedTensor) -> Any:
-    if type(tensor.value.data).__name__ == "DTensor":
+    if isinstance(tensor.value, DTensor):
         raise EngineError(
             f"The weight {tensor.key!r} is sharded, so its difference cannot be stored. Save the adapter with "
             "`save_pretrained`, load it in one process, and export it there."

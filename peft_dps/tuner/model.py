@@ -23,18 +23,19 @@ from peft_dps.tuner.adapter import (
     load_dps_state_dict,
     save_dps_state,
 )
-from peft_dps.tuner.adapter_name import require_adapter_name
+from peft_dps.tuner.adapter_name import one_adapter, require_adapter_name
 from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.dispatch import check_reach, make_layer, wrap_parameter
 from peft_dps.errors import AdapterFileError, ConfigError
 from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tuner.loading import read_state, require_saved_shapes
-from peft_dps.tuner.model_card import describe, write_section
+from peft_dps.tuner.model_card import make_section, write_section
 from peft_dps.tuner.removal import remove_adapter
 from peft_dps.training.status import DPSStatus
 from peft_dps.training.controller import Subnetwork
-from peft_dps.tuner.targets import expand_all_linear, is_target, save_remaining, tie_saved_modules, warn_of_statistics
-from peft_dps.tuner.tied import check_ties, offload_bases, offload_originals
+from peft_dps.tuner.offload import offload_bases, offload_originals
+from peft_dps.tuner.targets import expand_all_linear, is_target, save_remaining, warn_of_statistics
+from peft_dps.tuner.tied import check_ties, tie_saved_modules
 from peft_dps.tuner.weighted_adapter import combined_config, fill, make_terms
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -115,8 +116,7 @@ class DPSModel(BaseTuner):
         # PEFT asks for the weights before it saves the configuration, which brings the model card up to date.
         subnetwork = next((each for each in all_subnetworks(model) if each.config is config), None)
         if subnetwork is not None:
-            section = describe(subnetwork.config, subnetwork)
-            subnetwork.config.write_card = partial(write_section, section)
+            subnetwork.config.write_card = partial(write_section, make_section(subnetwork.config, subnetwork))
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -215,11 +215,7 @@ class DPSModel(BaseTuner):
         fill(self.model, adapter_name, terms)
 
     def _one_adapter(self, adapter_name: str | None) -> str:
-        if adapter_name is not None:
-            return adapter_name
-        if len(self.active_adapters) != 1:
-            raise ConfigError(f"`adapter_name` is needed, since the active adapters are {self.active_adapters}.")
-        return self.active_adapters[0]
+        return one_adapter(adapter_name, self.active_adapters)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -19,7 +19,7 @@ def write_section(section: str, path: Path) -> None:
     """Put the section into a model card, in place of an earlier one.
 
     Args:
-        section: What `describe` returned.
+        section: What `make_section` returned.
         path: The card; if there is none, nothing is written.
     """
     if not path.is_file():
@@ -31,8 +31,8 @@ def write_section(section: str, path: Path) -> None:
     path.write_text(replaced if found else f"{text.rstrip()}\n\n{section}\n", encoding="utf-8")
 
 
-def describe(config: DPSConfig, subnetwork: Subnetwork) -> str:
-    """Write the section, in Markdown.
+def make_section(config: DPSConfig, subnetwork: Subnetwork) -> str:
+    """Make the section, in Markdown.
 
     Args:
         config: The adapter's configuration.

@@ -96,18 +96,6 @@ def _paths_to(key: str) -> Iterator[str]:
     return (".".join(parts[: index + 1]) for index in range(len(parts)))
 
 
-def tie_saved_modules(model: nn.Module, adapter_name: str) -> None:
-    """Share the parameters of copies in `modules_to_save` as the originals share theirs, such as tied embeddings."""
-    first: dict[int, nn.Parameter] = {}
-    for wrapper in model.modules():
-        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
-            copy = wrapper.modules_to_save[adapter_name]
-            for path, original in wrapper.original_module.named_parameters():
-                parent, _, name = path.rpartition(".")
-                shared = first.setdefault(id(original), copy.get_parameter(path))
-                setattr(copy.get_submodule(parent), name, shared)
-
-
 def warn_of_statistics(model: nn.Module) -> None:
     """Warn of norms whose running statistics training changes in the base model, unless they are saved in full."""
     wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]

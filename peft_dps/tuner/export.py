@@ -16,6 +16,7 @@ from peft_dps.errors import ConfigError, EngineError
 from peft_dps.tensors.difference import encode
 from peft_dps.tuner.adapter_name import one_adapter
 from peft_dps.tuner.config import DPSConfig
+from peft_dps.tuner.targets import is_named
 from peft_dps.tuner.trained_tensors import TrainedTensor, trained_tensors
 
 
@@ -83,8 +84,7 @@ def export_adapter(
     _require_known("saved_modules", saved_modules, {tensor.module for tensor in tensors if not tensor.in_layer})
     state: dict[str, Any] = dict(model.state_dict())
     for tensor in tensors:
-        named = any(_is_called(tensor.module, name) for name in (whole if tensor.in_layer else saved_modules))
-        if named != tensor.in_layer:
+        if is_named(tensor.module, whole if tensor.in_layer else saved_modules) != tensor.in_layer:
             state[tensor.key] = _encoded(tensor)
     # PEFT adds the base model's embeddings where they are targets; here the base has to be the same anyway.
     has_embeddings = any(layer.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for layer in layers)
@@ -122,11 +122,7 @@ def _encoded(tensor: TrainedTensor) -> Any:
     return encode(tensor.value, tensor.pretrained)
 
 
-def _is_called(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
-
-
 def _require_known(field: str, names: Iterable[str], paths: set[str]) -> None:
     for name in names:
-        if not any(_is_called(path, name) for path in paths):
+        if not any(is_named(path, [name]) for path in paths):
             raise ConfigError(f"`{field}` names {name!r}, which is none of the modules: {', '.join(sorted(paths))}.")

@@ -45,23 +45,22 @@ def read_state(model: nn.Module, adapter: str, state: Mapping[str, torch.Tensor]
     return restored
 
 
-def require_saved_shapes(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], prefix: str) -> None:
+def require_saved_shapes(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
     """Check the shapes of what is about to be loaded into copies of `modules_to_save`.
 
     torch finds a wrong shape too, but only after it has loaded everything else.
 
     Args:
-        own: State dict of a module that holds such copies.
+        own: State dict of a module that holds such copies, by the names of `state`.
         state: The state dict to load.
-        prefix: What names in `state` have before the module's own.
 
     Raises:
         AdapterFileError: If a shape differs.
     """
     wrong = [
-        f"{key} ({list(state[prefix + key].shape)} in place of {list(tensor.shape)})"
+        f"{key} ({list(state[key].shape)} in place of {list(tensor.shape)})"
         for key, tensor in own.items()
-        if ".modules_to_save." in key and prefix + key in state and state[prefix + key].shape != tensor.shape
+        if ".modules_to_save." in key and key in state and state[key].shape != tensor.shape
     ]
     if wrong:
         raise AdapterFileError(

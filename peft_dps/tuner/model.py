@@ -142,7 +142,7 @@ class DPSModel(BaseTuner):
             if any(f".{name}." in f"{key}." for key in state_dict)
         ]
         try:
-            require_saved_shapes(self.state_dict(), state_dict, prefix)
+            require_saved_shapes(self.state_dict(prefix=prefix), state_dict)
         except AdapterFileError:
             for name, config in loaded:
                 if config.is_to_be_filled:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
@@ -56,14 +56,14 @@ def is_target(config: DPSConfig, key: str) -> Any:
     return _layer_index(key, config.layers_pattern) in _as_list(config.layers_to_transform)
 
 
-def is_target_parameter(config: DPSConfig, key: str) -> bool:
-    """Tell whether the parameter at a path is a target by itself, in PEFT's terms."""
-    return any(key == name or key.endswith(f".{name}") for name in config.target_parameters or ())
+def is_named(key: str, names: Iterable[str]) -> bool:
+    """Tell whether one of the names is a path, or the end of it that begins after a dot."""
+    return any(key == name or key.endswith(f".{name}") for name in names)
 
 
 def save_remaining(config: DPSConfig, model: nn.Module) -> None:
     """Add the innermost modules that hold all other parameters to `modules_to_save`."""
-    saved = config.modules_to_save or []
+    saved, parameters = config.modules_to_save or [], config.target_parameters or []
     targets = [key for key, _ in model.named_modules() if is_target(config, key)]
     remaining: list[str] = []
     done: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ def save_remaining(config: DPSConfig, model: nn.Module) -> None:
         if key in targets or any(key.endswith(name) for name in saved):
             done += (key + ".",)
         elif isinstance(module, AuxiliaryTrainingWrapper) or any(True for _ in module.parameters(recurse=False)):
-            own = [is_target_parameter(config, f"{key}.{name}") for name, _ in module.named_parameters(recurse=False)]
+            own = [is_named(f"{key}.{name}", parameters) for name, _ in module.named_parameters(recurse=False)]
             if own and all(own):
                 continue
             if not key or any(own) or any(target.startswith(key + ".") for target in targets):

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from peft_dps.tensors.codec import SUPPORTED, decode, encode
 from peft_dps.errors import AdapterFileError
+from peft_dps.tensors.codec import SUPPORTED, decode, encode
 
 _MAGIC = b"peft_dps packed tensor, version 1\n"
 _LENGTH = 4  # bytes that tell the header's length

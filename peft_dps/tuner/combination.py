@@ -11,8 +11,8 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from peft_dps.tuner.config import DPSConfig
 from peft_dps.errors import ConfigError
+from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tuner.layers.parameter import ParamWrapper, path_in_base
 
@@ -107,7 +107,7 @@ def _tensors(model: nn.Module, adapter: str) -> Iterator[tuple[torch.Tensor, tor
     """Yield each tensor of an adapter, its pretrained value, and those of all adapters by name."""
     for module in model.modules():
         if isinstance(module, DPSLayer):
-            for container, pretrained in zip((module.dps_weight, module.dps_bias), module._pretrained(), strict=True):
+            for container, pretrained in zip((module.dps_weight, module.dps_bias), module.pretrained(), strict=True):
                 if adapter in container and pretrained is not None:
                     yield container[adapter], pretrained, dict(container.items())
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:

@@ -7,10 +7,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_dps.errors import TargetError
+from peft_dps.recipes import Recipe
 from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.layers.conv import Conv1d, Conv2d, Conv3d
 from peft_dps.tuner.layers.embedding import Embedding, computes_alike
-from peft_dps.errors import TargetError
 from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tuner.layers.linear import Conv1DLinear, Linear
 from peft_dps.tuner.layers.parameter import ParamWrapper, find_wrapper, path_in_base
@@ -114,6 +115,27 @@ def wrap_parameter(target: nn.Module, parameter_name: str, key: str) -> ParamWra
             "`target_parameters`; `modules_to_save` or `train_remaining` trains the module that holds it."
         )
     return ParamWrapper(target, parameter_name, key)
+
+
+def check_layout(layer: DPSLayer, recipe: Recipe, key: str) -> None:
+    """Check that a layer has the rows or columns that a method asks for.
+
+    Args:
+        layer: The layer.
+        recipe: The method.
+        key: Its path in the model, for the messages.
+
+    Raises:
+        TargetError: If nothing tells where they are.
+    """
+    layout = layer.layout
+    without_units = recipe.granularity.units(layout) is None
+    if without_units or (recipe.noise.substitutes and layout.columns is None):
+        field = "granularity='entry'" if without_units else "variant='dense'"
+        raise TargetError(
+            f"The parameter {key!r} has the shape {layout.shape}, and nothing tells which axis holds inputs, so that it "
+            f"has no rows and columns. Use `{field}`, or leave it out of `target_parameters`."
+        )
 
 
 def _check_unwrapped(target: nn.Module, key: str) -> None:

@@ -13,11 +13,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
-from peft_dps.tuner.config import DPSConfig
 from peft_dps.errors import ConfigError, EngineError
-from peft_dps.tuner.loading import own_tensors, saved_tensors
-from peft_dps.tensors.packed import add_delta, pack, pack_delta
 from peft_dps.selection.topk import select
+from peft_dps.tensors.packed import add_delta, pack, pack_delta
+from peft_dps.tuner.config import DPSConfig
+from peft_dps.tuner.loading import own_tensors, saved_tensors
 
 Packed = tuple[torch.Tensor, torch.Tensor]  # the packed tensor, and what it will be unpacked to
 

@@ -11,8 +11,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peft_dps.errors import AdapterFileError
-from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tensors.packed import is_packed, unpack
+from peft_dps.tuner.layers.layer import DPSLayer
 
 logger = logging.getLogger(__name__)
 _OWN = (".dps_weight.", ".dps_bias.")
@@ -33,7 +33,7 @@ def own_tensors(model: nn.Module, adapter: str) -> Iterator[tuple[str, torch.Ten
         if isinstance(layer, DPSLayer) and adapter in layer.dps_weight:
             prefix = f"{key}." if key else ""
             # Wherever W0 is now: while an adapter is loaded its copies may have no device yet.
-            weight, bias = layer.pretrained_parameter.data, layer._pretrained_bias()
+            weight, bias = layer.pretrained_parameter.data, layer.pretrained()[1]
             yield f"{prefix}dps_weight.{adapter}", layer.dps_weight[adapter], weight
             if adapter in layer.dps_bias and bias is not None:
                 yield f"{prefix}dps_bias.{adapter}", layer.dps_bias[adapter], bias

@@ -12,9 +12,9 @@ from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
+from peft_dps.errors import RegistrationError
 from peft_dps.tuner.card import write_section
 from peft_dps.tuner.config import DPSConfig, DPSPeftType
-from peft_dps.errors import RegistrationError
 from peft_dps.tuner.model import DPSModel
 
 MINIMUM_PEFT = "0.21.2"

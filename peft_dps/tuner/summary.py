@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from peft_dps.training.controller import Controller
 from peft_dps.tuner.config import DPSConfig
-from peft_dps.training.controller import Subnetwork
 
 _SCOPES = {"tensor": "chosen within each weight", "model": "chosen over all weights together"}
 _POLICIES = {"exact": "keep their bits", "gradient": "have no gradient; momentum and weight decay move them"}
 _SHOWN = 6  # names of modules
 
 
-def describe(config: DPSConfig, subnetwork: Subnetwork) -> str:
+def describe(config: DPSConfig, controller: Controller) -> str:
     """Write the section.
 
     Args:
         config: The adapter's configuration.
-        subnetwork: What is known of its training, in this process. Only counts are read, no tensors: one process
+        controller: What is known of its training, in this process. Only counts are read, no tensors: one process
             of several may be the one that saves.
 
     Returns:
@@ -34,7 +34,7 @@ def describe(config: DPSConfig, subnetwork: Subnetwork) -> str:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {name} | {value} |" for name, value in _rows(config, subnetwork)),
+        *(f"| {name} | {value} |" for name, value in _rows(config, controller)),
         "",
         "Loading it takes one more line, which makes PEFT know DPS:",
         "",
@@ -48,48 +48,48 @@ def describe(config: DPSConfig, subnetwork: Subnetwork) -> str:
     return "\n".join(lines)
 
 
-def _rows(config: DPSConfig, subnetwork: Subnetwork) -> list[tuple[str, str]]:
+def _rows(config: DPSConfig, controller: Controller) -> list[tuple[str, str]]:
     rows = [
         ("variant", f"`{config.variant}`"),
-        ("density of the subnetwork", f"{config.density:g}, {_SCOPES[config.scope]}"),
-        ("length of a stage", _length(config, subnetwork)),
+        ("density of the controller", f"{config.density:g}, {_SCOPES[str(config.scope)]}"),
+        ("length of a stage", _length(config, controller)),
         ("score", f"`{config.score}`"),
-        ("frozen entries in SUBNETWORK", _POLICIES[config.frozen]),
-        ("targeted weights", f"{len(subnetwork.weights)}, of {_entries(subnetwork)} entries"),
+        ("frozen entries in SUBNETWORK", _POLICIES.get(config.frozen, f"`{config.frozen}`")),
+        ("targeted weights", f"{len(controller.weights)}, of {_entries(controller)} entries"),
         ("biases of targeted modules", "trained" if config.train_bias else "not trained"),
         ("modules trained in full beside them", _names(config.modules_to_save)),
         ("seed of the method", str(config.seed)),
     ]
-    position = subnetwork.position
+    position = controller.clock.position
     if position is None:
         return [*rows, ("training", "none in the process that saved this")]
     rows += [
-        ("optimizer steps", str(subnetwork.step)),
-        ("saved in", f"cycle {position.cycle}, {position.stage.name}, step {position.step_in_stage} of the stage"),
-        ("selected at the latest selection", _selected(subnetwork)),
+        ("optimizer steps", str(controller.clock.step)),
+        ("saved in", f"cycle {position.cycle}, {position.phase.stage.name}, step {position.step} of the stage"),
+        ("selected at the latest selection", _selected(controller)),
     ]
-    if subnetwork.loaded_after == subnetwork.step:
+    if controller.loaded_after == controller.clock.step:
         rows.append(("weights", "loaded after the last of these steps, as those of a better checkpoint are"))
     return rows
 
 
-def _length(config: DPSConfig, subnetwork: Subnetwork) -> str:
-    steps, schedule = config.stage_steps, subnetwork.schedule
+def _length(config: DPSConfig, controller: Controller) -> str:
+    steps, position = config.stage_steps, controller.clock.position
     if not isinstance(steps, float):
         return f"{steps} steps"
-    return f"{steps:g} of all steps" + ("" if schedule is None else f": {schedule.stage_steps} steps")
+    return f"{steps:g} of all steps" + ("" if position is None else f": {position.length} steps")
 
 
-def _selected(subnetwork: Subnetwork) -> str:
-    counts = [weight.selected for weight in subnetwork.weights if weight.selected is not None]
+def _selected(controller: Controller) -> str:
+    counts = [weight.selected for weight in controller.weights if weight.selected is not None]
     if not counts:
         return "none before the first SUBNETWORK stage"
-    entries = _entries(subnetwork)
+    entries = _entries(controller)
     return f"{sum(counts)} of {entries} entries ({sum(counts) / entries:.1%})"
 
 
-def _entries(subnetwork: Subnetwork) -> int:
-    return sum(weight.layer.entries for weight in subnetwork.weights)
+def _entries(controller: Controller) -> int:
+    return sum(weight.layer.entries for weight in controller.weights)
 
 
 def _names(names: list[str] | None) -> str:

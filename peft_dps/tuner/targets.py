@@ -12,8 +12,8 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from peft_dps.tuner.config import DPSConfig
 from peft_dps.errors import TargetError
+from peft_dps.tuner.config import DPSConfig
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from peft_dps.errors import TargetError
-from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tensors.file import on_disk
+from peft_dps.tuner.layers.layer import DPSLayer
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from peft_dps import EngineError
+from peft_dps.errors import EngineError
 from peft_dps.selection.moments import MomentScores
 from peft_dps.tensors.shelf import Shelf, shelf
 

@@ -23,15 +23,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 
 from benchmarks.machine import describe_machine, list_versions
 from peft_dps import DPSConfig, disable_dropout, export_adapter
-from peft_dps.tensors.codec import split
 from peft_dps.compare.assets import Assets, fetch_assets
 from peft_dps.compare.plan import Settings
 from peft_dps.compare.sentiment import sentiment_task
 from peft_dps.compare.task import tokenize
 from peft_dps.compare.training import quieten
+from peft_dps.tensors.codec import split
+from peft_dps.tensors.packed import pack
 from peft_dps.tuner.export import FORMS
 from peft_dps.tuner.loading import own_tensors, saved_tensors
-from peft_dps.tensors.packed import pack
 
 LAYERS_OF_THE_BASE = ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm")
 CODERS: dict[str, Callable[[bytes], bytes]] = {

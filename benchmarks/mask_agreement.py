@@ -23,7 +23,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_
 from benchmarks.file_size import batches
 from benchmarks.machine import describe_machine, list_versions
 from peft_dps import DPSConfig, Stage
-from peft_dps.tuner.adapter import find_subnetworks
 from peft_dps.compare.assets import fetch_assets
 from peft_dps.compare.plan import Settings
 from peft_dps.compare.sentiment import sentiment_task
@@ -32,6 +31,7 @@ from peft_dps.compare.training import quieten
 from peft_dps.selection.moments import MomentScores
 from peft_dps.selection.topk import select
 from peft_dps.training.weight import TrackedWeight
+from peft_dps.tuner.adapter import find_subnetworks
 
 
 class Gathered:

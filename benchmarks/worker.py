@@ -15,9 +15,9 @@ from benchmarks.memory import rss, tensor_bytes
 from benchmarks.models import make_batch
 from benchmarks.settings import OPTIMIZERS, Settings
 from benchmarks.variant import VARIANTS
-from peft_dps.tuner.adapter import find_subnetworks
 from peft_dps.compare.memory import peak_resident
 from peft_dps.training.status import status_of
+from peft_dps.tuner.adapter import find_subnetworks
 
 
 @dataclass(frozen=True)

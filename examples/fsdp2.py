@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from transformers import BertConfig, BertForSequenceClassification
 
-from peft_dps import DPSConfig, check_ranks_agree
+from peft_dps import DPSConfig, dps_adapter
 
 
 def load_base() -> BertForSequenceClassification:
@@ -49,7 +49,7 @@ for _ in range(STEPS):
     optimizer.zero_grad()
 if rank == 0:
     print(model.dps_status(), flush=True)  # selected entries of whole weights; whether the rows of this process moved
-check_ranks_agree(model)
+dps_adapter(model).check_ranks_agree()
 
 # Every process takes part in collecting the weights; the first one writes them.
 options = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 
 from peft_dps.checkpoint import file as statefile
+from peft_dps.checkpoint.resharding import fits, reshard
+from peft_dps.checkpoint.state import LOADING, damage_told, load_state, state_of
 from peft_dps.errors import StateError
-from peft_dps.checkpoint.recutting import fits, recut
 from peft_dps.tensors.shards import Ranks, together, world_of
-from peft_dps.checkpoint.state import LOADING, alive_in, damage_told, load_state, state_of
-from peft_dps.training.controller import Subnetwork
+from peft_dps.training.controller import Controller
 
 _SAVING = "Saving the training state"
 
 
-def save(subnetwork: Subnetwork, path: str | os.PathLike[str]) -> str:
+def save(controller: Controller, path: str | os.PathLike[str]) -> str:
     """Save the training state of an adapter. Where FSDP2 has cut the weights, all processes have to call it.
 
     Each process then writes a file of its own beside `path`, under a name that no other save has. The file at `path`
@@ -27,7 +27,7 @@ def save(subnetwork: Subnetwork, path: str | os.PathLike[str]) -> str:
     leaves the one before as it was.
 
     Args:
-        subnetwork: The adapter's weights and stages.
+        controller: What drives the adapter's training.
         path: Name of the file, the same on all processes; its folder exists, and is the same for all.
 
     Returns:
@@ -36,14 +36,14 @@ def save(subnetwork: Subnetwork, path: str | os.PathLike[str]) -> str:
     Raises:
         StateError: If the processes were given different names, or saving failed on another one.
     """
-    world = processes_of(subnetwork)
+    world = processes_of(controller)
     if not world:
-        return statefile.write(path, state_of(subnetwork))
+        return statefile.write(path, state_of(controller))
     ranks = world[0]
     _check_path(ranks, Path(path))
     name = f"{common_number(ranks):016x}"
     with together(world, _SAVING, StateError):
-        state = state_of(subnetwork)
+        state = state_of(controller)
         statefile.write_part(path, state, name, ranks.rank, ranks.size)
     digest = ""
     with together(world, _SAVING, StateError):
@@ -52,37 +52,37 @@ def save(subnetwork: Subnetwork, path: str | os.PathLike[str]) -> str:
     return digest
 
 
-def load(subnetwork: Subnetwork, path: str | os.PathLike[str]) -> None:
+def load(controller: Controller, path: str | os.PathLike[str]) -> None:
     """Go on where the training was whose state is at `path`; see `state.load_state`.
 
     It may have been cut over another number of processes, or over none: each reads the rows that it needs. Where FSDP2
     has cut the weights now, all processes have to call it.
 
     Args:
-        subnetwork: The adapter's weights and stages.
+        controller: What drives the adapter's training.
         path: Where it was saved.
 
     Raises:
         StateError: If it is missing or damaged, or not that of this adapter, these settings and these weights.
     """
-    world = processes_of(subnetwork)
-    with together(world, LOADING, StateError), damage_told(subnetwork):
+    world = processes_of(controller)
+    with together(world, LOADING, StateError), damage_told(controller.adapter):
         saved = statefile.find_save(path)
         state = None
         if len(saved.paths) == (world[0].size if world else 1):
             own = saved.part(world[0].rank if world else 0)
-            state = own.read() if fits(subnetwork, own.header) else None
+            state = own.read() if fits(controller, own.header) else None
     cut_otherwise = [ranks.any(state is None) for ranks in world]
     if state is None or any(cut_otherwise):
-        with together(world, LOADING, StateError), damage_told(subnetwork):
+        with together(world, LOADING, StateError), damage_told(controller.adapter):
             sources = [saved.part(rank) for rank in range(len(saved.paths))]
-        state = recut(subnetwork, sources, world)
-    load_state(subnetwork, state)
+        state = reshard(controller, sources, world)
+    load_state(controller, state)
 
 
-def processes_of(subnetwork: Subnetwork) -> list[Ranks]:
+def processes_of(controller: Controller) -> list[Ranks]:
     """Return all processes as one set if weights of an adapter are cut over them, else nothing."""
-    return world_of(weight.ranks for weight in alive_in(subnetwork))
+    return world_of(weight.ranks for weight in controller.existing)
 
 
 def common_number(ranks: Ranks) -> int:

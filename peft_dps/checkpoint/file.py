@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from peft_dps.errors import StateError
 
 _HEADER, _DIGEST = "peft_dps", "sha256"
+_OFFSETS = "DCP_SHARDING_INFO"  # by which torch.distributed.checkpoint finds which rows of what a file holds
 _MOST_PROCESSES = 10**5  # as many as names of parts have digits for
 
 
@@ -42,17 +43,33 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> str:
 
     Returns:
         Digest of the state, by which the file can be told from others.
+
+    Raises:
+        StateError: If there is a folder of that name.
     """
     path = Path(path)
+    if path.is_dir():
+        raise StateError(f"`path` must be the name of a file, and '{path}' is a folder. Name a file in it.")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state["tensors"].items()}
     header = json.dumps(state["header"])
     digest = _digest(header, tensors)
     part = path.with_name(f".{path.name}.part")
-    save_file(tensors, part, {_HEADER: header, _DIGEST: digest})
+    save_file(
+        tensors, part, {_HEADER: header, _DIGEST: digest, _OFFSETS: json.dumps(_offsets(state["header"], tensors))}
+    )
     _flush(part)
     part.replace(path)
     _flush(path.parent)
     return digest
+
+
+def _offsets(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    rows = {
+        f"{name}.{kind}": facts["offset"][0] for name, facts in header["weights"].items() for kind in facts["rows"]
+    }
+    return {
+        name: {"saved_offsets": [rows.get(name, 0), *[0] * (tensor.dim() - 1)]} for name, tensor in tensors.items()
+    }
 
 
 def write_part(path: str | os.PathLike[str], state: Mapping[str, Any], save: str, rank: int, size: int) -> None:
@@ -179,7 +196,7 @@ class StateFile:
             self._header, self._written = _labels(path, file.metadata())
         try:
             self.header: dict[str, Any] = json.loads(self._header)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._damaged() from error
 
     def read(self) -> dict[str, Any]:
@@ -199,11 +216,11 @@ class StateFile:
         if digest.hexdigest() != self._written:
             raise self._damaged()
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Read some rows of a tensor, on the CPU; all of them by default."""
+    def kind_of(self, name: str) -> tuple[torch.dtype, torch.Size]:
+        """Return the dtype and the shape of a tensor."""
         with self._open() as file:
-            tensor: torch.Tensor = file.get_slice(name)[start:stop]
-        return tensor
+            empty = file.get_slice(name)[:0]
+            return empty.dtype, torch.Size(file.get_slice(name).get_shape())
 
     @contextmanager
     def _open(self) -> Iterator[Any]:

@@ -10,7 +10,6 @@ from torch import nn
 from torch.optim import AdamW
 from transformers import DataCollatorWithPadding
 
-from peft_dps.tuner.adapter import find_subnetworks
 from peft_dps.compare.machine import hardware, versions
 from peft_dps.compare.methods import find_method
 from peft_dps.compare.plan import Plan
@@ -19,6 +18,7 @@ from peft_dps.compare.run import Timing
 from peft_dps.compare.task import Task, tokenize
 from peft_dps.compare.training import quieten
 from peft_dps.compare.witness import Report
+from peft_dps.tuner.adapter import find_subnetworks
 
 WARM_UP = 2
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from peft_dps.tuner.adapter import find_subnetworks
 from peft_dps.compare.run import Evaluation, Selection, Span, mean_score
 from peft_dps.selection.schedule import Stage
-from peft_dps.training.status import DPSStatus, status_of
 from peft_dps.training.controller import Subnetwork
+from peft_dps.training.status import DPSStatus, status_of
+from peft_dps.tuner.adapter import find_subnetworks
 
 Report = Callable[[int, int, str], None]
 """Takes the step, the number of steps and a note."""

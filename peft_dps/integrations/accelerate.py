@@ -11,8 +11,8 @@ from torch import nn
 
 from peft_dps.checkpoint import checkpoint
 from peft_dps.checkpoint import file as statefile
-from peft_dps.tuner.adapter import find_trained
 from peft_dps.errors import ConfigError
+from peft_dps.tuner.adapter import find_trained
 
 
 def register_for_checkpointing(accelerator: Accelerator, model: nn.Module) -> None:
@@ -63,9 +63,9 @@ class _Mark:
         accelerator = self._accelerator
         every_node = accelerator.project_configuration.save_on_each_node
         saves = accelerator.is_local_main_process if every_node else accelerator.is_main_process
-        for adapter, subnetwork in find_trained(self._model).items():
-            if saves or checkpoint.processes_of(subnetwork):  # which all save their rows
-                checkpoint.save(subnetwork, statefile.path_in(folder, adapter))
+        for adapter, controller in find_trained(self._model).items():
+            if saves or checkpoint.processes_of(controller):  # which all save their rows
+                checkpoint.save(controller, statefile.path_in(folder, adapter))
 
     def locate(self, models: list[nn.Module], folder: str) -> None:
         self._folder = Path(folder)
@@ -76,5 +76,5 @@ class _Mark:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._folder is None:
             raise ConfigError("Load the training state of DPS with `accelerator.load_state(folder)`.")
-        for adapter, subnetwork in find_trained(self._model).items():
-            checkpoint.load(subnetwork, statefile.path_in(self._folder, adapter))
+        for adapter, controller in find_trained(self._model).items():
+            checkpoint.load(controller, statefile.path_in(self._folder, adapter))

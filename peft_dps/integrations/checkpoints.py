@@ -15,9 +15,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peft_dps.checkpoint import checkpoint
 from peft_dps.checkpoint import file as statefile
-from peft_dps.errors import EngineError, StateError
 from peft_dps.checkpoint.state import state_of
-from peft_dps.training.controller import Subnetwork
+from peft_dps.errors import EngineError, StateError
+from peft_dps.training.controller import Controller
 
 logger = logging.getLogger(__name__)
 
@@ -97,16 +97,16 @@ class PartsSaver:
     then. Collecting it makes them wait for each other, so that all parts are there before that file.
 
     Args:
-        subnetworks: The adapters in training, sharded or not.
+        controllers: The adapters in training, sharded or not.
         optimizer: The Trainer's optimizer.
         args: The Trainer's arguments.
         state: Its state.
     """
 
     def __init__(
-        self, subnetworks: list[Subnetwork], optimizer: Any, args: TrainingArguments, state: TrainerState
+        self, controllers: list[Controller], optimizer: Any, args: TrainingArguments, state: TrainerState
     ) -> None:
-        self._sharded = {each.adapter: each for each in subnetworks if checkpoint.processes_of(each)}
+        self._sharded = {each.adapter: each for each in controllers if checkpoint.processes_of(each)}
         self._args, self._state = args, state
         self._hook: Any = None
         if self._sharded:
@@ -154,10 +154,10 @@ class PartsSaver:
 
     def _write_parts(self, optimizer: Any) -> None:
         # It communicates nothing: who else asks for the optimizer's state may do so on one process.
-        for adapter, subnetwork in self._sharded.items():
+        for adapter, controller in self._sharded.items():
             path, part = self._paths(adapter)
             if path.parent.is_dir() and not part.exists() and not self._args.save_only_model:
-                statefile.write_part(path, state_of(subnetwork), self._save, self._ranks.rank, self._ranks.size)
+                statefile.write_part(path, state_of(controller), self._save, self._ranks.rank, self._ranks.size)
 
 
 def warn_of_incomplete_checkpoint(output_dir: Path) -> None:

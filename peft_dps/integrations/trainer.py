@@ -16,7 +16,6 @@ from transformers.trainer_callback import ExportableState
 
 from peft_dps.checkpoint import checkpoint
 from peft_dps.checkpoint import file as statefile
-from peft_dps.tuner.adapter import all_subnetworks, find_trained
 from peft_dps.errors import ConfigError, EngineError
 from peft_dps.integrations.checkpoints import (
     PartsSaver,
@@ -25,9 +24,11 @@ from peft_dps.integrations.checkpoints import (
     saved_digests,
     warn_of_incomplete_checkpoint,
 )
-from peft_dps.selection.schedule import Stage, StageSchedule
+from peft_dps.selection.schedule import Stage
+from peft_dps.training.controller import Controller
+from peft_dps.training.guards import refuse_unseen_steps
 from peft_dps.training.status import selected_fraction_of
-from peft_dps.training.controller import Subnetwork
+from peft_dps.tuner.adapter import all_controllers, find_trained
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self.saved: dict[str, str] = {}
-        self._subnetworks: list[Subnetwork] = []
+        self._controllers: list[Controller] = []
         self._first_step = 0
         self._begun_at: dict[str, int] = {}
         self._training: tuple[TrainingArguments, TrainerState] | None = None
@@ -65,21 +66,21 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
         # The Trainer wants an entry of every callback that has a state, also where the checkpoint has none.
         entries: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
         entries.setdefault(type(self).__name__, self.state())
-        self._subnetworks = list(find_trained(model).values())
-        _rest_all_but(self._subnetworks, model)
+        self._controllers = list(find_trained(model).values())
+        _rest_all_but(self._controllers, model)
         if not resumed:
-            _check_reference(all_subnetworks(model))
+            _check_reference(all_controllers(model))
         self._first_step = state.global_step
-        for subnetwork in self._subnetworks:
-            subnetwork.restart(subnetwork.config.total_steps or state.max_steps)
+        for controller in self._controllers:
+            controller.restart(controller.planned_steps or state.max_steps)
             if resumed:
-                checkpoint.load(subnetwork, find_state(subnetwork.adapter, saved, args, state))
+                checkpoint.load(controller, find_state(controller.adapter, saved, args, state))
             else:
-                _check_that_it_fits(subnetwork, state)
-        self._begun_at = {subnetwork.adapter: subnetwork.step for subnetwork in self._subnetworks}
+                _check_that_it_fits(controller, state)
+        self._begun_at = {controller.adapter: controller.clock.step for controller in self._controllers}
         self._training = args, state
         self._close_parts()
-        self._parts = PartsSaver(self._subnetworks, kwargs.get("optimizer"), args, state)
+        self._parts = PartsSaver(self._controllers, kwargs.get("optimizer"), args, state)
 
     def state(self) -> dict[str, Any]:
         """Save the training state into the checkpoint that is being written, and tell the Trainer its digest.
@@ -93,7 +94,7 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
             folder = checkpoint_folder(*self._training)
             # The folder is another one in a hyperparameter search, whose trials are not resumed.
             wanted = folder.is_dir() and not self._training[0].save_only_model
-            self.saved = {each.adapter: self._save(each, folder) for each in (self._subnetworks if wanted else [])}
+            self.saved = {each.adapter: self._save(each, folder) for each in (self._controllers if wanted else [])}
         return {"args": {}, "attributes": {"saved": self.saved}}
 
     def on_step_end(
@@ -108,14 +109,14 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check once more that DPS took part in the training."""
-        for subnetwork in all_subnetworks(kwargs["model"]):
-            subnetwork.at_rest = False
+        for controller in all_controllers(kwargs["model"]):
+            controller.at_rest = False
         if state.global_step > self._first_step:
             self._check_engaged(state)
-        for subnetwork in self._subnetworks:
-            if selected_fraction_of(subnetwork) is None and subnetwork.step > 0:
-                logger.warning("Adapter %r: training ended before a subnetwork was selected.", subnetwork.adapter)
-        self._subnetworks, self._training = [], None
+        for controller in self._controllers:
+            if selected_fraction_of(controller) is None and controller.clock.step > 0:
+                logger.warning("Adapter %r: training ended before a controller was selected.", controller.adapter)
+        self._controllers, self._training = [], None
         self._close_parts()
 
     def on_log(
@@ -129,27 +130,27 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
         """Add the stage and the selected fraction to the Trainer's history, and as numbers to what it reports."""
         if logs is None or "loss" not in logs:
             return
-        several = len(self._subnetworks) > 1
-        for subnetwork in self._subnetworks:
-            if subnetwork.position is None:
+        several = len(self._controllers) > 1
+        for controller in self._controllers:
+            if controller.clock.position is None:
                 continue
-            suffix = f"/{subnetwork.adapter}" if several else ""
-            stage, selected = subnetwork.position.stage, selected_fraction_of(subnetwork)
+            suffix = f"/{controller.adapter}" if several else ""
+            stage, selected = controller.clock.position.phase.stage, selected_fraction_of(controller)
             # What goes on to TensorBoard and its like has to be numbers.
-            logs[f"dps_cycle{suffix}"] = subnetwork.position.cycle
+            logs[f"dps_cycle{suffix}"] = controller.clock.position.cycle
             logs[f"dps_subnetwork{suffix}"] = int(stage is Stage.SUBNETWORK)
             if selected is not None:
                 logs[f"dps_selected{suffix}"] = selected
             if state.log_history and "loss" in state.log_history[-1]:
                 entry: dict[str, Any] = state.log_history[-1]
-                entry[f"dps_cycle{suffix}"] = subnetwork.position.cycle
+                entry[f"dps_cycle{suffix}"] = controller.clock.position.cycle
                 entry[f"dps_stage{suffix}"] = stage.value
                 entry[f"dps_selected{suffix}"] = selected
 
-    def _save(self, subnetwork: Subnetwork, folder: Path) -> str:
-        if self._parts is not None and subnetwork.adapter in self._parts:
-            return self._parts.finish(subnetwork.adapter)
-        return checkpoint.save(subnetwork, statefile.path_in(folder, subnetwork.adapter))
+    def _save(self, controller: Controller, folder: Path) -> str:
+        if self._parts is not None and controller.adapter in self._parts:
+            return self._parts.finish(controller.adapter)
+        return checkpoint.save(controller, statefile.path_in(folder, controller.adapter))
 
     def _close_parts(self) -> None:
         if self._parts is not None:
@@ -157,30 +158,25 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
         self._parts = None
 
     def _check_engaged(self, state: TrainerState) -> None:
-        for subnetwork in self._subnetworks:
-            if subnetwork.step == self._begun_at[subnetwork.adapter]:
-                steps = state.global_step - self._first_step
-                raise EngineError(
-                    f"The Trainer has made {steps} steps, but DPS has seen none on adapter {subnetwork.adapter!r}. "
-                    "Its engine updates copies of the weights (DeepSpeed ZeRO, FSDP1, CPU offloading); train with DDP "
-                    "or on one process."
-                )
+        for controller in self._controllers:
+            if controller.clock.step == self._begun_at[controller.adapter]:
+                refuse_unseen_steps(controller.adapter, state.global_step - self._first_step)
 
 
-def _rest_all_but(trained: list[Subnetwork], model: nn.Module) -> None:
-    for subnetwork in all_subnetworks(model):
-        subnetwork.at_rest = subnetwork not in trained
+def _rest_all_but(trained: list[Controller], model: nn.Module) -> None:
+    for controller in all_controllers(model):
+        controller.at_rest = controller not in trained
 
 
-def _check_reference(subnetworks: Iterable[Subnetwork]) -> None:
+def _check_reference(controllers: Iterable[Controller]) -> None:
     """Refuse a reference that TRL meant to copy from the adapter, by names that only tuners with modules have."""
-    named = {subnetwork.adapter: subnetwork for subnetwork in subnetworks}
+    named = {controller.adapter: controller for controller in controllers}
     reference, trained = (named.get(name) for name in ("ref", "default"))
     if reference is None or trained is None or not reference.at_rest:
         return
     trained_moved, reference_moved = (
-        any(not torch.equal(weight.weight, weight.base_weight.to(weight.weight)) for weight in subnetwork.weights)
-        for subnetwork in (trained, reference)
+        any(not torch.equal(weight.weight, weight.base_weight.to(weight.weight)) for weight in controller.weights)
+        for controller in (trained, reference)
     )
     if trained_moved and not reference_moved:
         raise EngineError(
@@ -190,24 +186,23 @@ def _check_reference(subnetworks: Iterable[Subnetwork]) -> None:
         )
 
 
-def _check_that_it_fits(subnetwork: Subnetwork, state: TrainerState) -> None:
-    stage_steps = StageSchedule.resolve(subnetwork.config.stage_steps, subnetwork.total_steps).stage_steps
-    if stage_steps >= state.max_steps:
+def _check_that_it_fits(controller: Controller, state: TrainerState) -> None:
+    schedule, adapter = controller.clock.resolved, controller.adapter
+    length = schedule.at(1).length
+    if not any(schedule.at(step).phase.masked for step in range(1, state.max_steps + 1)):
         raise ConfigError(
-            f"Adapter {subnetwork.adapter!r}: a stage takes {stage_steps} steps (`stage_steps="
-            f"{subnetwork.config.stage_steps}`, `total_steps={subnetwork.config.total_steps}`), and the Trainer has "
-            f"only {state.max_steps} to make, so no subnetwork will be selected. Use a smaller `stage_steps`, or "
-            "leave `total_steps` to the Trainer."
+            f"Adapter {adapter!r}: the first stage takes {length} steps (`total_steps={controller.planned_steps}`), and "
+            f"the Trainer has only {state.max_steps} to make, so no subnetwork will be selected. Use a smaller "
+            "`stage_steps`, or leave `total_steps` to the Trainer."
         )
-    if isinstance(subnetwork.config.stage_steps, float) and subnetwork.total_steps != state.max_steps:
+    if schedule != controller.recipe.schedule and controller.clock.total_steps != state.max_steps:
         logger.warning(
-            "Adapter %r: `total_steps` is %s, and the Trainer will make %s steps. A stage has %s steps, which is "
-            "`stage_steps=%s` of the former. Leave `total_steps` out to have it of the latter.",
-            subnetwork.adapter,
-            subnetwork.total_steps,
+            "Adapter %r: `total_steps` is %s, and the Trainer will make %s steps. A stage has %s steps, which is its "
+            "fraction of the former. Leave `total_steps` out to have it of the latter.",
+            adapter,
+            controller.clock.total_steps,
             state.max_steps,
-            stage_steps,
-            subnetwork.config.stage_steps,
+            length,
         )
 
 

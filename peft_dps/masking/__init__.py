@@ -1,0 +1,1 @@
+"""Masks, what becomes of frozen entries, noise, and effective weights."""

@@ -5,16 +5,17 @@ They are computed anew in the backward pass, so that no second copy of a weight 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from peft_dps.errors import EngineError
 from peft_dps.masking.frozen_bits import zero_frozen_
 from peft_dps.masking.mask import Mask
-from peft_dps.masking.noise import unfold_groups
 from peft_dps.tensors.scratch import scratch
 
 _COLUMNS_TOGETHER = 32
@@ -44,32 +45,28 @@ class NoisyWeight:
         base_weight: W0, perhaps on another device.
         columns: b, 0 or 1 per input column, shaped to broadcast over the weight, in the weight's dtype.
         density: Probability of b = 1.
-        groups: Number of groups into which `columns` has the weight's first axis unfolded.
     """
 
     base_weight: torch.Tensor
     columns: torch.Tensor
     density: float
-    groups: int = 1
 
     def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return W_eff in the weight's shape and dtype, in `out` if given, else as a new tensor."""
         base, share = self.base_weight.to(weight.device, weight.dtype), self.columns / self.density
-        if self.groups > 1:
-            out = torch.empty_like(weight) if out is None else out
-            wide = [unfold_groups(tensor, self.groups) for tensor in (base, weight.detach(), out)]
-            torch.lerp(wide[0], wide[1], share, out=wide[2])
-            return out
-        return torch.lerp(base, weight.detach(), share) if out is None else torch.lerp(base, weight, share, out=out)
+        return (
+            torch.lerp(base, weight.detach(), share)
+            if out is None
+            else torch.lerp(base, weight.detach(), share, out=out)
+        )
 
     def at(self, rows: torch.Tensor) -> NoisyWeight:
-        """Return the same for some rows of the weight; the weight has no groups."""
+        """Return the same for some rows of the weight, which all have the same columns."""
         return NoisyWeight(self.base_weight[rows.to(self.base_weight.device)], self.columns, self.density)
 
     def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
         """Multiply the gradient of W_eff by b, in place."""
-        unfold_groups(gradient, self.groups).mul_(self.columns.to(gradient.dtype))
-        return gradient
+        return gradient.mul_(self.columns.to(gradient.dtype))
 
     def active_columns(self) -> torch.Tensor | None:
         """Return the columns where b = 1. An accelerator would have to wait for their number: None there."""
@@ -156,6 +153,50 @@ def materialize(weight: torch.Tensor, effective: EffectiveWeight) -> torch.Tenso
     """
     output: torch.Tensor = _Materialize.apply(weight, effective)  # type: ignore[no-untyped-call]
     return output
+
+
+def once_differentiable(backward: Callable[..., tuple[torch.Tensor | None, ...]]) -> Any:
+    """Let a backward pass be differentiated no further: whoever does is told so.
+
+    Args:
+        backward: A function's backward pass.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with torch.no_grad():
+            made = backward(ctx, gradient)
+        if not (torch.is_grad_enabled() and gradient.requires_grad):
+            return made
+        return tuple(None if each is None else _NoFurther.apply(each, gradient) for each in made)  # type: ignore[no-untyped-call]
+
+    return wrapped
+
+
+class _NoFurther(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, _depends_on: torch.Tensor) -> torch.Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        raise EngineError(
+            "DPS Mix has no second derivative, which a gradient penalty (`create_graph=True`) asks for. Use "
+            "`variant='dense'`."
+        )
+
+
+def refuse_transforms() -> None:
+    """Refuse to compute an effective weight under `torch.func`.
+
+    Raises:
+        EngineError: If a transform is active.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise EngineError(
+            "DPS Mix cannot train under `torch.func` (grad, vmap, jvp, ...), which sees no effective weights. Use "
+            "`loss.backward()`, or `variant='dense'`."
+        )
 
 
 class _Materialize(torch.autograd.Function):

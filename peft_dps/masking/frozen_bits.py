@@ -76,6 +76,17 @@ def restore_from_snapshot_(weight: torch.Tensor, mask: Mask, snapshot: torch.Ten
         torch.addcmul(bits, change, kept, value=-1, out=piece)
 
 
+def checksum(tensor: torch.Tensor, first: int = 0) -> int:
+    """Add up the bits of all entries as `frozen_checksum` does.
+
+    Args:
+        tensor: Any dtype.
+        first: Place of the first entry in the whole tensor.
+    """
+    nothing_kept = torch.zeros((), dtype=torch.int8, device=tensor.device).expand(tensor.shape)
+    return int(frozen_checksum(tensor, nothing_kept, first))
+
+
 @torch.no_grad()
 def frozen_checksum(weight: torch.Tensor, keep: torch.Tensor, first: int = 0) -> torch.Tensor:
     """Add up the bits of the frozen entries, each weighted by its place, modulo 2**64.

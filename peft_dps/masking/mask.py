@@ -1,12 +1,12 @@
-"""Masks: which entries of a weight are updated."""
+"""Masks: which entries of a weight are updated, in bits or in bytes."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import torch
 
-from peft_dps.masking.bits import pack
 from peft_dps.tensors.scratch import scratch
 
 _BYTE = 8
@@ -14,6 +14,8 @@ _INT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Entries that are unpacked at once. On a CPU they stay in its cache.
 _CPU_CHUNK = 1 << 19
 _DEVICE_CHUNK = 1 << 24
+# Multiplying eight bytes of 0 or 1 by it gathers them in the highest byte, each at its own place and without a carry.
+_GATHER = sum(1 << (56 - 7 * place) for place in range(_BYTE))
 
 
 class Mask:
@@ -24,7 +26,7 @@ class Mask:
 
     Attributes:
         shape: Shape of the weight.
-        packed: The bits, as `peft_dps.masking.bits.pack` makes them; None where bytes are kept.
+        packed: The bits, flat, the first entry of each eight in the lowest bit; None where bytes are kept.
     """
 
     def __init__(self, shape: torch.Size, packed: torch.Tensor | None, keep: torch.Tensor | None) -> None:
@@ -42,7 +44,7 @@ class Mask:
         """
         in_bits = selected.device.type == "cpu" if in_bits is None else in_bits
         if in_bits:
-            return cls(selected.shape, pack(selected), None)
+            return cls(selected.shape, _pack(selected), None)
         keep = selected if selected.dtype is torch.int8 else selected.view(torch.int8).neg_()
         return cls(selected.shape, None, keep)
 
@@ -56,10 +58,36 @@ class Mask:
             piece.copy_(kept)
         return keep
 
-    @property
-    def bits(self) -> torch.Tensor:
-        """The mask in bits, as `peft_dps.masking.bits.pack` makes them."""
-        return pack(self._bytes) if self.packed is None else self.packed
+    def state(self) -> torch.Tensor:
+        """Return the mask row by row, so that it can be cut by rows: uint8, in bits where a row fills whole bytes."""
+        rows, row = self.shape[0], self.shape[1:].numel()
+        if row % _BYTE:
+            return self.keep.view(torch.uint8).clamp(max=1).view(rows, row)
+        packed = _pack(self._bytes) if self.packed is None else self.packed
+        return packed.view(rows, row // _BYTE)
+
+    @staticmethod
+    def state_shape(shape: torch.Size) -> tuple[int, int]:
+        """Return the shape of what `state` returns for a weight.
+
+        Args:
+            shape: Shape of the weight.
+        """
+        row = shape[1:].numel()
+        return shape[0], row if row % _BYTE else row // _BYTE
+
+    @classmethod
+    def load(cls, state: torch.Tensor, shape: torch.Size) -> Mask:
+        """Undo `state`.
+
+        Args:
+            state: What `state` returned.
+            shape: Shape of the weight.
+        """
+        if shape[1:].numel() % _BYTE:
+            return cls.of((state != 0).view(shape))
+        mask = cls(shape, state.reshape(-1), None)
+        return mask if state.device.type == "cpu" else cls(shape, None, mask.keep)
 
     @property
     def device(self) -> torch.device:
@@ -141,3 +169,24 @@ def _table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         places = torch.arange(_BYTE)
         _tables[dtype, device] = -((torch.arange(1 << _BYTE).unsqueeze(1) >> places) & 1).to(device, dtype)
     return _tables[dtype, device]
+
+
+def _pack(mask: torch.Tensor) -> torch.Tensor:
+    """Pack a mask, the first entry of each eight into the lowest bit: uint8, flat, `ceil(n / 8)` bytes."""
+    flat = mask.reshape(-1)
+    # Piece by piece: the temporaries are large, and on a CPU have to stay in its cache.
+    chunk = _CPU_CHUNK // 2 if flat.device.type == "cpu" else _DEVICE_CHUNK
+    packed = torch.empty(-(-flat.numel() // 8), dtype=torch.uint8, device=mask.device)
+    for piece, bytes_ in zip(flat.split(chunk), packed.split(chunk // _BYTE), strict=True):
+        flags = piece if piece.dtype is torch.bool else piece != 0
+        if piece.numel() % 8:
+            flags = torch.nn.functional.pad(flags, (0, -piece.numel() % 8))
+        bytes_.copy_(_gather(flags.contiguous()))
+    return packed
+
+
+def _gather(flags: torch.Tensor) -> torch.Tensor:
+    if sys.byteorder == "little" and flags.storage_offset() % 8 == 0:
+        return (flags.view(torch.int64) * _GATHER).bitwise_right_shift_(56).bitwise_and_(0xFF)
+    places = torch.arange(8, dtype=torch.uint8, device=flags.device)
+    return torch.sum(flags.view(-1, 8) << places, 1, dtype=torch.uint8)

@@ -1,101 +1,266 @@
-"""Column noise of DPS Mix: which input columns take part in a step, from a generator of the adapter's own.
-
-A bit depends on the seed, the weight, the step and the column, and on nothing else: it is made by integer
-arithmetic alone, the same on every process, and no other use of random numbers changes it.
-"""
+"""Noise in the forward passes of training: none, or the columns of DPS Mix that swap back to the pretrained weight."""
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 
+from peft_dps.masking.effective import AmplifiedWeight, EffectiveWeight, NoisyWeight
+from peft_dps.masking.frozen import FrozenWeight
+from peft_dps.masking.sharded_effective import ShardedAmplifiedWeight
+from peft_dps.tensors.layout import Layout
+from peft_dps.tensors.registry import Registry
+from peft_dps.tensors.shards import Sharding
+from peft_dps.tensors.state import SavedState, State
+
 _RESOLUTION_BITS = 53
 _WORD = 1 << 64
+DECAY_FROM_STEPS = 50  # shorter stages do not count participation finely enough for the decay, in the released code
 
 
-@dataclass(frozen=True)
-class Columns:
-    """How columns lie in a weight: a column spans the axes over which a row with a number per column broadcasts.
-
-    Attributes:
-        row_shape: Shape that a row takes to broadcast over the weight, 1 in the axes that a column spans; with groups,
-            over the weight with its first axis unfolded to `[groups, out / groups]`.
-        groups: Number of groups of a convolution, each of which has columns of its own.
-    """
-
-    row_shape: tuple[int, ...]
-    groups: int = 1
+class NoisedWeight(Protocol):
+    """A weight of which noise makes an effective one."""
 
     @property
-    def count(self) -> int:
-        """Number of columns."""
-        return math.prod(self.row_shape)
+    def weight(self) -> torch.Tensor:
+        """The weight, or this process's rows of it."""
 
-    def spread(self, row: torch.Tensor) -> torch.Tensor:
-        """Shape a row `[count]` so that it broadcasts over `unfold(weight)`."""
-        return row.view(self.row_shape)
+    @property
+    def layout(self) -> Layout:
+        """Where its columns are."""
 
-    def unfold(self, tensor: torch.Tensor) -> torch.Tensor:
-        """View a tensor of the weight's shape so that a spread row broadcasts over it."""
-        return unfold_groups(tensor, self.groups)
+    @property
+    def sharding(self) -> Sharding | None:
+        """How it is cut over processes."""
+
+    @property
+    def noise(self) -> WeightNoise:
+        """What noise keeps of it."""
+
+    @property
+    def frozen(self) -> FrozenWeight | None:
+        """What the mask that holds keeps of it."""
+
+    def whole_base(self) -> torch.Tensor:
+        """Return the whole pretrained weight."""
+
+    def whole_dtype(self) -> torch.Tensor:
+        """Return a tensor with the device and dtype that a forward sees the weight in."""
+
+    def is_at_snapshot(self) -> bool:
+        """Tell whether frozen entries have the bits of the snapshot for sure."""
 
 
-def unfold_groups(tensor: torch.Tensor, groups: int) -> torch.Tensor:
-    """View the first axis of a convolution's weight as `[groups, out / groups]`, if there is more than one group."""
-    return tensor if groups == 1 else tensor.unflatten(0, (groups, -1))
+class Noise:
+    """No noise: training forwards compute with the weight itself.
 
-
-class ColumnNoise:
-    """Draws, for each step, one row of 0 and 1 per weight: P(1) = density, independent over columns.
+    Attributes:
+        substitutes: Whether training forwards compute with something else than the weight.
 
     Args:
+        density: Density of the subnetwork.
         seed: Seed of the method's own random numbers.
-        columns: Number of input columns of each weight.
-        density: Probability that a column takes part, in (0, 1].
+        decay: See `ColumnNoise`.
     """
 
-    def __init__(self, seed: int, columns: Sequence[int], density: float) -> None:
-        self.seed = seed
-        self.columns = list(columns)
-        self.density = density
-        self.threshold = int(density * (1 << _RESOLUTION_BITS))
-        self._counters: dict[torch.device, torch.Tensor] = {}
+    substitutes: ClassVar[bool] = False
 
-    def draw(self, step: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-        """Draw the rows of one step.
+    def __init__(self, density: float = 1.0, seed: int = 0, decay: bool | None = None) -> None:
+        self.density = density
+        self.seed = seed
+        self.decay = decay
+
+    def begin(self) -> WeightNoise:
+        """Return what is kept of one weight while evidence is gathered."""
+        return WeightNoise()
+
+    def draw(self, step: int, columns: Sequence[int], device: torch.device) -> tuple[torch.Tensor | None, ...]:
+        """Draw the noise of a step.
 
         Args:
             step: Number of the step.
-            device: Where to make them.
+            columns: Number of columns of each weight.
+            device: Where to make it.
 
         Returns:
-            Per weight, a bool row `[in]`, True where the column takes part.
+            Per weight, a bool row `[columns]`, True where the column takes part; None for no noise.
         """
-        if device not in self._counters:
-            self._counters[device] = self._make_counters().to(device)
-        words = self._counters[device] ^ _word(f"{self.seed}/step {step}")
+        return (None,) * len(columns)
+
+    def noisy(self, weight: NoisedWeight) -> EffectiveWeight | None:
+        """Return what a training forward computes with while evidence is gathered; None for the weight itself."""
+        return None
+
+    def amplified(self, weight: NoisedWeight) -> EffectiveWeight | None:
+        """Return what a training forward computes with while a mask holds; None for the weight itself."""
+        return None
+
+    def load(self, saved: SavedState, layout: Layout, device: torch.device) -> WeightNoise:
+        """Return what a saved state holds of one weight."""
+        return self.begin()
+
+
+class WeightNoise:
+    """What is kept of one weight while evidence is gathered without noise: nothing.
+
+    Attributes:
+        columns: Which columns take part in the coming step, `[columns]`; None for all.
+    """
+
+    columns: torch.Tensor | None = None
+
+    def count_step(self, columns: int, device: torch.device, *, noisy: bool) -> None:
+        """Count the columns that took part in a step.
+
+        Args:
+            columns: Their number.
+            device: Where to count.
+            noisy: Whether the step's forward had noise; without it all took part.
+        """
+
+    def relax_(self, evidence: torch.Tensor, weight: NoisedWeight, stage_steps: int) -> None:
+        """Relax evidence by how often each column took part, in place.
+
+        Args:
+            evidence: What was gathered, the weight's shape, or this process's rows.
+            weight: The weight.
+            stage_steps: Steps of the phase in which it was gathered.
+        """
+
+    def state(self) -> State:
+        """Return what an exact resume needs."""
+        return State()
+
+
+NOISES: Registry[type[Noise]] = Registry("noise")
+NOISES.register("none")(Noise)
+
+
+@NOISES.register("columns")
+class ColumnNoise(Noise):
+    """Column noise of DPS Mix (arXiv:2211.01642): with b per input column, 1 with probability `density`,
+
+        W_eff = W0 + b * (W - W0) / density
+
+    while evidence is gathered, and with T the weight when the mask M began to hold
+
+        W_eff = T + M * (W - T) / density
+
+    from then on. A bit depends on the seed, the weight, the step and the column, and on nothing else: it is made by
+    integer arithmetic alone, the same on every process, and no other use of random numbers changes it.
+
+    Args:
+        density: Probability that a column takes part, in (0, 1).
+        seed: Seed of the method's own random numbers.
+        decay: Whether evidence is multiplied by exp(-F / stage_steps), F being how often a column took part; None to
+            do so in stages of 50 steps or more.
+    """  # noqa: D415  # the formulas belong to the sentence
+
+    substitutes = True
+
+    def __init__(self, density: float = 1.0, seed: int = 0, decay: bool | None = None) -> None:
+        super().__init__(density, seed, decay)
+        self.threshold = int(density * (1 << _RESOLUTION_BITS))
+        self._counters: dict[tuple[torch.device, tuple[int, ...]], torch.Tensor] = {}
+
+    def begin(self) -> WeightNoise:
+        """Return what counts how often each column takes part."""
+        return Participation(self.decay)
+
+    def draw(self, step: int, columns: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Draw the columns of a step; see `Noise.draw`."""
+        key = (device, tuple(columns))
+        if key not in self._counters:
+            self._counters = {**{k: v for k, v in self._counters.items() if k[1] == key[1]}}
+            self._counters[key] = self._make_counters(columns).to(device)
+        words = self._counters[key] ^ _word(f"{self.seed}/step {step}")
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0x9E3779B97F4A7C15)):
             words = (words ^ _shift_right(words, shift)) * _signed(factor)
         uniform = _shift_right(words, 64 - _RESOLUTION_BITS)
-        rows: tuple[torch.Tensor, ...] = (uniform < self.threshold).split(self.columns)
+        rows: tuple[torch.Tensor, ...] = (uniform < self.threshold).split(list(columns))
         return rows
+
+    def noisy(self, weight: NoisedWeight) -> EffectiveWeight | None:
+        """Return W0 + b * (W - W0) / density."""
+        drawn, units = weight.noise.columns, weight.layout.columns
+        if drawn is None or units is None:
+            return None
+        return NoisyWeight(weight.whole_base(), units.spread(drawn.to(weight.whole_dtype())), self.density)
+
+    def amplified(self, weight: NoisedWeight) -> EffectiveWeight | None:
+        """Return T + M * (W - T) / density."""
+        frozen = weight.frozen
+        if frozen is None or frozen.snapshot is None:
+            return None
+        if weight.sharding is not None:
+            masks = not frozen.holds_bits  # else the gradient is masked once, at the optimizer step
+            return ShardedAmplifiedWeight(
+                weight.weight, frozen.snapshot, frozen.mask, self.density, weight.sharding, masks
+            )
+        mask = None if weight.is_at_snapshot() else frozen.mask
+        return AmplifiedWeight(frozen.snapshot, self.density, mask)
+
+    def load(self, saved: SavedState, layout: Layout, device: torch.device) -> WeightNoise:
+        """Return the participation that a saved state holds."""
+        noise = Participation(self.decay)
+        if "participation" in saved and layout.columns is not None:
+            noise.count = saved.amounts("participation", (layout.columns.count,), torch.float32).to(device, copy=True)
+        return noise
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_counters": {}}
 
-    def _make_counters(self) -> torch.Tensor:
+    def _make_counters(self, columns: Sequence[int]) -> torch.Tensor:
         """Give every column of every weight a 64-bit word of its own."""
         odd = _signed(0xD1342543DE82EF95)
         return torch.cat(
             [
                 torch.arange(count, dtype=torch.int64) * odd + _word(f"{self.seed}/weight {index}")
-                for index, count in enumerate(self.columns)
+                for index, count in enumerate(columns)
             ]
         )
+
+
+class Participation(WeightNoise):
+    """How often each column of one weight took part in the steps of a phase.
+
+    Args:
+        decay: See `ColumnNoise`.
+
+    Attributes:
+        count: F, `[columns]`, fp32; None before the first step and after the relaxation.
+    """
+
+    def __init__(self, decay: bool | None) -> None:
+        self.columns: torch.Tensor | None = None
+        self.count: torch.Tensor | None = None
+        self._decay = decay
+
+    def count_step(self, columns: int, device: torch.device, *, noisy: bool) -> None:
+        """Count the columns that took part; all of them if the weight was read without noise."""
+        if self.count is None:
+            self.count = torch.zeros(columns, dtype=torch.float32, device=device)
+        self.count = self.count.to(device)
+        self.count += self.columns.to(self.count) if noisy and self.columns is not None else 1.0
+
+    def relax_(self, evidence: torch.Tensor, weight: NoisedWeight, stage_steps: int) -> None:
+        """Divide by max(F, 1), and multiply by exp(-F / stage_steps) with decay."""
+        units, sharding = weight.layout.columns, weight.sharding
+        if self.count is None or units is None:
+            return
+        first, rows = (0, None) if sharding is None else (sharding.first, sharding.rows)
+        times = units.spread(self.count.to(evidence.device), first, rows)
+        evidence.div_(times.clamp(min=1))
+        if stage_steps >= DECAY_FROM_STEPS if self._decay is None else self._decay:
+            evidence.mul_(torch.exp(-times / stage_steps))
+        self.count = None  # relaxed once, also if the selection has to be repeated
+
+    def state(self) -> State:
+        """Return the participation."""
+        return State(whole={} if self.count is None else {"participation": self.count})
 
 
 def _word(text: str) -> int:

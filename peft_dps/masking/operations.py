@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from peft_dps.masking.effective import EffectiveWeight, compute_dtype, passing
+from peft_dps.masking.effective import EffectiveWeight, compute_dtype, once_differentiable, passing
 
 
 def effective_conv(

@@ -1,0 +1,1 @@
+"""What is selected, when, from what: schedules, evidence, scores, units, budgets, exact top-k."""

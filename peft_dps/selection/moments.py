@@ -33,11 +33,13 @@ class SecondMoment:
         value: v, the weight's shape, or this process's rows of it; None before the first step.
         decay: Factor in [0, 1].
         share: Factor above 0.
+        state: What the optimizer keeps it in; None before the first step.
     """
 
     value: torch.Tensor | None
     decay: float
     share: float
+    state: torch.Tensor | None = None
 
 
 def second_moments(optimizer: Optimizer, weights: Mapping[str, torch.Tensor]) -> dict[str, SecondMoment]:
@@ -76,7 +78,7 @@ def _second_moment(optimizer: Optimizer, group: dict[str, Any], parameter: torch
             f"weight_decay={group['weight_decay']} adds the weight itself to the gradient. Use torch.optim.AdamW, "
             "weight_decay=0, or `lean=False`."
         )
-    return SecondMoment(None if value is None else local_part(value), decay, share)
+    return SecondMoment(None if value is None else local_part(value), decay, share, value)
 
 
 class MomentScores:

@@ -1,97 +1,201 @@
-"""Step -> (cycle, stage): the timetable of a DPS training."""
+"""Schedules: which phase of a training a step lies in."""
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass
+from typing import Any
 
 from peft_dps.errors import ConfigError, ScheduleError
+from peft_dps.tensors.registry import Registry
 
 
 class Stage(str, enum.Enum):
-    """The two stages of a cycle, in their order."""
+    """The two stages of DPS: Stage I and Stage II of Zhang et al. (NeurIPS 2022, arXiv:2211.01642), section 3."""
 
     ACCUMULATE = "accumulate"
     SUBNETWORK = "subnetwork"
 
 
 @dataclass(frozen=True)
-class Position:
-    """Where in the timetable a step lies.
+class Phase:
+    """What happens in each of a stretch of steps.
 
     Attributes:
-        cycle: Number of the cycle, counted from 1.
-        stage: Stage of the cycle.
-        step_in_stage: Number of the step within its stage, counted from 1.
+        stage: What the status calls it.
+        gathers: Whether evidence is gathered from the gradients.
+        masked: Whether a mask holds, which is selected when the phase begins.
     """
 
-    cycle: int
     stage: Stage
-    step_in_stage: int
+    gathers: bool
+    masked: bool
+
+
+ACCUMULATE = Phase(Stage.ACCUMULATE, gathers=True, masked=False)
+SUBNETWORK = Phase(Stage.SUBNETWORK, gathers=False, masked=True)
 
 
 @dataclass(frozen=True)
-class StageSchedule:
-    """Alternates two stages of equal length: step t is in ACCUMULATE iff ((t - 1) // stage_steps) is even.
-
-    The stages are Stage I and Stage II of Zhang et al., "Fine-Tuning Pre-Trained Language Models Effectively by
-    Optimizing Subnetworks Adaptively" (NeurIPS 2022, arXiv:2211.01642), section 3.
+class Position:
+    """Where in a schedule a step lies.
 
     Attributes:
-        stage_steps: Length of one stage, in applied optimizer steps.
+        number: Number of the phase, counted from 0. With another number another phase begins.
+        phase: The phase.
+        step: Number of the step in the phase, counted from 1.
+        length: Steps of the phase; None where it lasts until training ends.
+        cycle: Number of the cycle, counted from 1.
     """
 
-    stage_steps: int
+    number: int
+    phase: Phase
+    step: int
+    length: int | None
+    cycle: int = 1
 
-    def __post_init__(self) -> None:
-        if self.stage_steps < 1:
-            raise ConfigError(f"`stage_steps` must be at least 1 step, got {self.stage_steps}.")
+    @property
+    def is_last(self) -> bool:
+        """Whether the step is the last one of its phase."""
+        return self.step == self.length
 
-    @classmethod
-    def resolve(cls, stage_steps: int | float, total_steps: int | None) -> StageSchedule:
-        """Build the schedule from a stage length given in steps or as a fraction of all steps.
 
-        Args:
-            stage_steps: Steps if an int; a fraction of `total_steps` in (0, 1) if a float, which gives
-                max(1, int(total_steps * stage_steps)) steps.
-            total_steps: Number of optimizer steps of the whole training. Only a fraction needs it.
-
-        Returns:
-            The schedule, in steps.
-
-        Raises:
-            ConfigError: If the stage length is out of range, or if the first stage would fill the whole training, so
-                that no subnetwork would ever be selected.
-            ScheduleError: If a fraction meets an unknown total.
-        """
-        if isinstance(stage_steps, float):
-            if not 0.0 < stage_steps < 1.0:
-                raise ConfigError(f"`stage_steps` as a fraction of all steps must be in (0, 1), got {stage_steps}.")
-            if total_steps is None:
-                raise ScheduleError(
-                    f"`stage_steps={stage_steps}` is a fraction of all training steps, and their number is unknown. "
-                    "Either set `DPSConfig(total_steps=...)`, or give `stage_steps` as an int, in steps, or call "
-                    "`model.set_dps_total_steps(...)` before the first step. (The HF Trainer does that by itself.)"
-                )
-            stage_steps = max(1, int(total_steps * stage_steps))
-        if total_steps is not None and stage_steps >= total_steps:
-            raise ConfigError(
-                f"`stage_steps` is {stage_steps} of only {total_steps} training steps, so training ends before a "
-                "subnetwork is selected. Use a smaller `stage_steps`, or train for more steps."
-            )
-        return cls(stage_steps)
+class Schedule:
+    """Tells the phase of each step. A subclass says `at`, and is a frozen dataclass if it has settings of its own."""
 
     def at(self, step: int) -> Position:
-        """Return the position of an optimizer step.
+        """Return the position of an optimizer step, counted from 1."""
+        raise NotImplementedError
+
+    def resolve(self, total_steps: int | None) -> Schedule:
+        """Return the schedule of a training of so many steps.
 
         Args:
-            step: Number of the step, counted from 1.
+            total_steps: Optimizer steps of the whole training; None where they are unknown.
 
         Raises:
-            ConfigError: If the step is smaller than 1.
+            ScheduleError: If they are unknown and have to be known.
+            ConfigError: If training would end before a mask is selected.
         """
-        if step < 1:
-            raise ConfigError(f"`step` is counted from 1, got {step}.")
-        stages_done, steps_into_stage = divmod(step - 1, self.stage_steps)
-        stage = Stage.ACCUMULATE if stages_done % 2 == 0 else Stage.SUBNETWORK
-        return Position(cycle=stages_done // 2 + 1, stage=stage, step_in_stage=steps_into_stage + 1)
+        return self
+
+    def state(self) -> dict[str, Any]:
+        """Return the settings, once resolved, in plain values."""
+        return dict(vars(self))
+
+    def load(self, state: dict[str, Any]) -> Schedule:
+        """Return the schedule with settings that `state` returned."""
+        own: Any = self
+        return dataclasses.replace(own, **state) if state else self
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """What a configuration says about the length of phases.
+
+    Attributes:
+        stage_steps: Length of a stage: optimizer steps if an int, a fraction of all steps if a float.
+        score_steps: Steps of scoring before a subnetwork is selected once.
+    """
+
+    stage_steps: int | float = 0.05
+    score_steps: int = 8
+
+
+SCHEDULES: Registry[Any] = Registry("schedule")
+
+
+@SCHEDULES.register("cycle")
+def _cycle(settings: ScheduleSettings) -> Schedule:
+    return Cycle(settings.stage_steps)
+
+
+@SCHEDULES.register("once")
+def _once(settings: ScheduleSettings) -> Schedule:
+    return Once(settings.score_steps)
+
+
+@dataclass(frozen=True)
+class Cycle(Schedule):
+    """Alternates two stages of equal length: step t is in ACCUMULATE iff ((t - 1) // stage_steps) is even.
+
+    Attributes:
+        stage_steps: Length of a stage: optimizer steps if an int; a fraction of all steps in (0, 1) if a float, which
+            stands for max(1, int(total_steps * stage_steps)) steps.
+    """
+
+    stage_steps: int | float
+
+    def __post_init__(self) -> None:
+        _require_number("stage_steps", self.stage_steps, 1)
+
+    def resolve(self, total_steps: int | None) -> Cycle:
+        """Return the schedule with its stages in steps; see `Schedule.resolve`."""
+        steps = self.stage_steps
+        if isinstance(steps, float):
+            if total_steps is None:
+                raise ScheduleError(
+                    f"`stage_steps={steps}` is a fraction of all training steps, and their number is unknown. Either "
+                    "set `DPSConfig(total_steps=...)`, or give `stage_steps` as an int, in steps, or call "
+                    "`model.set_dps_total_steps(...)` before the first step. (The HF Trainer does that by itself.)"
+                )
+            steps = max(1, int(total_steps * steps))
+        _require_selection("stage_steps", steps, total_steps)
+        return Cycle(steps)
+
+    def at(self, step: int) -> Position:
+        """Return the position of an optimizer step; see `Schedule.at`."""
+        length = int(self.stage_steps)
+        stages_done, steps_into_stage = divmod(_counted(step) - 1, length)
+        phase = ACCUMULATE if stages_done % 2 == 0 else SUBNETWORK
+        return Position(stages_done, phase, steps_into_stage + 1, length, stages_done // 2 + 1)
+
+
+@dataclass(frozen=True)
+class Once(Schedule):
+    """Gathers evidence for some steps, selects, and keeps the mask until training ends.
+
+    Attributes:
+        score_steps: Steps of scoring; 0 where evidence is gathered from batches before training.
+    """
+
+    score_steps: int
+
+    def __post_init__(self) -> None:
+        if type(self.score_steps) is not int or self.score_steps < 0:
+            raise ConfigError(f"`score_steps` must be an integer of at least 0, got {self.score_steps!r}.")
+
+    def resolve(self, total_steps: int | None) -> Once:
+        """Check that something is left to train; see `Schedule.resolve`."""
+        _require_selection("score_steps", self.score_steps, total_steps)
+        return self
+
+    def at(self, step: int) -> Position:
+        """Return the position of an optimizer step; see `Schedule.at`."""
+        if _counted(step) <= self.score_steps:
+            return Position(0, ACCUMULATE, step, self.score_steps)
+        return Position(1, SUBNETWORK, step - self.score_steps, None)
+
+
+def _require_number(name: str, steps: Any, at_least: int) -> None:
+    if isinstance(steps, bool) or not isinstance(steps, (int, float)):
+        raise ConfigError(f"`{name}` must be an int (steps) or a float (fraction), got {steps!r}.")
+    if isinstance(steps, int) and steps < at_least:
+        raise ConfigError(f"`{name}` as a number of steps must be at least {at_least}, got {steps}.")
+    if isinstance(steps, float) and not 0.0 < steps < 1.0:
+        raise ConfigError(f"`{name}` as a fraction of all steps must be in (0, 1), got {steps}. Use an int for steps.")
+
+
+def _require_selection(name: str, steps: int, total_steps: int | None) -> None:
+    if total_steps is not None and steps >= total_steps:
+        raise ConfigError(
+            f"`{name}` is {steps} of only {total_steps} training steps, so training ends before a subnetwork is "
+            f"selected. Use a smaller `{name}`, or train for more steps."
+        )
+
+
+def _counted(step: int) -> int:
+    if step < 1:
+        raise ConfigError(f"`step` is counted from 1, got {step}.")
+    return step

@@ -12,8 +12,7 @@ from typing import Protocol
 
 import torch
 
-from peft_dps.errors import ScoreError
-from peft_dps.selection.topk import DIGIT_BITS, digit_histogram, mask_above, selected_count, sortable_key
+from peft_dps.selection.topk import DIGIT_BITS, SortableScores, digit_histogram, mask_above
 
 WEIGHTS_AT_ONCE = 64  # 32 MiB of local histograms
 _HALF = 1 << (DIGIT_BITS // 2)
@@ -31,66 +30,49 @@ class CountingRanks(Protocol):
         """Collect a tensor from each process as `[size, *shape]`."""
 
 
-def check_scores(scores: Sequence[torch.Tensor]) -> None:
-    """Check one process's scores, before all processes rank them together.
-
-    Args:
-        scores: This process's scores, of any shapes.
-
-    Raises:
-        ScoreError: If a score is NaN or negative, or the dtypes differ or cannot be ranked.
-    """
-    for tensor in scores:
-        sortable_key(tensor)
-    dtypes = {tensor.dtype for tensor in scores}
-    if len(dtypes) > 1:
-        raise ScoreError(f"Scores ranked together must have one dtype, got {', '.join(sorted(map(str, dtypes)))}.")
-
-
 def select_sharded(
-    scores: Sequence[torch.Tensor], entries: Sequence[int], density: float, ranks: CountingRanks, *, together: bool
+    scores: Sequence[SortableScores], problems: Sequence[Sequence[int]], counts: Sequence[int], ranks: CountingRanks
 ) -> tuple[list[torch.Tensor], list[int]]:
-    """Select the ceil(n * density) best-scored entries of weights of which each process holds a part.
+    """Select the best-scored entries of weights of which each process holds a part.
 
-    All processes have to call it with the same weights, after `check_scores` has passed on all of them. Ties are
-    broken as on one process: by the order of the weights, then by the index in the whole weight.
+    All processes have to call it with the same weights. Ties are broken as on one process: by the order of the
+    weights, then by the index in the whole weight.
 
     Args:
         scores: This process's scores of each weight, possibly none; all of one dtype.
-        entries: Number of entries of each whole weight.
-        density: Fraction to select, in (0, 1].
+        problems: Which weights are ranked together, by their indices: each in one problem.
+        counts: How many entries to select in each problem.
         ranks: The processes.
-        together: Whether the best are chosen over all weights instead of within each.
 
     Returns:
         One bool mask per weight, True where selected, in the shape of its scores; and how many entries of each whole
         weight are selected.
     """
-    keys = [sortable_key(tensor) for tensor in scores]
+    keys = [each.bits for each in scores]
     if not keys:
         return [], []
-    problems = [list(range(len(keys)))] if together else [[index] for index in range(len(keys))]
-    counts = [selected_count(sum(entries[index] for index in problem), density) for problem in problems]
     thresholds, wanted, equal = _find_thresholds([[keys[index] for index in p] for p in problems], counts, ranks)
     tied = [many < all_of_them for many, all_of_them in zip(wanted, equal, strict=True)]
     own_ties = _share_ties(keys, problems, thresholds, wanted, tied, ranks) if any(tied) else [0] * len(keys)
-    masks: list[torch.Tensor] = []
+    masks: dict[int, torch.Tensor] = {}
     for problem, threshold, is_tied in zip(problems, thresholds, tied, strict=True):
         for index in problem:
             mask, _ = mask_above(keys[index], threshold if is_tied else threshold - 1, own_ties[index])
-            masks.append(mask.view(scores[index].shape))
-    if not together:
-        return masks, counts
-    own = torch.stack([mask.count_nonzero() for mask in masks])
-    return masks, [int(count) for count in ranks.sum(own).tolist()]
+            masks[index] = mask.view(scores[index].shape)
+    in_order = [masks[index] for index in range(len(keys))]
+    if all(len(problem) == 1 for problem in problems):
+        many = {problem[0]: count for problem, count in zip(problems, counts, strict=True)}
+        return in_order, [many[index] for index in range(len(keys))]
+    own = torch.stack([mask.count_nonzero() for mask in in_order])
+    return in_order, [int(count) for count in ranks.sum(own).tolist()]
 
 
 def _find_thresholds(
-    problems: list[list[torch.Tensor]], counts: list[int], ranks: CountingRanks
+    problems: list[list[torch.Tensor]], counts: Sequence[int], ranks: CountingRanks
 ) -> tuple[list[int], list[int], list[int]]:
     """Find, per problem, its threshold, how many keys equal to it are wanted, and how many there are."""
     device = problems[0][0].device
-    remaining = torch.tensor(counts, device=device)
+    remaining = torch.tensor(list(counts), device=device)
     equal, every = torch.zeros_like(remaining), torch.arange(len(problems), device=device)
     prefixes = [0] * len(problems)
     for shift in range(problems[0][0].element_size() * 8 - DIGIT_BITS, -1, -DIGIT_BITS):
@@ -118,7 +100,7 @@ def _descend(histograms: torch.Tensor, remaining: torch.Tensor) -> tuple[torch.T
 
 def _share_ties(
     keys: list[torch.Tensor],
-    problems: list[list[int]],
+    problems: Sequence[Sequence[int]],
     thresholds: list[int],
     wanted: list[int],
     tied: list[bool],

@@ -1,19 +1,20 @@
-"""Scores, density -> masks with an exact number of selected entries, in linear time.
+"""Scores, a count -> masks with exactly as many selected entries, in linear time.
 
 The scores are non-negative floats, and those sort like their bits read as integers. The k-th best score is therefore
 found digit by digit, from the histograms of 16 bits at a time: two passes for fp32, no sort, no copy of contiguous
 scores. Histograms add up, so scores on several devices are ranked together, and on several processes
-(`sharded_selection`).
+(`sharded_topk`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from peft_dps.errors import ConfigError, ScoreError
+from peft_dps.errors import ScoreError
 from peft_dps.tensors.scratch import scratch
 
 DIGIT_BITS = 16
@@ -29,85 +30,113 @@ _CPU_CHUNK = 1 << 18
 _DEVICE_CHUNK = 1 << 24
 
 
-def selected_count(entries: int, density: float) -> int:
-    """Return how many of `entries` a subnetwork of this density holds: ceil(entries * density).
+@dataclass(frozen=True)
+class SortableScores:
+    """Scores as integers that sort like them.
 
-    Args:
-        entries: Number of entries, at least 0.
-        density: Fraction to select, in (0, 1].
+    Attributes:
+        bits: The bits of the scores, flat.
+        shape: Shape of the scores.
+        dtype: Their dtype.
+        highest: The highest of `bits`; -1 if there are none.
+    """
+
+    bits: torch.Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    highest: int
+
+    @classmethod
+    def of(cls, scores: torch.Tensor) -> SortableScores:
+        """Make scores sortable.
+
+        Args:
+            scores: Scores of any shape, in fp16, bf16, fp32 or fp64; +inf is allowed and is the best.
+
+        Raises:
+            ScoreError: If a score is NaN or negative, or the dtype is none of these.
+        """
+        if scores.dtype not in _KEY_DTYPES:
+            raise ScoreError(f"Scores must be fp16, bf16, fp32 or fp64, got {scores.dtype}.")
+        flat = scores.detach().reshape(-1)
+        bits = flat.view(_KEY_DTYPES[flat.dtype])
+        if bits.numel() == 0:
+            return cls(bits, scores.shape, scores.dtype, -1)
+        lowest, highest = (int(bound) for bound in torch.aminmax(bits))
+        infinity = int(torch.tensor(math.inf, dtype=flat.dtype).view(bits.dtype))
+        if lowest >= 0 and highest <= infinity:
+            return cls(bits, scores.shape, scores.dtype, highest)
+        if torch.isnan(flat).any():
+            many = int(torch.isnan(flat).sum())
+            raise ScoreError(f"{many} of {flat.numel()} scores are NaN; no entry can be ranked.")
+        if (flat < 0).any():
+            raise ScoreError(f"Scores must not be negative, got {float(flat.min())}.")
+        # Only -0.0 is left, whose bits are a negative integer.
+        return cls(bits.clamp(min=0), scores.shape, scores.dtype, max(highest, 0))
+
+
+def check_one_dtype(scores: Sequence[SortableScores]) -> None:
+    """Check that scores can be ranked together.
 
     Raises:
-        ConfigError: If the density is out of range.
+        ScoreError: If their dtypes differ.
     """
-    if not 0.0 < density <= 1.0:
-        raise ConfigError(f"`density` must be in (0, 1], got {density}.")
-    return min(entries, math.ceil(entries * density))
+    dtypes = {each.dtype for each in scores}
+    if len(dtypes) > 1:
+        raise ScoreError(f"Scores ranked together must have one dtype, got {', '.join(sorted(map(str, dtypes)))}.")
 
 
-def select(scores: torch.Tensor, density: float) -> torch.Tensor:
-    """Select the ceil(n * density) best-scored of the n entries of one weight.
+def select(scores: Sequence[SortableScores], count: int) -> list[torch.Tensor]:
+    """Select the `count` best-scored entries of one or several weights together.
 
     Args:
-        scores: Scores of any shape and of fp16, bf16, fp32 or fp64; +inf is allowed and is the best.
-        density: Fraction to select, in (0, 1].
-
-    Returns:
-        A bool mask of the shape of `scores`, True where selected. Ties are broken by row-major index: the first wins.
-
-    Raises:
-        ConfigError: If the density is out of range.
-        ScoreError: If a score is NaN or negative, or the dtype is none of these.
-    """
-    return select_across([scores], density)[0]
-
-
-def select_across(scores: Sequence[torch.Tensor], density: float) -> list[torch.Tensor]:
-    """Select the ceil(n * density) best-scored of the n entries of several weights together.
-
-    Args:
-        scores: Scores of each weight, of any shapes, of one dtype (fp16, bf16, fp32 or fp64), on any devices.
-        density: Fraction of all entries to select, in (0, 1].
+        scores: Scores of each weight, of one dtype, on any devices.
+        count: How many to select, at most as many as there are.
 
     Returns:
         One bool mask per weight, True where selected. Ties are broken by the order of the weights, then by row-major
         index: the first wins.
 
     Raises:
-        ConfigError: If the density is out of range.
-        ScoreError: If a score is NaN or negative, or the dtypes differ or are none of these.
+        ScoreError: If the dtypes differ.
     """
-    dtypes = {tensor.dtype for tensor in scores}
-    if len(dtypes) > 1:
-        raise ScoreError(f"Scores ranked together must have one dtype, got {', '.join(sorted(map(str, dtypes)))}.")
-    keys = [sortable_key(tensor) for tensor in scores]
-    count = selected_count(sum(key.numel() for key in keys), density)
+    check_one_dtype(scores)
     if count == 0:
-        return [torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device) for tensor in scores]
-    threshold, ties = _find_threshold(keys, count)
+        return [torch.zeros(each.shape, dtype=torch.bool, device=each.bits.device) for each in scores]
+    threshold, ties = _find_threshold([each.bits for each in scores], count)
     masks = []
-    for tensor, key in zip(scores, keys, strict=True):
-        mask, ties = mask_above(key, threshold, ties)
-        masks.append(mask.view(tensor.shape))
+    for each in scores:
+        mask, ties = mask_above(each.bits, threshold, ties)
+        masks.append(mask.view(each.shape))
     return masks
 
 
-def sortable_key(scores: torch.Tensor) -> torch.Tensor:
-    """Return the bits of the scores as a flat integer tensor that sorts like the scores."""
-    if scores.dtype not in _KEY_DTYPES:
-        raise ScoreError(f"Scores must be fp16, bf16, fp32 or fp64, got {scores.dtype}.")
-    flat = scores.detach().reshape(-1)
-    key = flat.view(_KEY_DTYPES[flat.dtype])
-    if key.numel() == 0:
-        return key
-    lowest, highest = (int(bound) for bound in torch.aminmax(key))
-    infinity = int(torch.tensor(math.inf, dtype=flat.dtype).view(key.dtype))
-    if lowest >= 0 and highest <= infinity:
-        return key
-    if torch.isnan(flat).any():
-        raise ScoreError(f"{int(torch.isnan(flat).sum())} of {flat.numel()} scores are NaN; no entry can be ranked.")
-    if (flat < 0).any():
-        raise ScoreError(f"Scores must not be negative, got {float(flat.min())}.")
-    return key.clamp(min=0)  # only -0.0 is left, whose bits are a negative integer
+def select_within(scores: Sequence[SortableScores], costs: Sequence[int], limit: float) -> list[torch.Tensor]:
+    """Select the best-scored, from the best on, until what they cost together reaches a limit.
+
+    Args:
+        scores: Few scores each, of one dtype, on any devices.
+        costs: What one of each costs.
+        limit: What is to be reached.
+
+    Returns:
+        One bool mask for each, True where selected; ties as in `select`.
+
+    Raises:
+        ScoreError: If the dtypes differ.
+    """
+    check_one_dtype(scores)
+    if len(set(costs)) == 1:
+        most = sum(each.bits.numel() for each in scores)
+        return select(scores, min(most, math.ceil(limit / costs[0])))
+    bits = torch.cat([each.bits.cpu() for each in scores])
+    cost = torch.cat([torch.full_like(each.bits, one, device="cpu") for each, one in zip(scores, costs, strict=True)])
+    order = bits.sort(descending=True, stable=True).indices
+    before = cost[order].cumsum(0) - cost[order]  # what the better ones cost
+    chosen = torch.zeros(len(bits), dtype=torch.bool)
+    chosen[order[before < limit]] = True
+    parts = chosen.split([each.bits.numel() for each in scores])
+    return [part.view(each.shape).to(each.bits.device) for part, each in zip(parts, scores, strict=True)]
 
 
 def _find_threshold(keys: Sequence[torch.Tensor], count: int) -> tuple[int, int]:

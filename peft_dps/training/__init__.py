@@ -1,0 +1,1 @@
+"""Drives a recipe: optimizer hooks, clock, scoring, selecting, guards, status."""

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from peft_dps.errors import EngineError
-from peft_dps.masking.frozen_bits import frozen_checksum
+from peft_dps.masking.frozen_bits import checksum
 from peft_dps.tensors.shards import Ranks
-from peft_dps.training.weight import TrackedWeight
+from peft_dps.training.weight import TargetWeight
 
 VARIABLE = "PEFT_DPS_CHECK_RANKS"
 
@@ -23,7 +23,7 @@ def is_wanted() -> bool:
 
 
 @torch.no_grad()
-def check_agreement(adapter: str, clock: Sequence[int], weights: Sequence[TrackedWeight]) -> None:
+def check_agreement(adapter: str, clock: Sequence[int], weights: Sequence[TargetWeight]) -> None:
     """Compare steps, masks and weights over all processes, which all have to call it. Alone it does nothing.
 
     Of sharded weights, processes that hold the same rows are compared (the replicas of HSDP).
@@ -54,13 +54,12 @@ def check_agreement(adapter: str, clock: Sequence[int], weights: Sequence[Tracke
                     _refuse(adapter, f"{what} of {weight.name!r}", holders, values)
 
 
-def _facts(weight: TrackedWeight) -> torch.Tensor:
+def _facts(weight: TargetWeight) -> torch.Tensor:
     """Return the first row here, the number of rows, and checksums of the mask and of the bits of the weight."""
     own, sharding = weight.weight, weight.sharding
-    nothing = torch.zeros(own.shape, dtype=torch.int8, device=own.device)
-    mask = 0 if weight.mask is None else int(frozen_checksum(weight.mask.keep.to(own.device), nothing))
+    mask = 0 if weight.frozen is None else checksum(weight.frozen.mask.keep)
     first = 0 if sharding is None else sharding.first
-    return torch.tensor([first, own.shape[0], mask, int(frozen_checksum(own, nothing))])
+    return torch.tensor([first, own.shape[0], mask, checksum(own)])
 
 
 def _compare(adapter: str, what: str, world: Ranks, values: torch.Tensor) -> None:

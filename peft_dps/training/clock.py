@@ -1,13 +1,14 @@
-"""The clock of one adapter: which step of which stage it is, and which steps were scored."""
+"""The clock of one adapter: which step of which phase it is, and which steps were scored."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from peft_dps.tuner.config import DPSConfig
-from peft_dps.selection.schedule import Position, Stage, StageSchedule
+from peft_dps.errors import ConfigError
+from peft_dps.selection.schedule import Phase, Position, Schedule
+from peft_dps.tensors.state import SavedState
 
 logger = logging.getLogger(__name__)
 
@@ -17,80 +18,77 @@ class Clock:
 
     Args:
         adapter: Name of the adapter.
-        config: Its configuration.
+        schedule: Its schedule.
+        total_steps: Number of optimizer steps of the training, if known.
+
+    Attributes:
+        step: Steps so far.
+        position: Where in the schedule the latest one lies; None before the first.
+        entered: Number of the phase that has begun; it may be that of the coming step.
+        scored_steps: Steps of the phase that were scored.
+        unscored_steps: Steps of the training that were not, since their gradients were not finite.
+        calls: Optimizer steps seen, also those that were skipped or joined another one.
     """
 
-    def __init__(self, adapter: str, config: DPSConfig) -> None:
+    def __init__(self, adapter: str, schedule: Schedule, total_steps: int | None) -> None:
         self.adapter = adapter
-        self.config = config
-        self.restart(config.total_steps)
-
-    def restart(self, total_steps: int | None) -> None:
-        """Count from 0 again.
-
-        Args:
-            total_steps: Number of optimizer steps of the training, if known.
-        """
+        self.schedule = schedule
         self.total_steps = total_steps
         self.step = 0
+        self.position: Position | None = None
+        self.entered: int | None = None
         self.scored_steps = 0
         self.unscored_steps = 0
-        self.loaded_after: int | None = None  # the step after which the adapter's weights were loaded
-        self.position: Position | None = None
-        self._schedule: StageSchedule | None = None
-        self._entered: Stage | None = None
+        self.calls = 0
+        self._resolved: Schedule | None = None
         self._in_round: set[str] = set()
         self._counted: set[bool] = set()  # whether this step was scored, by each of its optimizers
 
     @property
-    def stage(self) -> Stage | None:
-        """Stage of the latest step; None before the first."""
-        return None if self.position is None else self.position.stage
+    def resolved(self) -> Schedule:
+        """The schedule, with its lengths in steps."""
+        self._resolved = self._resolved or self.schedule.resolve(self.total_steps)
+        return self._resolved
 
     @property
-    def stage_is_over(self) -> bool:
-        """Whether the latest step was the last one of its stage."""
-        schedule, position = self._schedule, self.position
-        return schedule is not None and position is not None and position.step_in_stage == schedule.stage_steps
+    def is_resolved(self) -> bool:
+        """Whether the lengths of phases are known already."""
+        return self._resolved is not None
+
+    def coming(self) -> Position:
+        """Return the position of the coming step."""
+        return self.resolved.at(self.step + 1)
 
     @property
-    def schedule(self) -> StageSchedule | None:
-        """The timetable; None before the first step."""
-        return self._schedule
+    def phase_is_over(self) -> bool:
+        """Whether the latest step was the last one of its phase."""
+        return self.position is not None and self.position.is_last
 
     @property
-    def progress(self) -> dict[str, Any]:
-        """How far the training is, in plain values: all that an exact resume needs but for what the weights hold."""
-        return {
-            "step": self.step,
-            "total_steps": self.total_steps,
-            "stage_steps": None if self._schedule is None else self._schedule.stage_steps,
-            "entered": None if self._entered is None else self._entered.value,
-            "scored_steps": self.scored_steps,
-            "unscored_steps": self.unscored_steps,
-            "in_round": sorted(self._in_round),
-        }
+    def entered_phase(self) -> Phase | None:
+        """The phase that has begun; None before any has."""
+        if self.entered is None:
+            return None
+        coming = self.coming()
+        at = coming if self.position is None or coming.number == self.entered else self.position
+        return at.phase
 
-    def resume(self, progress: Mapping[str, Any]) -> None:
-        """Go on where another training was; what its weights held is given to them afterwards.
-
-        Args:
-            progress: What `progress` was there.
-        """
-        self.restart(progress["total_steps"])
-        self.step = progress["step"]
-        self.scored_steps, self.unscored_steps = progress["scored_steps"], progress["unscored_steps"]
-        self._in_round = set(progress["in_round"])
-        self._entered = None if progress["entered"] is None else Stage(progress["entered"])
-        if progress["stage_steps"] is not None:
-            self._schedule = StageSchedule(progress["stage_steps"])
-            self.position = self._schedule.at(self.step) if self.step > 0 else None
-
-    def _joins(self, names: Iterable[str]) -> bool:
+    def joins(self, names: Iterable[str]) -> bool:
         """Tell whether a call with the weights of these names belongs to the latest step, and begins no new one."""
         return bool(self._in_round) and self._in_round.isdisjoint(names)
 
-    def _count_scored(self, scored: bool) -> None:
+    def join(self, names: set[str]) -> None:
+        """Take note that the weights of these names belong to the latest step."""
+        self._in_round |= names
+
+    def begin_step(self, position: Position, names: set[str]) -> None:
+        """Count a step, of which the weights of these names are the first."""
+        self.position = position
+        self.step += 1
+        self._in_round = names
+        self._counted = set()
+
+    def count_scored(self, scored: bool) -> None:
         """Count a step once, however many optimizers take part in it."""
         if scored in self._counted:
             return
@@ -105,6 +103,59 @@ class Clock:
             self.step,
         )
 
-    def _timetable(self) -> StageSchedule:
-        self._schedule = self._schedule or StageSchedule.resolve(self.config.stage_steps, self.total_steps)
-        return self._schedule
+    def state(self) -> dict[str, Any]:
+        """Return how far the training is, in plain values."""
+        return {
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "schedule": None if self._resolved is None else self._resolved.state(),
+            "entered": self.entered,
+            "scored_steps": self.scored_steps,
+            "unscored_steps": self.unscored_steps,
+            "in_round": sorted(self._in_round),
+        }
+
+    def read(self, saved: SavedState, names: set[str]) -> Clock:
+        """Return the clock of a training that goes on where another was.
+
+        Args:
+            saved: What `state` returned there.
+            names: Names of the adapter's weights.
+
+        Raises:
+            StateError: If it makes no sense.
+        """
+        before = saved.number("total_steps", at_least=2, optional=True)
+        clock = Clock(self.adapter, self.schedule, self.total_steps or before)
+        clock.step = saved.number("step")
+        clock.scored_steps, clock.unscored_steps = saved.number("scored_steps"), saved.number("unscored_steps")
+        clock._in_round = set(saved.names("in_round"))
+        clock.entered = saved.number("entered", optional=True)
+        lengths = saved.plain("schedule", optional=True)
+        if not clock._in_round <= names:
+            raise saved.damaged(f"`in_round` names {sorted(clock._in_round - names)}, which are no weights of it")
+        if lengths is not None:
+            try:
+                clock._resolved = self.schedule.load(lengths).resolve(None)
+            except (ConfigError, TypeError) as error:
+                raise saved.damaged(f"`schedule` is {lengths!r} ({error})") from error
+            clock.position = clock._resolved.at(clock.step) if clock.step else None
+        possible: set[int | None] = {None} if clock.step == 0 else set()
+        if clock._resolved is not None:
+            around = [clock.position, clock.coming()]
+            possible |= {position.number for position in around if position is not None}
+        if clock.entered not in possible:
+            raise saved.damaged(f"`entered` is {clock.entered!r} at step {clock.step}, where it is one of {possible}")
+        if clock.scored_steps > clock.step and clock.step:
+            raise saved.damaged(f"`scored_steps` is {clock.scored_steps} at step {clock.step}")
+        if self.total_steps and before and before != self.total_steps:
+            logger.warning(
+                "Adapter %r: the training was to have %d steps when its state was saved, and now has %d. It goes on "
+                "from step %d, with its scores and masks, and its phases stay as long as they were (%s).",
+                self.adapter,
+                before,
+                self.total_steps,
+                clock.step,
+                lengths,
+            )
+        return clock

@@ -1,4 +1,4 @@
-"""The weights of one adapter, the stage they are in, and what that stage knows of them: scores, or masks."""
+"""Drives the recipe of one adapter: evidence in some phases, a selection where one begins, masks in others."""
 
 from __future__ import annotations
 
@@ -10,65 +10,82 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import Optimizer
 
-from peft_dps.training import agreement
-from peft_dps.training.canary import Canary
-from peft_dps.training.clock import Clock
-from peft_dps.tuner.config import DPSConfig
-from peft_dps.masking.effective import EffectiveWeight
-from peft_dps.errors import EngineError
-from peft_dps.training.gathering import check_gathered, gather
-from peft_dps.tuner.layers.layer import DPSLayer
-from peft_dps.masking.noise import ColumnNoise
-from peft_dps.training.ranking import check_dtypes
+from peft_dps.errors import ConfigError, EngineError
+from peft_dps.masking.effective import EffectiveWeight, refuse_transforms
+from peft_dps.masking.storage import Storage
+from peft_dps.recipes import Recipe
 from peft_dps.selection.schedule import Position, Stage
-from peft_dps.selection.scores import find_score
 from peft_dps.tensors.shards import distinct, together
-from peft_dps.training.switch import select_subnetwork
-from peft_dps.training.weight import TrackedWeight
+from peft_dps.training import agreement
+from peft_dps.training.clock import Clock
+from peft_dps.training.guards import EngineGuard, check_observed
+from peft_dps.training.layer import TargetLayer
+from peft_dps.training.resume import settled
+from peft_dps.training.scoring import check_dtypes, check_gathered, gather
+from peft_dps.training.selecting import Selector
+from peft_dps.training.weight import TargetWeight
 
 logger = logging.getLogger(__name__)
 
 
-class Subnetwork(Clock):
-    """Drives the stages of one adapter: scores in ACCUMULATE, selection at the switch, masks in SUBNETWORK.
+class Controller:
+    """Drives the recipe of one adapter.
 
-    It counts steps only when told to by the bridge, and touches weights and gradients only then.
+    It counts steps only when told to by the hooks, and touches weights and gradients only then.
 
     Args:
         adapter: Name of the adapter.
-        config: Its configuration.
+        recipe: The method.
+        total_steps: Number of optimizer steps of the training, if known.
+
+    Attributes:
+        weights: The weights of the adapter.
+        planned_steps: Number of optimizer steps that the configuration says.
+        clock: How far the training is.
+        at_rest: Whether it is a copy that a Trainer leaves alone, such as TRL's reference: it gets no noise.
     """
 
-    alive: ClassVar[weakref.WeakSet[Subnetwork]] = weakref.WeakSet()
+    alive: ClassVar[weakref.WeakSet[Controller]] = weakref.WeakSet()
     generation: ClassVar[int] = 0  # goes on whenever a weight is tracked anew or forgotten, anywhere
 
-    def __init__(self, adapter: str, config: DPSConfig) -> None:
-        self.at_rest = False  # a copy that a Trainer leaves alone, such as TRL's reference: Mix adds no noise to it
-        self.weights: list[TrackedWeight] = []
-        super().__init__(adapter, config)
+    def __init__(self, adapter: str, recipe: Recipe, total_steps: int | None = None) -> None:
+        self.adapter = adapter
+        self.recipe = recipe
+        self.planned_steps = total_steps
+        self.at_rest = False
+        self.weights: list[TargetWeight] = []
+        self.restart(total_steps)
         self._announce()
 
     def restart(self, total_steps: int | None) -> None:
-        """Forget scores, masks and steps, and begin a new training.
+        """Forget evidence, masks and steps, and begin a new training.
 
         Args:
             total_steps: Number of optimizer steps of that training, if known.
         """
-        super().restart(total_steps)
-        self.calls = 0
-        self._prepared_for: int | None = None
-        self._warned = False  # of steps without a training forward
-        self._noise: ColumnNoise | None = None
-        self._by_layer: dict[int, TrackedWeight] = {}
-        self._canary = Canary()
+        self.loaded_after: int | None = None  # the step after which the adapter's weights were loaded
+        self.take_clock(Clock(self.adapter, self.recipe.schedule, total_steps))
         for weight in self.weights:
             weight.restart()
 
+    def take_clock(self, clock: Clock) -> None:
+        """Go on from where a clock is.
+
+        Args:
+            clock: The clock.
+        """
+        self.clock = clock
+        self._prepared: Position | None = None  # position of the step that training forwards were prepared for
+        self._prepared_for: int | None = None
+        self._warned = False  # of steps without a training forward
+        self._by_layer: dict[int, TargetWeight] = {}
+        self._guard = EngineGuard()
+
     def __getstate__(self) -> dict[str, Any]:
         weights = self.weights
-        if self.stage_is_over:  # a copy may be asked for its subnetwork before its optimizer makes itself known
-            weights = [weight.with_scores() for weight in weights]
-        return {**self.__dict__, "weights": weights, "_canary": Canary(), "_by_layer": {}}
+        if self.clock.phase_is_over:  # a copy may be asked for its subnetwork before its optimizer makes itself known
+            weights = [settled(weight) for weight in weights]
+        return {**self.__dict__, "weights": weights, "_guard": EngineGuard(), "_by_layer": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -76,81 +93,85 @@ class Subnetwork(Clock):
 
     def _announce(self) -> None:
         self.alive.add(self)
-        Subnetwork.generation += 1
+        Controller.generation += 1
 
-    def track(self, name: str, layer: DPSLayer) -> None:
+    def track(self, name: str, layer: TargetLayer) -> None:
         """Add the adapter's weight of a layer.
 
         Args:
             name: Path of the layer in the base model.
-            layer: The layer, whose copy of this adapter exists already.
+            layer: The layer, whose weight of this adapter exists already.
         """
-        self.weights.append(TrackedWeight(name, layer, self.adapter, self, self.config.score_dtype))
+        self.weights.append(TargetWeight(name, layer, self.adapter, self, self.recipe))
         self._announce()
 
     @property
-    def is_mix(self) -> bool:
-        """Whether training forwards use effective weights."""
-        return self.config.is_mix
+    def existing(self) -> list[TargetWeight]:
+        """The weights that still exist."""
+        return [weight for weight in self.weights if weight.exists()]
 
-    def expect_call(self, weights: Sequence[TrackedWeight]) -> None:
-        """Get ready for an optimizer that may change weights before it asks for gradients, in SUBNETWORK.
+    @property
+    def storage(self) -> Storage:
+        """What makes the parameters that are trained."""
+        return self.recipe.storage
+
+    @property
+    def substitutes(self) -> bool:
+        """Whether training forwards compute with something else than the weights."""
+        return self.recipe.noise.substitutes
+
+    # What the optimizer hooks tell.
+
+    def expect_call(self, weights: Sequence[TargetWeight]) -> None:
+        """Get ready for an optimizer that may change weights before it asks for gradients, while a mask holds.
 
         Args:
-            weights: Tracked weights that belong to the optimizer.
+            weights: Weights that belong to the optimizer.
         """
-        if self._entered is not Stage.SUBNETWORK:
+        if self.clock.entered is None:
             return
-        joins = self._joins(weight.name for weight in weights)
-        position = self.position if joins else self._timetable().at(self.step + 1)
-        if position is not None and position.stage is Stage.SUBNETWORK:
+        joins = self.clock.joins(weight.name for weight in weights)
+        position = self.clock.position if joins else self.clock.coming()
+        if position is not None and position.phase.masked and position.number == self.clock.entered:
             self._accept_changes(weights)
-            self.hold_bits(weights)
+            self.before_step(weights)
 
-    def begin_call(self, weights: Sequence[TrackedWeight], optimizer: Optimizer) -> None:
+    def begin_call(self, weights: Sequence[TargetWeight], optimizer: Optimizer) -> None:
         """Take note that an optimizer is about to make a step.
 
         A logical step may take several optimizers, or one per parameter: a new step begins when a weight comes again.
 
         Args:
-            weights: Tracked weights that belong to the optimizer, with a gradient or without.
+            weights: Weights that belong to the optimizer, with a gradient or without.
             optimizer: The optimizer.
         """
         self.at_rest = False
-        for weight in weights:
-            weight.meet(optimizer)
         names = {weight.name for weight in weights}
-        if self._joins(names):
+        if self.clock.joins(names):
             self._check_forwards(optimizer)
-            self._in_round |= names
+            self.clock.join(names)
         else:
-            self._begin_step(names)
+            position = self._enter_coming_phase()
+            if self._prepared_for != self.clock.step:  # no training forward of this step drew noise for it
+                for weight in self.weights:
+                    weight.noise.columns = None
+                self._warn_of_no_forward(position)
+            self.clock.begin_step(position, names)
         for weight in weights:
-            weight.belongs_to(optimizer)
-            weight.follow_changes()
-
-    def _begin_step(self, names: set[str]) -> None:
-        self.position = self._enter_next_stage()
-        if self._prepared_for != self.step:  # no training forward of this step drew noise for it
-            for weight in self.weights:
-                weight.columns = None
-            self._warn_of_no_forward()
-        self.step += 1
-        self.config.is_to_be_filled = False  # what the weights hold from now on is trained here
-        self._in_round = names
-        self._counted = set()
+            if weight.frozen is None:
+                weight.see_version()
 
     def _check_forwards(self, optimizer: Optimizer) -> None:
-        """Refuse a second optimizer of a step after a forward that Mix has prepared for the next one."""
-        if self.is_mix and self._prepared_for == self.step:
+        """Refuse a second optimizer of a step after a forward that noise was drawn for, of the next one."""
+        if self.substitutes and self._prepared_for == self.clock.step:
             raise EngineError(
-                f"Adapter {self.adapter!r}: {type(optimizer).__name__} is another optimizer of step {self.step}, and "
-                "there was a training forward since the first one. DPS Mix computes that with the noise of the next "
-                "step. Step all optimizers after the same forward and backward, or use `variant='dense'`."
+                f"Adapter {self.adapter!r}: {type(optimizer).__name__} is another optimizer of step {self.clock.step}, "
+                "and there was a training forward since the first one. DPS Mix computes that with the noise of the "
+                "next step. Step all optimizers after the same forward and backward, or use `variant='dense'`."
             )
 
-    def _warn_of_no_forward(self) -> None:
-        if self.is_mix and not self._warned and self.position is not None and self.position.stage is Stage.ACCUMULATE:
+    def _warn_of_no_forward(self, position: Position) -> None:
+        if self.substitutes and not self._warned and not position.phase.masked:
             self._warned = True
             logger.warning(
                 "Adapter %r: DPS Mix makes a step without any forward in training mode, so there is no noise in it, "
@@ -160,33 +181,41 @@ class Subnetwork(Clock):
             )
 
     def take_gradients(
-        self, weights: Sequence[TrackedWeight], optimizer: Optimizer, grad_scale: torch.Tensor | None
+        self, weights: Sequence[TargetWeight], optimizer: Optimizer, grad_scale: torch.Tensor | None
     ) -> None:
-        """Score the gradients in ACCUMULATE; zero those of frozen entries in SUBNETWORK.
+        """Gather evidence from gradients, and apply the frozen policy to them.
 
         Args:
-            weights: Tracked weights that have a gradient.
+            weights: Weights that have a gradient.
             optimizer: The optimizer that is about to update them.
             grad_scale: Factor that a gradient scaler has left in the gradients, or None.
         """
-        if self._entered is Stage.ACCUMULATE:
-            for weight in weights:
-                weight.observed += 1
-            if find_score(self.config.score).uses_gradients:
-                self._count_scored(gather(weights, self.config, optimizer, grad_scale))
-            return
+        if self.gathers:
+            self._gather(weights, optimizer, grad_scale)
         for weight in weights:
             weight.mask_gradient()
 
-    def hold_bits(self, weights: Iterable[TrackedWeight]) -> None:
-        """Keep the bits of frozen entries for this step, in lean mode with the policy `"exact"`."""
-        if self.config.lean and self.config.frozen == "exact":
-            for weight in weights:
-                if weight.exists():
-                    weight.hold_bits()
+    def _gather(
+        self, weights: Sequence[TargetWeight], optimizer: Optimizer | None, grad_scale: torch.Tensor | None
+    ) -> None:
+        scored = gather(weights, self.recipe, optimizer, grad_scale)
+        if self.recipe.evidence.looks:
+            self.clock.count_scored(scored)
 
-    def _accept_changes(self, weights: Iterable[TrackedWeight]) -> None:
-        """Take values that were written from outside since the latest step, such as a loaded state, as they are."""
+    def before_step(self, weights: Iterable[TargetWeight]) -> None:
+        """Let the frozen policy get ready for an optimizer."""
+        for weight in weights:
+            if weight.exists():
+                weight.before_step()
+
+    def after_step(self, weights: Iterable[TargetWeight]) -> None:
+        """Let the frozen policy undo what an optimizer has done to frozen entries."""
+        self.clock.calls += 1
+        for weight in weights:
+            if weight.exists():
+                weight.after_step()
+
+    def _accept_changes(self, weights: Iterable[TargetWeight]) -> None:
         for weight in weights:
             if weight.accept_changes():
                 logger.warning(
@@ -196,100 +225,135 @@ class Subnetwork(Clock):
                     weight.name,
                 )
 
-    def hold(self, weights: Iterable[TrackedWeight]) -> None:
-        """Give frozen entries back the bits they had when the stage began, if the policy is `"exact"`."""
-        self.calls += 1
-        for weight in weights:
-            if weight.exists():
-                weight.hold(exact=self.config.frozen == "exact")
+    # What layers tell.
 
-    def on_forward(self, layer: DPSLayer) -> EffectiveWeight | None:
+    def on_forward(self, layer: TargetLayer) -> EffectiveWeight | None:
         """Prepare a training forward of a layer.
 
         Args:
             layer: The layer.
 
         Returns:
-            What Mix multiplies with in place of the weight; None for the weight itself.
+            What noise multiplies with in place of the weight; None for the weight itself.
 
         Raises:
-            EngineError: If the weights change from forward to forward while the bridge is shown no step.
+            EngineError: If the weights change from forward to forward while the hooks are shown no step.
         """
         if torch.is_grad_enabled():
-            self._canary.check(self.adapter, layer, self.calls)
-        if not self.is_mix or self.at_rest:
+            self._guard.check_forward(self.adapter, layer, self.clock.calls)
+        if not self.substitutes or self.at_rest:
             return None
+        refuse_transforms()
         # A recomputation in the backward pass (gradient checkpointing) has to see what the forward saw.
-        if self._prepared_for != self.step and not in_backward():
-            self._prepare_mix()
+        if self._prepared_for != self.clock.step and not _in_backward():
+            self._prepare_forwards()
         if not self._by_layer:
             self._by_layer = {id(weight.layer): weight for weight in self.weights}
-        tracked = self._by_layer.get(id(layer))
-        if tracked is None:
+        weight = self._by_layer.get(id(layer))
+        if weight is None:
             raise EngineError(
                 f"A copy of a layer of adapter {self.adapter!r} computes a training forward, as torch.nn.DataParallel "
                 "makes them; DPS Mix cannot follow it. Use DistributedDataParallel, with one process per device."
             )
-        return tracked.effective(self.config.density)
+        masked = self._prepared is not None and self._prepared.phase.masked
+        return self.recipe.noise.amplified(weight) if masked else self.recipe.noise.noisy(weight)
 
-    def _prepare_mix(self) -> None:
-        """Get ready for the forwards of the next step: select the subnetwork, or draw the step's column noise.
+    def _prepare_forwards(self) -> None:
+        """Get ready for the forwards of the next step: select its subnetwork, or draw its noise.
 
-        What SUBNETWORK holds is dropped at the optimizer step only, so that until then its status can be told.
+        What a mask holds is dropped at the optimizer step only, so that until then its status can be told.
         """
-        coming = self._timetable().at(self.step + 1).stage
-        if coming is Stage.SUBNETWORK:
-            self._enter_next_stage()
+        coming = self.clock.coming()
+        if coming.phase.masked:
+            self._enter_coming_phase()
         else:
             self._forget_dead()
-            density = self.config.density
-            if self._noise is None or self._noise.density != density:
-                counts = [weight.layer.columns.count for weight in self.weights]
-                self._noise = ColumnNoise(self.config.seed, counts, density)
-            rows: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+            columns = [_columns(weight) for weight in self.weights]
+            rows: dict[torch.device, tuple[torch.Tensor | None, ...]] = {}
             for index, weight in enumerate(self.weights):
                 device = weight.parameter.device
                 if device not in rows:
-                    rows[device] = self._noise.draw(self.step + 1, device)
-                weight.columns = rows[device][index]
-        self._prepared_for = self.step
+                    rows[device] = self.recipe.noise.draw(self.clock.step + 1, columns, device)
+                weight.noise.columns = rows[device][index]
+        self._prepared, self._prepared_for = coming, self.clock.step
 
-    def _enter_next_stage(self) -> Position:
-        """Make sure that the stage of the next step has begun, and return the step's position."""
-        position = self._timetable().at(self.step + 1)
-        if position.stage is not self._entered:
+    # Phases.
+
+    def _enter_coming_phase(self) -> Position:
+        """Make sure that the phase of the coming step has begun, and return the step's position."""
+        position = self.clock.coming()
+        if position.number != self.clock.entered:
             self._forget_dead()
-            if position.stage is Stage.SUBNETWORK:
-                self._select()
-            else:
-                check_dtypes(self.weights, self.config)
-                for weight in self.weights:
-                    weight.release()
-                self.scored_steps = 0
-            self._entered = position.stage
+            self._begin(position)
+            self.clock.entered = position.number
             if agreement.is_wanted():
                 self.check_ranks_agree()
         return position
 
-    def _select(self) -> None:
-        weights, adapter, step = self.weights, self.adapter, self.step
-        with together(distinct(weight.ranks for weight in weights), "Selecting a subnetwork", EngineError):
-            check_gathered(weights, self.config, adapter=adapter, step=step, scored=self.scored_steps)
-        stage_steps = self._timetable().stage_steps
-        select_subnetwork(weights, self.config, adapter=adapter, step=step, stage_steps=stage_steps)
+    def _begin(self, position: Position) -> None:
+        if position.phase.masked:
+            self._select(position)
+        if position.phase.gathers:
+            check_dtypes(self.weights, self.recipe)
+            for weight in self.weights:
+                weight.begin_gathering()
+            self.clock.scored_steps = 0
+        if not position.phase.masked:
+            for weight in self.weights:
+                weight.thaw()
+
+    def _select(self, position: Position) -> None:
+        clock, before = self.clock, self.clock.position
+        with together(distinct(weight.ranks for weight in self.weights), "Selecting a subnetwork", EngineError):
+            check_gathered(self.weights, self.recipe, adapter=self.adapter, step=clock.step, scored=clock.scored_steps)
+            check_observed(self.weights)
+        steps = clock.scored_steps if before is None or before.length is None else before.length
+        Selector(
+            self.weights, self.recipe, adapter=self.adapter, step=clock.step, steps=steps, phase=position.number
+        ).run()
+
+    def gather_before_training(self) -> None:
+        """Gather evidence from the gradients that the weights have now, before the first step.
+
+        Raises:
+            ConfigError: If the training has begun, or its schedule gathers evidence by itself.
+        """
+        if self.clock.step or not self.clock.coming().phase.masked:
+            raise ConfigError(
+                f"Adapter {self.adapter!r}: evidence is gathered before training with `schedule='once'` and "
+                f"`score_steps=0` only, and before the first step; {self.clock.step} steps have been made."
+            )
+        weights = [weight for weight in self.existing if weight.parameter.grad is not None]
+        if weights:
+            self._gather(weights, None, None)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the phase of the latest step gathers evidence."""
+        return self.clock.position is not None and self.clock.position.phase.gathers
+
+    @property
+    def stage(self) -> Stage | None:
+        """Stage of the latest step; None before the first."""
+        return None if self.clock.position is None else self.clock.position.phase.stage
 
     def check_ranks_agree(self) -> None:
-        """Compare steps, masks and weights over all processes; see `peft_dps.check_ranks_agree`."""
-        clock = [self.step, self.scored_steps, self.unscored_steps]
-        agreement.check_agreement(self.adapter, clock, [weight for weight in self.weights if weight.exists()])
+        """Compare steps, masks and weights over all processes; see `agreement.check_agreement`."""
+        counted = [self.clock.step, self.clock.scored_steps, self.clock.unscored_steps]
+        agreement.check_agreement(self.adapter, counted, self.existing)
 
     def _forget_dead(self) -> None:
         if not all(weight.exists() for weight in self.weights):
-            self.weights = [weight for weight in self.weights if weight.exists()]
-            self._noise, self._by_layer = None, {}
+            self.weights = self.existing
+            self._by_layer = {}
             self._announce()
 
 
-def in_backward() -> bool:
+def _columns(weight: TargetWeight) -> int:
+    columns = weight.layout.columns
+    return 0 if columns is None else columns.count
+
+
+def _in_backward() -> bool:
     """Tell whether autograd is running a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1

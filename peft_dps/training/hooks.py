@@ -1,7 +1,7 @@
-"""Optimizer hooks: the clock of DPS. It hands gradients to the subnetworks before a step, and the weights after it.
+"""Optimizer hooks: they hand gradients to the controllers before a step, and the weights after it.
 
-torch's global step hooks fire in every training loop, so nothing has to be called by the user. What they leave to the
-bridge: one logical step may take several optimizers, a step may be nested in another, gradients may come into being
+torch's global step hooks fire in every training loop, so nothing has to be called by the user. What they leave to
+do: one logical step may take several optimizers, a step may be nested in another, gradients may come into being
 only in a closure, an exception skips the hook after the step, and some steps are none.
 """
 
@@ -17,19 +17,19 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from peft_dps.errors import EngineError
-from peft_dps.selection.schedule import Stage
-from peft_dps.training.controller import Subnetwork
-from peft_dps.training.weight import TrackedWeight
+from peft_dps.training.controller import Controller
+from peft_dps.training.guards import check_optimizer
+from peft_dps.training.weight import TargetWeight
 
 logger = logging.getLogger(__name__)
 
 _warned: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # of step hooks of their own
 
-Work = list[tuple[Subnetwork, list[TrackedWeight]]]
+Work = list[tuple[Controller, list[TargetWeight]]]
 
 
 class _OpenStep:
@@ -47,23 +47,23 @@ class _OpenStep:
         grad_scale, found_inf = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
         if found_inf is not None and float(found_inf) > 0:
             return
-        for subnetwork, weights in self.work:
+        for controller, weights in self.work:
             with_gradient = [weight for weight in weights if weight.parameter.grad is not None]
             if not with_gradient:
                 continue
             if self.closure_runs <= 1:
-                subnetwork.begin_call(weights, self.optimizer)
-            elif subnetwork.stage is Stage.ACCUMULATE:
+                controller.begin_call(weights, self.optimizer)
+            elif controller.gathers:
                 raise EngineError(
                     f"{type(self.optimizer).__name__} evaluated its closure {self.closure_runs} times in one step, so "
                     "it is unclear which gradient to score. Use an optimizer that evaluates it once."
                 )
-            subnetwork.take_gradients(with_gradient, self.optimizer, grad_scale)
-            subnetwork.hold_bits(weights)  # of a stage that has begun now
+            controller.take_gradients(with_gradient, self.optimizer, grad_scale)
+            controller.before_step(weights)  # of a stage that has begun now
 
     def expect(self) -> None:
-        for subnetwork, weights in self.work:
-            subnetwork.expect_call(weights)
+        for controller, weights in self.work:
+            controller.expect_call(weights)
 
     def wrap(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return a closure that hands over the gradients when the original has made them."""
@@ -87,8 +87,8 @@ class _OpenStep:
             )
 
     def hold(self) -> None:
-        for subnetwork, weights in self.work:
-            subnetwork.hold(weights)
+        for controller, weights in self.work:
+            controller.after_step(weights)
 
     def covers(self, work: Work) -> bool:
         mine = {id(weight) for _, weights in self.work for weight in weights}
@@ -128,7 +128,7 @@ def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     _close_abandoned(stack)
     if _is_phantom(stack):
         return None
-    _refuse_unsupported(optimizer, work)
+    check_optimizer(optimizer, (weight for _, weights in work for weight in weights))
     _warn_of_own_hooks(optimizer)
     step = _OpenStep(optimizer, work, stack[0])
     step.expect()
@@ -172,39 +172,39 @@ def _close(step: _OpenStep) -> None:
 
 @dataclass(frozen=True)
 class _Match:
-    """Which tracked weights an optimizer's parameters are. It keeps no model alive."""
+    """Which target weights an optimizer's parameters are. It keeps no model alive."""
 
     parameters: tuple[int, ...]
     generation: int
-    found: list[tuple[weakref.ref[Subnetwork], list[int]]]
+    found: list[tuple[weakref.ref[Controller], list[int]]]
 
 
 _matches: weakref.WeakKeyDictionary[Optimizer, _Match] = weakref.WeakKeyDictionary()
 
 
 def _find_work(optimizer: Optimizer) -> Work:
-    """Match the optimizer's parameters with the tracked weights of living models."""
+    """Match the optimizer's parameters with the target weights of living models."""
     parameters = tuple(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
     match = _matches.get(optimizer)
-    if match is None or match.parameters != parameters or match.generation != Subnetwork.generation:
+    if match is None or match.parameters != parameters or match.generation != Controller.generation:
         match = _matches[optimizer] = _match(parameters)
     work = []
     for reference, indices in match.found:
-        subnetwork = reference()
-        weights = [] if subnetwork is None else [subnetwork.weights[index] for index in indices]
+        controller = reference()
+        weights = [] if controller is None else [controller.weights[index] for index in indices]
         weights = [weight for weight in weights if weight.exists()]
-        if subnetwork is not None and weights:
-            work.append((subnetwork, weights))
+        if controller is not None and weights:
+            work.append((controller, weights))
     return work
 
 
 def _match(parameters: tuple[int, ...]) -> _Match:
-    ids, generation, found = set(parameters), Subnetwork.generation, []
-    for subnetwork in list(Subnetwork.alive):
-        weights = enumerate(subnetwork.weights)
+    ids, generation, found = set(parameters), Controller.generation, []
+    for controller in list(Controller.alive):
+        weights = enumerate(controller.weights)
         indices = [index for index, weight in weights if weight.exists() and id(weight.parameter) in ids]
         if indices:
-            found.append((weakref.ref(subnetwork), indices))
+            found.append((weakref.ref(controller), indices))
     return _Match(parameters, generation, found)
 
 
@@ -212,21 +212,6 @@ def _close_abandoned(stack: list[FrameType]) -> None:
     """Finish steps that an exception ended: what they did to frozen entries is undone."""
     for step in [step for step in _open.steps if step.frames[0] not in stack]:
         _close(step)
-
-
-def _refuse_unsupported(optimizer: Optimizer, work: Work) -> None:
-    if isinstance(optimizer, LBFGS):
-        raise EngineError(
-            "LBFGS evaluates the gradient several times in one step, so a step has no gradient that DPS could score. "
-            "Use an optimizer with one gradient a step, such as torch.optim.AdamW."
-        )
-    for _, weights in work:
-        for weight in weights:
-            if weight.sharding is None and weight.entries != weight.layer.entries:
-                raise EngineError(
-                    f"The weight of {weight.name!r} is part of a flat shard (FSDP1 or ZeRO-3), and DPS cannot train "
-                    "that. Shard the model with FSDP2 (`fully_shard`; `fsdp_version: 2` in Accelerate), or use DDP."
-                )
 
 
 def _warn_of_own_hooks(optimizer: Optimizer) -> None:

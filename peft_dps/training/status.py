@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from peft_dps.selection.schedule import Stage
-from peft_dps.training.controller import Subnetwork
+from peft_dps.training.controller import Controller
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DPSStatus:
         cycle: Number of the current cycle, from 1; None before the first step.
         stage: Current stage; None before the first step.
         step_in_stage: Number of the latest step within its stage, from 1; None before the first step.
-        stage_steps: Length of a stage in steps; None before the first step.
+        stage_steps: Length of the current stage in steps; None before the first step, and where it lasts to the end.
         total_steps: Steps of the whole training, if known.
         unscored_steps: Steps whose gradients were not finite: counted, but not scored.
         layers: Per path of a layer, its state.
@@ -89,20 +89,20 @@ class DPSStatus:
             doing = f"scoring {self.entries} entries, last selected {selected}"
         return (
             f"DPS adapter {self.adapter!r}: step {self.steps}, cycle {self.cycle}, {self.stage.value} "
-            f"{self.step_in_stage}/{self.stage_steps}, {doing}, {self.unscored_steps} steps not scored"
+            f"{self.step_in_stage}/{self.stage_steps or '-'}, {doing}, {self.unscored_steps} steps not scored"
         )
 
 
-def selected_fraction_of(subnetwork: Subnetwork) -> float | None:
+def selected_fraction_of(controller: Controller) -> float | None:
     """Return the fraction of all entries selected at the latest selection, without reading any weight.
 
     Args:
-        subnetwork: The adapter's weights and stages.
+        controller: What drives the adapter's training.
 
     Returns:
         The fraction; None before the first selection.
     """
-    return _fraction((weight.selected, weight.entries) for weight in subnetwork.weights if weight.exists())
+    return _fraction((weight.selected, weight.entries) for weight in controller.existing)
 
 
 def _fraction(counts: Iterable[tuple[int | None, int]]) -> float | None:
@@ -111,22 +111,23 @@ def _fraction(counts: Iterable[tuple[int | None, int]]) -> float | None:
     return sum(selected) / sum(entries for _, entries in pairs) if selected else None
 
 
-def status_of(subnetwork: Subnetwork) -> DPSStatus:
+def status_of(controller: Controller) -> DPSStatus:
     """Read the state of one adapter's training.
 
     Args:
-        subnetwork: The adapter's weights and stages.
+        controller: What drives the adapter's training.
     """
-    position, schedule = subnetwork.position, subnetwork.schedule
+    clock = controller.clock
+    position = clock.position
     return DPSStatus(
-        adapter=subnetwork.adapter,
-        steps=subnetwork.step,
+        adapter=controller.adapter,
+        steps=clock.step,
         cycle=None if position is None else position.cycle,
-        stage=None if position is None else position.stage,
-        step_in_stage=None if position is None else position.step_in_stage,
-        stage_steps=None if schedule is None else schedule.stage_steps,
-        total_steps=subnetwork.total_steps,
-        unscored_steps=subnetwork.unscored_steps,
+        stage=None if position is None else position.phase.stage,
+        step_in_stage=None if position is None else position.step,
+        stage_steps=None if position is None else position.length,
+        total_steps=clock.total_steps,
+        unscored_steps=clock.unscored_steps,
         layers={
             weight.name: LayerStatus(
                 entries=weight.entries,
@@ -134,7 +135,6 @@ def status_of(subnetwork: Subnetwork) -> DPSStatus:
                 observed=weight.observed,
                 frozen_moved=weight.frozen_moved(),
             )
-            for weight in subnetwork.weights
-            if weight.exists()
+            for weight in controller.existing
         },
     )

@@ -1,34 +1,31 @@
-"""One target weight of an adapter, with what the current stage knows of it."""
+"""One target weight of an adapter: where it is now, and what the current phase keeps of it."""
 
 from __future__ import annotations
 
-import copy
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
-from peft_dps.masking.effective import AmplifiedWeight, EffectiveWeight, NoisyWeight
 from peft_dps.errors import EngineError
-from peft_dps.masking.frozen_bits import (
-    frozen_checksum,
-    hold_frozen,
-    restore_from_snapshot_,
-    restore_frozen_,
-    zero_frozen_,
-)
-from peft_dps.tuner.layers.layer import DPSLayer, Training
-from peft_dps.training.located import UNKNOWN, LocatedWeight
+from peft_dps.masking.frozen import FrozenWeight
 from peft_dps.masking.mask import Mask
-from peft_dps.selection.moments import MomentScores, SecondMoment, second_moments
-from peft_dps.selection.scores import score_dtype
-from peft_dps.masking.sharded_effective import ShardedAmplifiedWeight
+from peft_dps.masking.noise import WeightNoise
+from peft_dps.recipes import Recipe
+from peft_dps.selection.evidence import Gathered
+from peft_dps.tensors.layout import Layout
+from peft_dps.tensors.shards import Ranks, Sharding, local_part, sharding_of
+from peft_dps.training.layer import TargetLayer, Training
+
+_REFERENCES = ("_layer", "_owner")
+_UNKNOWN = -1  # version counter of a weight that was copied or unpickled
 
 
-class TrackedWeight(LocatedWeight):
-    """One target weight of an adapter, with what the current stage knows of it.
+class TargetWeight:
+    """One target weight of an adapter. It is looked up anew each time, since engines replace parameters.
 
     Where FSDP2 has cut the weight over processes, everything here is this process's part of it.
 
@@ -36,206 +33,281 @@ class TrackedWeight(LocatedWeight):
         name: Path of its layer in the base model.
         layer: The layer.
         adapter: Name of the adapter.
-        owner: The subnetwork that it belongs to.
-        adds_up_in: `DPSConfig.score_dtype`.
+        owner: The training that it belongs to.
+        recipe: The method.
 
     Attributes:
-        total: Squared gradients added up in this ACCUMULATE stage.
-        moment: In lean mode, how they are made from the optimizer's second moment.
-        participation: Steps of this ACCUMULATE stage in which each column took part, `[columns]`, in Mix.
-        columns: Which columns take part in the coming step, `[columns]`, in Mix.
-        mask: Mask of this SUBNETWORK stage.
-        held: Bits of the frozen entries when the stage began, kept with `frozen="exact"` in Dense; in lean mode only
-            while the optimizer steps.
-        snapshot: The weight when the stage began, kept in Mix.
-        checksum: Checksum of the frozen entries when the stage began, kept where nothing else tells whether they move.
-        dtype: Dtype of the weight when this SUBNETWORK stage began.
-        observed: Steps of this ACCUMULATE stage that brought it a gradient.
-        selected: Entries selected at the latest selection.
-        changed_outside: Whether something else changed the weight in this SUBNETWORK stage.
+        gathered: Evidence of this phase.
+        noise: What noise keeps of it in this phase.
+        frozen: What the mask that holds keeps of it; None where none holds.
+        observed: Steps of this phase, or the latest that gathered evidence, that brought it a gradient.
+        selected: Entries selected at the latest selection; None before the first.
+        version: Version counter of the weight when nothing but the optimizer was to change it any more.
     """
 
-    def __init__(self, name: str, layer: DPSLayer, adapter: str, owner: Training, adds_up_in: str = "float32") -> None:
-        super().__init__(name, layer, adapter, owner)
-        self._adds_up_in = adds_up_in
-        self.selected: int | None = None
-        self.columns: torch.Tensor | None = None
-        self._exact = False
-        self._spare: torch.Tensor | None = None
-        self._optimizer: weakref.ref[Optimizer] | None = None
-        self.total: torch.Tensor | None = None
-        self.held: torch.Tensor | None = None
-        self.snapshot: torch.Tensor | None = None
-        self.release()
+    def __init__(self, name: str, layer: TargetLayer, adapter: str, owner: Training, recipe: Recipe) -> None:
+        self.name = name
+        self.adapter = adapter
+        self.recipe = recipe
+        # The layer owns the training; a cycle would keep dead models in memory.
+        self._layer: Callable[[], TargetLayer | None] = weakref.ref(layer)
+        self._owner: Callable[[], Training | None] = weakref.ref(owner)
+        self._sharded: weakref.ref[nn.Parameter] | None = None
+        self._sharded_base: weakref.ref[torch.Tensor] | None = None
+        self._sharding: Sharding | None = None
+        self._spare: torch.Tensor | None = None  # scores, frozen bits and snapshots take turns in the same memory
+        self.restart()
 
-    def release(self) -> None:
-        """Forget what the stages leave here, and begin an ACCUMULATE stage."""
-        # Scores, frozen bits and snapshots take turns in the same memory.
-        self._spare = next((each for each in (self.total, self.held, self.snapshot) if each is not None), None)
-        self.total = self.held = self.snapshot = None
-        self.moment: MomentScores | None = None
-        self.participation: torch.Tensor | None = None
-        self.mask: Mask | None = None
-        self.checksum: torch.Tensor | None = None
-        self.dtype: torch.dtype | None = None
-        self.observed = 0
-        self.changed_outside = False
-        self.version = self.parameter._version if self.exists() else UNKNOWN
+    def __getstate__(self) -> dict[str, Any]:
+        unknown = dict.fromkeys(("_sharded", "_sharded_base", "_sharding", "_spare"))
+        return {**self.__dict__, **unknown, "version": _UNKNOWN, "_layer": self._layer(), "_owner": self._owner()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        references = {name: _nothing if state[name] is None else weakref.ref(state[name]) for name in _REFERENCES}
+        self.__dict__.update(state, **references)
+
+    # Where it is.
+
+    def exists(self) -> bool:
+        """Tell whether the layer still exists and has the adapter, which may have been deleted, and added anew."""
+        layer = self._layer()
+        if layer is None or layer.trained(self.adapter) is None:
+            return False
+        return layer.training_of(self.adapter) is self._owner()
+
+    @property
+    def layer(self) -> TargetLayer:
+        """The layer that holds the weight."""
+        layer = self._layer()
+        if layer is None:
+            raise EngineError(
+                f"The layer {self.name!r} of adapter {self.adapter!r} does not exist any more. Train with an "
+                "optimizer over the parameters that the model has now."
+            )
+        return layer
+
+    @property
+    def layout(self) -> Layout:
+        """Where its rows and columns are."""
+        return self.layer.layout
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The trained weight as optimizers hold it: with FSDP2 a DTensor, also while a forward has it as a whole."""
+        parameter = self.layer.trained(self.adapter)
+        if parameter is None:
+            raise EngineError(f"The layer {self.name!r} has no adapter {self.adapter!r} any more.")
+        known = None if self._sharded is None else self._sharded()
+        if not isinstance(parameter, DTensor):
+            return parameter if known is None else known
+        if known is not parameter:
+            self._sharding = None
+            self._sharded, self.version = weakref.ref(parameter), _UNKNOWN
+            base = self.layer.pretrained_parameter
+            self._sharded_base = weakref.ref(base) if isinstance(base, DTensor) else None
+        return parameter
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """How the weight is cut over processes; None if it is whole.
+
+        Raises:
+            EngineError: If it is cut in a way that DPS cannot follow.
+        """
+        parameter = self.parameter
+        if not isinstance(parameter, DTensor):
+            return None
+        if self._sharding is None:
+            if self._sharded_base is not None and self.layer.is_offloaded:
+                raise EngineError(
+                    f"FSDP2 has cut the pretrained weight of {self.name!r}, which `offload_base` was to keep in a "
+                    "file. Pass `ignored_params=peft_dps.offloaded_parameters(model)` to each `fully_shard`, or leave "
+                    "`offload_base` out."
+                )
+            self._sharding = sharding_of(parameter, self.name)
+        return self._sharding
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that the weight is cut over; None if it is whole."""
+        sharding = self.sharding
+        return None if sharding is None else sharding.ranks
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """The first of the rows that are here, and their number."""
+        sharding = self.sharding
+        return (0, self.parameter.shape[0]) if sharding is None else (sharding.first, sharding.rows)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The trained weight, or this process's rows of it."""
+        return local_part(self.parameter)
+
+    @property
+    def entries(self) -> int:
+        """Number of entries of the whole weight."""
+        return self.parameter.numel()
+
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """The pretrained weight W0, or this process's rows of it."""
+        sharding = self.sharding
+        if sharding is None:
+            return local_part(self.layer.pretrained_weight())
+        known = None if self._sharded_base is None else self._sharded_base()
+        if known is not None:
+            return local_part(known)
+        base = self.layer.pretrained_parameter.data
+        return local_part(base) if isinstance(base, DTensor) else sharding.part_of(base).to(self.weight.device)
+
+    def whole_base(self) -> torch.Tensor:
+        """Return the whole W0, wherever it lies.
+
+        Raises:
+            EngineError: If it is cut apart from the trained weight.
+        """
+        base = self.layer.pretrained_parameter.data
+        if isinstance(base, DTensor):
+            raise EngineError(
+                f"Mix computes with the pretrained weight of {self.name!r}, which is sharded apart from the trained "
+                "one. Apply `fully_shard` to blocks that hold both, not to base layers."
+            )
+        return base
+
+    def whole_dtype(self) -> torch.Tensor:
+        """Return the trained weight as a forward sees it, for its device and dtype."""
+        weight = self.layer.trained(self.adapter)
+        return self.parameter if weight is None else weight
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """The gradient that the optimizer is about to apply, or this process's rows of it.
+
+        Raises:
+            EngineError: If it is missing or sparse.
+        """
+        gradient = self.parameter.grad
+        if gradient is None:
+            raise EngineError(
+                f"The weight of {self.name!r} lost its gradient during the optimizer step. Leave gradients alone in "
+                "other step hooks, or register those before importing peft_dps."
+            )
+        if gradient.layout is not torch.strided:
+            raise EngineError(
+                f"The gradient of {self.name!r} has layout {gradient.layout}; DPS needs dense gradients. Create the "
+                "module with `sparse=False`."
+            )
+        return local_part(gradient)
+
+    # What the phases keep of it.
 
     def restart(self) -> None:
         """Forget everything, and begin a new training."""
-        self.release()
-        self.selected = self.columns = self._optimizer = self._spare = None
+        self.selected: int | None = None
+        self.masked_in: int | None = None  # number of the phase whose mask it has
+        self.gathered: Gathered = self.recipe.evidence.begin()
+        self.noise: WeightNoise = self.recipe.noise.begin()
+        self.frozen: FrozenWeight | None = None
+        self.observed = 0
+        self._spare = None
+        self.see_version()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_spare": None, "_optimizer": None}
+    def begin_gathering(self) -> None:
+        """Begin a phase that gathers evidence."""
+        self._keep_memory(self.gathered.memory())
+        self.gathered = self.recipe.evidence.begin()
+        columns = self.noise.columns  # drawn for the coming step already
+        self.noise = self.recipe.noise.begin()
+        self.noise.columns = columns
+        self.observed = 0
 
-    def with_scores(self) -> TrackedWeight:
-        """Return a copy, of the same layer and tensors, that needs no optimizer any more to be selected from."""
-        optimizer = None if self._optimizer is None else self._optimizer()
-        if self.moment is None or optimizer is None:
-            return self
-        settled = copy.copy(self)
-        settled.total = self.take_total() if self.total is None else self.total
-        settled.moment = None
-        return settled
+    def thaw(self) -> None:
+        """Begin a phase in which no mask holds."""
+        if self.frozen is not None:
+            self._keep_memory(self.frozen.memory())
+        self.frozen = None
+        self.see_version()
 
-    @property
-    def keep(self) -> torch.Tensor | None:
-        """The mask of this SUBNETWORK stage in bytes: int8 of the weight's shape, -1 where updated."""
-        return None if self.mask is None else self.mask.keep
-
-    @property
-    def score_dtype(self) -> torch.dtype:
-        """Dtype of the accumulated squared gradients."""
-        return score_dtype(self.weight, self._adds_up_in)
-
-    @property
-    def is_scored(self) -> bool:
-        """Whether there is anything to make scores from, or a mask that was made of them."""
-        return any(each is not None for each in (self.total, self.moment, self.mask))
-
-    def running_total(self) -> torch.Tensor:
-        """Return the accumulated squared gradients, zero if there are none yet, on the weight's device."""
-        if self.total is None:
-            memory = self._memory(self.score_dtype)
-            self.total = memory.zero_() if self.moment is None else self._from_moment(self.moment, memory)
-        self._follow_weight()
-        return self.total
-
-    def take_total(self) -> torch.Tensor:
-        """Return the accumulated squared gradients without keeping them, in lean mode."""
-        total, self.total = self.running_total(), None
-        return total
-
-    def _from_moment(self, moment: MomentScores, memory: torch.Tensor) -> torch.Tensor:
-        optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is None:
-            raise EngineError(
-                f"`lean=True` takes the scores of {self.name!r} from its optimizer, which does not exist any more. "
-                "Keep the optimizer until the stage ends, or use `lean=False`."
-            )
-        now = second_moments(optimizer, {self.name: self.parameter})[self.name].value
-        if now is None:
-            raise EngineError(
-                f"`lean=True` takes scores from the optimizer's second moment, and {type(optimizer).__name__} has "
-                f"none of {self.name!r} after its steps. Use torch.optim.AdamW itself, or `lean=False`."
-            )
-        return moment.scores(now, memory)
-
-    def meet(self, optimizer: Optimizer) -> None:
-        """Take note of the first optimizer that updates the weight."""
-        if self._optimizer is None:
-            self._optimizer = weakref.ref(optimizer)
-
-    def belongs_to(self, optimizer: Optimizer) -> None:
-        """Take note of the optimizer that updates the weight.
-
-        Raises:
-            EngineError: If another one did so in this ACCUMULATE stage, and scores come from its second moment.
-        """
-        if self._optimizer is not None and self._optimizer() is optimizer:
-            return
-        if self._optimizer is not None and self.moment is not None:
-            raise EngineError(
-                f"`lean=True` takes the scores of {self.name!r} from its optimizer's second moment, and another "
-                "optimizer has come in the middle of an ACCUMULATE stage. Keep one for the whole training, or use "
-                "`lean=False`. If this one has loaded the other's state, call "
-                "`model.load_dps_state_dict(model.dps_state_dict())` to go on with it."
-            )
-        self._optimizer = weakref.ref(optimizer)
-
-    def count_moment(self, now: SecondMoment) -> None:
-        """Count a step of this ACCUMULATE stage in lean mode.
-
-        Args:
-            now: The second moment before the step.
-        """
-        if self.moment is None:
-            self.moment = MomentScores(now.value, now.share)
-            self._spare = None  # nothing will be summed up in it
-        self.moment.count_step(now.decay)
-
-    def count_participation(self) -> None:
-        """Count the columns that took part in this step; all of them if the weight was read without noise."""
-        if self.participation is None:
-            count = self.layer.columns.count
-            self.participation = torch.zeros(count, dtype=torch.float32, device=self.weight.device)
-        self._follow_weight()
-        noisy = self.columns is not None and self.layer.training  # a layer in eval mode computes with all of them
-        self.participation += self.columns.to(self.participation) if noisy and self.columns is not None else 1.0
-
-    def freeze(self, mask: Mask, selected: int) -> None:
-        """Begin a SUBNETWORK stage; `keep_frozen` has to follow.
+    def freeze(self, mask: Mask, selected: int, phase: int) -> None:
+        """Begin a phase in which a mask holds, and drop the evidence.
 
         Args:
             mask: Which entries are updated.
-            selected: Their number.
+            selected: How many entries of the whole weight are.
+            phase: Number of the phase.
         """
-        self._spare = self._spare if self.total is None else self.total
-        self.total = self.participation = self.columns = self.moment = None
-        self.selected, self.mask = selected, mask
-
-    def keep_frozen(self, *, exact: bool, snapshot: bool, lean: bool = False) -> None:
-        """Keep what a SUBNETWORK stage needs to know of the weight as it is now.
-
-        Args:
-            exact: Keep what it takes to give frozen entries their bits back.
-            snapshot: Keep the whole weight, for Mix.
-            lean: Keep frozen bits only while the optimizer steps.
-        """
-        if self.mask is None:
-            return
-        self._exact, self.dtype = exact, self.weight.dtype
-        self.held = self.snapshot = self.checksum = None
-        if snapshot:
-            self.snapshot = self._memory(self.dtype).copy_(self.weight)
-        elif exact and not lean:
-            self.held = hold_frozen(self.weight, self.mask, self._memory(self.dtype))
-        if not exact or (lean and not snapshot):
-            self.checksum = frozen_checksum(self.weight, self.mask.keep)
+        self.drop_evidence()
+        if self.frozen is not None:
+            self._keep_memory(self.frozen.memory())
+        self.selected, self.masked_in = selected, phase
+        weight, snapshot = self.weight, None
+        if self.recipe.noise.substitutes:
+            snapshot = self.take_memory(weight.dtype).copy_(weight)
+        memory = self._fitting(weight.dtype)
+        self.frozen = self.recipe.frozen(weight, mask, snapshot, memory)
         self._spare = None
-        self.version = self.parameter._version
+        self.see_version()
 
-    def _memory(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return memory of the weight's shape: that of the stage before, if it fits."""
+    def refreeze(self) -> None:
+        """Make anew what the mask that holds keeps of the weight, which may have changed since it was selected."""
+        if self.frozen is not None and self.selected is not None and self.masked_in is not None:
+            self.freeze(self.frozen.mask, self.selected, self.masked_in)
+
+    def drop_evidence(self) -> None:
+        """Forget what was gathered."""
+        self._keep_memory(self.gathered.memory())
+        self.gathered = self.recipe.evidence.begin()
+        self.noise = self.recipe.noise.begin()
+
+    def take_memory(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return memory of the weight's shape: that of the phase before, if it fits."""
+        memory = self._fitting(dtype)
+        self._spare = None
+        return torch.empty_like(self.weight.detach(), dtype=dtype) if memory is None else memory
+
+    def _fitting(self, dtype: torch.dtype) -> torch.Tensor | None:
         weight, spare = self.weight.detach(), self._spare
-        self._spare = None
-        if spare is not None and spare.nbytes == weight.numel() * dtype.itemsize and _alike(spare, weight):
-            return spare.view(dtype)
-        return torch.empty_like(weight, dtype=dtype)
+        if spare is None or spare.nbytes != weight.numel() * dtype.itemsize or not _alike(spare, weight):
+            return None
+        return spare.view(dtype)
+
+    def _keep_memory(self, memory: torch.Tensor | None) -> None:
+        self._spare = self._spare if memory is None else memory
+
+    def see_version(self) -> None:
+        """Take note of the weight's version: up to now any change was fine."""
+        self.version = self.parameter._version if self.exists() else _UNKNOWN
+
+    def was_changed(self) -> bool:
+        """Tell whether something but the optimizer has changed the weight since its version was seen."""
+        return self.version not in (_UNKNOWN, self.parameter._version)
+
+    def is_at_snapshot(self) -> bool:
+        """Tell whether frozen entries have the bits of the snapshot for sure: nothing has touched them since."""
+        return self.frozen is not None and self.frozen.holds_bits and self.version == self.parameter._version
+
+    def count_participation(self) -> None:
+        """Count the columns that took part in this step; all of them if the weight was read without noise."""
+        columns = self.layout.columns
+        if columns is not None:  # a layer in eval mode computes without noise
+            self.noise.count_step(columns.count, self.weight.device, noisy=self.layer.training)
+
+    def before_step(self) -> None:
+        """Get ready for an optimizer that may change the weight."""
+        if self.frozen is not None:
+            self._followed(self.frozen).before_step(self.weight)
 
     def mask_gradient(self) -> None:
-        """Zero the gradient of frozen entries."""
-        if self.mask is not None:
-            self._follow_weight()
-            zero_frozen_(self.gradient, self.mask)
+        """Apply the frozen policy to the gradient."""
+        if self.frozen is not None:
+            self._followed(self.frozen).mask_gradient_(self.gradient)
 
-    def hold_bits(self) -> None:
-        """Keep the bits of frozen entries until the optimizer has made its step, unless they are kept already."""
-        if self.mask is not None and self.held is None and self.snapshot is None:
-            self._follow_weight()
-            self.held = hold_frozen(self.weight, self.mask)
+    def after_step(self) -> None:
+        """Apply the frozen policy to what the optimizer has done."""
+        if self.frozen is not None:
+            self._followed(self.frozen).after_step(self.weight)
+            self.version = self.parameter._version
 
     def accept_changes(self) -> bool:
         """Take values that were written from outside since the latest step, such as a loaded state, as they are.
@@ -243,86 +315,25 @@ class TrackedWeight(LocatedWeight):
         Returns:
             Whether frozen entries had other values.
         """
-        touched = self.mask is not None and self.version not in (UNKNOWN, self.parameter._version)
-        if self.mask is not None:
-            self.version = self.parameter._version
-        if not touched or self.mask is None or not self._exact or not self._frozen_bits_differ():
-            return False  # with the policy "gradient" the optimizer moves frozen entries too
-        if self.held is not None:
-            self.held = hold_frozen(self.weight, self.mask)
-        if self.checksum is not None:
-            self.checksum = frozen_checksum(self.weight, self.mask.keep)
-        if self.snapshot is not None:
-            restore_from_snapshot_(self.snapshot, self.mask, self.weight)
-        self.changed_outside = True
-        return True
-
-    def follow_changes(self) -> None:
-        """Take note of the weight's version in ACCUMULATE, where any change is fine."""
-        if self.mask is None:
-            self.version = self.parameter._version
-
-    def hold(self, *, exact: bool) -> None:
-        """Give frozen entries back the bits they had when the stage began, if the policy is exact."""
-        if self.mask is None:
-            return
-        self._follow_weight()
-        if self.held is not None:
-            restore_frozen_(self.weight, self.mask, self.held)
-            if self.checksum is not None:  # in lean mode that stands in for them until the next step
-                self.held = None
-        elif exact and self.snapshot is not None:
-            restore_from_snapshot_(self.weight, self.mask, self.snapshot)
+        if self.frozen is None:
+            return False
+        changed = self.was_changed()
         self.version = self.parameter._version
-
-    def effective(self, density: float) -> EffectiveWeight | None:
-        """Return what a training forward of Mix makes of the weight, or None for the weight itself."""
-        if self.columns is not None:  # with masks or without, which the optimizer step that ends a stage will drop
-            base, layout = self.layer.pretrained_parameter.data, self.layer.columns
-            if isinstance(base, DTensor):
-                raise EngineError(
-                    f"Mix computes with the pretrained weight of {self.name!r}, which is sharded apart from the "
-                    "trained one. Apply `fully_shard` to blocks that hold both, not to base layers."
-                )
-            columns = self.columns.to(self.layer.dps_weight[self.adapter])  # which is whole in a forward
-            return NoisyWeight(base, layout.spread(columns), density, layout.groups)
-        if self.mask is not None and self.snapshot is not None:
-            self._follow_weight()
-            if self.sharding is not None:
-                masks = self.checksum is not None  # else the gradient is masked once, at the optimizer step
-                return ShardedAmplifiedWeight(self.weight, self.snapshot, self.mask, density, self.sharding, masks)
-            # Nothing but the optimizer touched the weight since frozen entries got the bits of T.
-            equal = self.checksum is None and self.version == self.parameter._version
-            return AmplifiedWeight(self.snapshot, density, None if equal else self.mask)
-        return None
+        return changed and self._followed(self.frozen).accept(self.weight)
 
     def frozen_moved(self) -> bool:
-        """Tell whether any frozen entry has other bits than when this SUBNETWORK stage began."""
-        return self.changed_outside or self._frozen_bits_differ()
+        """Tell whether any frozen entry has other bits than when the mask began to hold."""
+        frozen = self.frozen
+        return frozen is not None and self._followed(frozen).moved(self.weight)
 
-    def _frozen_bits_differ(self) -> bool:
-        """Tell whether any has other bits than it is held at, which may be accepted from outside."""
-        if self.mask is None:
-            return False
-        self._follow_weight()
-        if self.checksum is not None:
-            return bool(frozen_checksum(self.weight, self.mask.keep) != self.checksum)
-        before = self.held if self.snapshot is None else hold_frozen(self.snapshot, self.mask)
-        return before is not None and not torch.equal(hold_frozen(self.weight, self.mask), before)
-
-    def _follow_weight(self) -> None:
-        """Follow the weight to another device; refuse another dtype, whose bits would not fit."""
-        weight = self.weight
-        if self.dtype not in (None, weight.dtype):
-            raise EngineError(
-                f"The weight of {self.name!r} went from {self.dtype} to {weight.dtype} in the middle of a SUBNETWORK "
-                "stage. Convert the model before training, or begin anew with `set_dps_total_steps`."
-            )
-        for name in ("total", "participation", "columns", "mask", "held", "snapshot", "checksum"):
-            tensor = getattr(self, name)
-            if tensor is not None and tensor.device != weight.device:
-                setattr(self, name, tensor.to(weight.device))
+    def _followed(self, frozen: FrozenWeight) -> FrozenWeight:
+        frozen.follow(self.weight, self.name)
+        return frozen
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and one.stride() == other.stride() and one.device == other.device
+
+
+def _nothing() -> None:
+    """Stand in for the reference to something that is gone."""

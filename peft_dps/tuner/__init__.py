@@ -1,0 +1,1 @@
+"""All that PEFT sees: configuration, model, layers, adapter files."""

@@ -1,128 +1,154 @@
-"""The DPS adapters in a model, by name: their status and their training state."""
+"""The DPS adapters in a model, by name: what they are doing, and their training state."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from peft_dps.checkpoint import checkpoint
-from peft_dps.errors import ConfigError
-from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.checkpoint.state import load_state, state_of
+from peft_dps.errors import ConfigError
+from peft_dps.training.controller import Controller
 from peft_dps.training.status import DPSStatus, status_of
-from peft_dps.training.controller import Subnetwork
+from peft_dps.tuner.layers.layer import DPSLayer
 
 
-def dps_status(model: nn.Module, adapter_name: str | None = None) -> DPSStatus:
-    """Tell what DPS is doing: cycle, stage, entries selected per layer, and whether a frozen entry moved.
+class DPSAdapter:
+    """One DPS adapter of a model: what it is doing, and its training state; `dps_adapter` finds it.
+
+    Args:
+        controller: What drives its training.
+    """
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+
+    def status(self) -> DPSStatus:
+        """Tell what DPS is doing: cycle, stage, entries selected per layer, and whether a frozen entry moved."""
+        return status_of(self._controller)
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Begin a training of so many optimizer steps: a fractional `stage_steps` refers to them.
+
+        The phases start anew. With the HF Trainer there is no need to call this.
+
+        Args:
+            total_steps: Number of optimizer steps of the whole training, at least 2.
+
+        Raises:
+            ConfigError: If the number is no integer or too small.
+        """
+        if type(total_steps) is not int or total_steps < 2:
+            raise ConfigError(f"`total_steps` must be an integer of at least 2, got {total_steps!r}.")
+        self._controller.restart(total_steps)
+
+    def check_ranks_agree(self) -> None:
+        """Compare steps, masks and weights over all processes of a distributed training; all of them have to call it.
+
+        With the environment variable `PEFT_DPS_CHECK_RANKS=1` that happens at every change of phase. It reads every
+        weight and communicates 32 bytes for each, so it is meant for finding mistakes. Of weights that FSDP2 has cut,
+        processes that hold the same rows are compared.
+
+        Raises:
+            EngineError: On all processes, if any two differ.
+        """
+        self._controller.check_ranks_agree()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Take down the training state: what an exact resume needs besides weights, optimizer and random state.
+
+        It is the same on all processes of a data-parallel training. Where FSDP2 has sharded the weights, it is that of
+        the rows that the process has.
+
+        Returns:
+            `"header"`, plain values fit for JSON, and `"tensors"`, a flat dict of tensors: evidence, or masks in bits.
+            They are those in use, as in torch's state dicts: copy what has to outlive the next step.
+        """
+        return state_of(self._controller)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the training was whose state was taken down: every later weight and mask has the same bits.
+
+        Load the adapter's weights first. Everything is checked before anything is changed. Where FSDP2 has sharded the
+        weights, all processes have to call it, each with the state of the same rows.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            StateError: If the state is not complete, or not that of this adapter, these settings and these weights.
+        """
+        load_state(self._controller, state)
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Save the training state to a safetensors file.
+
+        The file appears whole or not at all, also if the process is killed meanwhile. In a data-parallel training one
+        process has to save. Where FSDP2 has sharded the weights, all have to call it, with the same path in a folder
+        that they share: each writes a file beside it, and the one at `path` comes last and says which belong together.
+
+        Args:
+            path: Name of the file; its folder exists.
+
+        Raises:
+            StateError: If there is a folder of that name, or it failed on another process.
+        """
+        checkpoint.save(self._controller, path)
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Go on where the training was whose state is in a file; see `load_state_dict`.
+
+        Every process loads, however many there are now and however many there were: a state can be cut anew, over
+        another number of processes, over several from one, or put together for one.
+
+        Args:
+            path: Name of the file.
+
+        Raises:
+            StateError: If the file is missing or damaged, or not that of this adapter, these settings and weights.
+        """
+        checkpoint.load(self._controller, path)
+
+    def score(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], torch.Tensor]) -> None:
+        """Gather evidence from batches before training, for `schedule="once"` with `score_steps=0`.
+
+        Each batch counts as one step: its gradient is scored and thrown away, and nothing is updated.
+
+        Args:
+            model: The model, in the mode (`train` or `eval`) in which its gradients are to be taken.
+            batches: The batches.
+            loss: Returns the loss of the model on a batch.
+
+        Raises:
+            ConfigError: If training has begun, or evidence is gathered in training.
+        """
+        controller, rested = self._controller, self._controller.at_rest
+        controller.at_rest = True  # noise has no step to belong to
+        try:
+            for batch in batches:
+                model.zero_grad()
+                loss(model, batch).backward()
+                controller.gather_before_training()
+        finally:
+            controller.at_rest = rested
+            model.zero_grad()
+
+
+def dps_adapter(model: nn.Module, adapter_name: str | None = None) -> DPSAdapter:
+    """Find a DPS adapter in a model, also where the model is no `PeftModel` or is wrapped by an engine.
 
     Args:
         model: A PEFT model, or any module into which DPS adapters were injected.
         adapter_name: Name of the adapter; None if there is only one.
 
-    Returns:
-        A snapshot, printable.
-
     Raises:
         ConfigError: If there is no such adapter, several and none is named, or two of the same name.
     """
-    return status_of(find_subnetwork(model, adapter_name))
-
-
-def check_ranks_agree(model: nn.Module, adapter_name: str | None = None) -> None:
-    """Compare steps, masks and weights over all processes of a distributed training; all of them have to call it.
-
-    With the environment variable `PEFT_DPS_CHECK_RANKS=1` that happens at every change of stage. It reads every weight
-    and communicates 32 bytes for each, so it is meant for finding mistakes. Of weights that FSDP2 has cut, processes
-    that hold the same rows are compared.
-
-    Args:
-        model: A PEFT model, or any module into which DPS adapters were injected.
-        adapter_name: Name of the adapter; None if there is only one.
-
-    Raises:
-        EngineError: On all processes, if any two differ.
-        ConfigError: If there is no such adapter, several and none is named, or two of the same name.
-    """
-    find_subnetwork(model, adapter_name).check_ranks_agree()
-
-
-def dps_state_dict(model: nn.Module, adapter_name: str | None = None) -> dict[str, Any]:
-    """Take down the training state of an adapter: what an exact resume needs besides weights and optimizer.
-
-    It is the same on all processes of a data-parallel training. Where FSDP2 has sharded the weights, it is that of the
-    rows that the process has.
-
-    Args:
-        model: A PEFT model, or any module into which DPS adapters were injected.
-        adapter_name: Name of the adapter; None if there is only one.
-
-    Returns:
-        `"header"`, plain values fit for JSON, and `"tensors"`, a flat dict of tensors: scores, or masks in bits. They
-        are those in use, as in torch's state dicts: copy what has to outlive the next step.
-
-    Raises:
-        ConfigError: If there is no such adapter, several and none is named, or two of the same name.
-    """
-    return state_of(find_subnetwork(model, adapter_name))
-
-
-def load_dps_state_dict(model: nn.Module, state: Mapping[str, Any], adapter_name: str | None = None) -> None:
-    """Go on where the training was whose state was taken down: every later weight and mask has the same bits.
-
-    Load the adapter's weights first. Everything is checked before anything is changed. Where FSDP2 has sharded the
-    weights, all processes have to call it, each with the state of the same rows.
-
-    Args:
-        model: A PEFT model, or any module into which DPS adapters were injected.
-        state: What `dps_state_dict` returned.
-        adapter_name: Name of the adapter; None if there is only one.
-
-    Raises:
-        ConfigError: If there is no such adapter, several and none is named, or two of the same name.
-        StateError: If the state is not complete, or not that of this adapter, these settings and these weights.
-    """
-    load_state(find_subnetwork(model, adapter_name), state)
-
-
-def save_dps_state(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
-    """Save the training state of an adapter to a safetensors file.
-
-    The file appears whole or not at all, also if the process is killed meanwhile. In a data-parallel training one
-    process has to save. Where FSDP2 has sharded the weights, all have to call it, with the same path in a folder that
-    they share: each writes a file beside it, and the one at `path` comes last and says which belong together.
-
-    Args:
-        model: A PEFT model, or any module into which DPS adapters were injected.
-        path: Name of the file; its folder exists.
-        adapter_name: Name of the adapter; None if there is only one.
-
-    Raises:
-        ConfigError: If there is no such adapter, several and none is named, or two of the same name.
-        StateError: If it failed on another process.
-    """
-    checkpoint.save(find_subnetwork(model, adapter_name), path)
-
-
-def load_dps_state(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
-    """Go on where the training was whose state is in a file; see `load_dps_state_dict`.
-
-    Every process loads, however many there are now and however many there were: a state can be cut anew, over another
-    number of processes, over several from one, or put together for one.
-
-    Args:
-        model: A PEFT model, or any module into which DPS adapters were injected.
-        path: Name of the file.
-        adapter_name: Name of the adapter; None if there is only one.
-
-    Raises:
-        ConfigError: If there is no such adapter, several and none is named, or two of the same name.
-        StateError: If the file is missing or damaged, or not that of this adapter, these settings and these weights.
-    """
-    checkpoint.load(find_subnetwork(model, adapter_name), path)
+    return DPSAdapter(find_controller(model, adapter_name))
 
 
 def offloaded_parameters(model: nn.Module) -> set[nn.Parameter]:
@@ -140,8 +166,8 @@ def offloaded_parameters(model: nn.Module) -> set[nn.Parameter]:
     return {layer.pretrained_parameter for layer in layers if layer.is_offloaded}
 
 
-def find_subnetwork(model: nn.Module, adapter_name: str | None = None) -> Subnetwork:
-    """Return the subnetwork of a DPS adapter.
+def find_controller(model: nn.Module, adapter_name: str | None = None) -> Controller:
+    """Return what drives the training of a DPS adapter.
 
     Args:
         model: A PEFT model, or any module that holds DPS layers.
@@ -150,75 +176,75 @@ def find_subnetwork(model: nn.Module, adapter_name: str | None = None) -> Subnet
     Raises:
         ConfigError: If there is no such adapter, several and none is named, or two of the same name.
     """
-    subnetworks = find_subnetworks(model)
-    if adapter_name is None and len(subnetworks) == 1:
-        return next(iter(subnetworks.values()))
-    if adapter_name not in subnetworks:
-        raise ConfigError(f"`adapter_name` must be one of {sorted(subnetworks)}, got {adapter_name!r}.")
-    return subnetworks[adapter_name]
+    controllers = find_controllers(model)
+    if adapter_name is None and len(controllers) == 1:
+        return next(iter(controllers.values()))
+    if adapter_name not in controllers:
+        raise ConfigError(f"`adapter_name` must be one of {sorted(controllers)}, got {adapter_name!r}.")
+    return controllers[adapter_name]
 
 
-def find_subnetworks(model: nn.Module) -> dict[str, Subnetwork]:
-    """Collect the subnetworks of all DPS adapters in a model, however the adapters were injected.
+def find_controllers(model: nn.Module) -> dict[str, Controller]:
+    """Collect the controllers of all DPS adapters in a model, however the adapters were injected.
 
     Args:
         model: A PEFT model, or any module that holds DPS layers.
 
     Returns:
-        Per adapter name, its subnetwork.
+        Per adapter name, its controller.
 
     Raises:
         ConfigError: If two PEFT models in the module have adapters of the same name.
     """
-    return _by_name(all_subnetworks(model))
+    return _by_name(all_controllers(model))
 
 
-def all_subnetworks(model: nn.Module) -> dict[Subnetwork, str]:
-    """Collect the subnetworks of all DPS adapters in a model, also where several have the same name.
+def all_controllers(model: nn.Module) -> dict[Controller, str]:
+    """Collect the controllers of all DPS adapters in a model, also where several have the same name.
 
     Args:
         model: A PEFT model, or any module that holds DPS layers.
 
     Returns:
-        Per subnetwork, the path of its first layer.
+        Per controller, the path of its first layer.
     """
-    found: dict[Subnetwork, str] = {}
+    found: dict[Controller, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, DPSLayer):
-            for subnetwork in module.dps_subnetworks.values():
-                if isinstance(subnetwork, Subnetwork):
-                    found.setdefault(subnetwork, path)
+            for controller in module.dps_controllers.values():
+                if isinstance(controller, Controller):
+                    found.setdefault(controller, path)
     return found
 
 
-def _by_name(found: Mapping[Subnetwork, str]) -> dict[str, Subnetwork]:
-    named: dict[str, Subnetwork] = {}
-    for subnetwork, path in found.items():
-        if (other := named.setdefault(subnetwork.adapter, subnetwork)) is not subnetwork:
+def _by_name(found: Mapping[Controller, str]) -> dict[str, Controller]:
+    named: dict[str, Controller] = {}
+    for controller, path in found.items():
+        if (other := named.setdefault(controller.adapter, controller)) is not controller:
             raise ConfigError(
-                f"Two DPS adapters of this model are called {subnetwork.adapter!r}: one has the layer "
+                f"Two DPS adapters of this model are called {controller.adapter!r}: one has the layer "
                 f"{found[other]!r}, the other {path!r}. Give one another name (`get_peft_model(part, config, "
                 "adapter_name=...)`), or ask each part of the model by itself."
             )
     return named
 
 
-def find_trained(model: nn.Module) -> dict[str, Subnetwork]:
-    """Collect the subnetworks of the DPS adapters that are being trained.
+def find_trained(model: nn.Module) -> dict[str, Controller]:
+    """Collect the controllers of the DPS adapters that are being trained.
 
     Args:
         model: A PEFT model, or any module that holds DPS layers.
 
     Returns:
-        Per adapter name, its subnetwork.
+        Per adapter name, its controller.
 
     Raises:
         ConfigError: If two PEFT models in the module train adapters of the same name.
     """
     return _by_name(
         {
-            subnetwork: path
-            for subnetwork, path in all_subnetworks(model).items()
-            if any(weight.exists() and weight.parameter.requires_grad for weight in subnetwork.weights)
+            controller: path
+            for controller, path in all_controllers(model).items()
+            if any(weight.parameter.requires_grad for weight in controller.existing)
         }
     )

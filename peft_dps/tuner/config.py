@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +13,42 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from peft_dps.errors import AdapterFileError, ConfigError
-from peft_dps.selection.schedule import StageSchedule
-from peft_dps.selection.scores import SCORE_DTYPES, find_score
+from peft_dps.masking.frozen import FROZEN
+from peft_dps.recipes import Recipe, make_recipe
+from peft_dps.selection.budget import SCOPES
+from peft_dps.selection.evidence import EVIDENCE
+from peft_dps.selection.granularity import GRANULARITIES
+from peft_dps.selection.schedule import SCHEDULES
+from peft_dps.selection.scores import SCORES, evidence_of
+from peft_dps.tensors.registry import Registry
 
-VARIANTS = ("dense", "mix")
-SCOPES = ("tensor", "model")
-FROZEN_POLICIES = ("exact", "gradient")
+NOISES = {"dense": "none", "mix": "columns"}  # by variant
+# What makes two trainings the same method. Only the length of the training may change.
+METHOD = (
+    "variant",
+    "density",
+    "schedule",
+    "stage_steps",
+    "score_steps",
+    "granularity",
+    "reduction",
+    "scope",
+    "frozen",
+    "score",
+    "evidence",
+    "score_dtype",
+    "participation_decay",
+    "lean",
+    "seed",
+)
+_OPEN: dict[str, Registry[Any]] = {  # fields that take names which users may register
+    "schedule": SCHEDULES,
+    "granularity": GRANULARITIES,
+    "scope": SCOPES,
+    "frozen": FROZEN,
+    "score": SCORES,
+    "evidence": EVIDENCE,
+}
 
 
 class DPSPeftType(str, enum.Enum):
@@ -46,18 +76,29 @@ class DPSConfig(PeftConfig):
             to ACCUMULATE, relaxes scores by how often a column took part, and trains SUBNETWORK on
             W_eff = T + M * (W - T) / density, T being the weight when the stage began.
         density (`float`, defaults to 0.7): Fraction of entries that the subnetwork holds, in (0, 1].
-        stage_steps (`int | float`, defaults to 0.05): Length of a stage: optimizer steps if an int, a fraction of all
-            steps in (0, 1) if a float.
+        schedule (`str`, defaults to `"cycle"`): Which phases follow each other: `"cycle"`, the two stages in turns;
+            `"once"`, ACCUMULATE for `score_steps` steps and SUBNETWORK from then on; or a registered name.
+        stage_steps (`int | float`, defaults to 0.05): Length of a stage of `"cycle"`: optimizer steps if an int, a
+            fraction of all steps in (0, 1) if a float.
+        score_steps (`int`, defaults to 8): Steps of ACCUMULATE with `schedule="once"`; 0 to score before training, from
+            batches of yours (`model.score(batches)`).
+        granularity (`str`, defaults to `"entry"`): What is selected as a whole: `"entry"`; `"row"`, all that makes one
+            output; `"column"`, all that takes one input; `"tensor"`, one weight; `"block"`, all targets of one layer of
+            the model; or a registered name.
+        reduction (`"mean" | "sum"`, defaults to `"mean"`): How the scores of its entries make the score of a unit.
         total_steps (`int`, *optional*): Number of optimizer steps of the whole training. Only a fractional
             `stage_steps` needs it, and not with the HF Trainer, which knows it.
-        scope (`"tensor" | "model"`, defaults to `"tensor"`): Whether the best entries are chosen within each weight
-            or over all weights together.
-        frozen (`"exact" | "gradient"`, defaults to `"exact"`): What frozen means in SUBNETWORK. With `"exact"` frozen
-            entries keep their bits whatever the optimizer does; with `"gradient"` only their gradient is zeroed, and
-            momentum and weight decay still move them, as in the code released with the paper.
-        score (`str`, defaults to `"squared_gradient"`): How entries are ranked: `"squared_gradient"`, `"random"` (the
-            baseline), or a name given to `peft_dps.register_score`.
-        score_dtype (`"float32" | "bfloat16"`, defaults to `"float32"`): What squared gradients are added up in.
+        scope (`"tensor" | "model"`, *optional*): Whether the best units are chosen within each weight or over all
+            weights together. By default within each weight, and over all where units are weights or more.
+        frozen (`str`, defaults to `"exact"`): What frozen means in SUBNETWORK. With `"exact"` frozen entries keep their
+            bits whatever the optimizer does; `"exact_in_step"` does so with a copy of them only while the optimizer
+            steps; with `"gradient"` only their gradient is zeroed, and momentum and weight decay still move them, as in
+            the code released with the paper; or a registered name.
+        score (`str`, defaults to `"squared_gradient"`): How entries are ranked: `"squared_gradient"`,
+            `"absolute_gradient"`, `"random"` (the baseline), or a name given to `peft_dps.register_score`.
+        evidence (`str`, *optional*): What is gathered for the score: `"squared_gradient"`, `"absolute_gradient"`,
+            `"second_moment"` (of the optimizer), `"none"`, or a registered name. By default what the score is made of.
+        score_dtype (`"float32" | "bfloat16"`, defaults to `"float32"`): What evidence is added up in.
             `"bfloat16"` halves the memory of the scores; entries whose scores are within 0.4% of each other may change
             places, and once a sum is more than 256 times what a step adds to it, it stands still. `"float32"` means
             fp64 for an fp64 weight.
@@ -73,10 +114,10 @@ class DPSConfig(PeftConfig):
         offload_base (`bool`, defaults to `False`): Whether the pretrained weights W0 of targeted modules are kept in a
             temporary file (see `TMPDIR`) instead of memory, on the host or an accelerator. What needs them reads them
             from there: disabling, merging and combining adapters, and each step of Mix in ACCUMULATE.
-        lean (`bool`, defaults to `False`): Whether memory is saved wherever it can be, at the price of somewhat
-            different scores and of time: scores come from the optimizer's second moment (AdamW; see
-            `peft_dps.selection.moments`), frozen entries are held only while the optimizer steps, and W0 is kept in a file as
-            with `offload_base`; on a CPU the originals of `modules_to_save` too.
+        lean (`bool`, defaults to `False`): One name for three choices that save memory, at the price of somewhat
+            different scores and of time: `evidence="second_moment"` in place of squared gradients,
+            `frozen="exact_in_step"` in place of `"exact"`, and `offload_base=True`; on a CPU the originals of
+            `modules_to_save` are kept in files too.
         seed (`int`, defaults to 0): Seed of the method's own random numbers.
         init_weights (`bool`, defaults to `True`): `False` perturbs the trainable copies at random; only for tests.
 
@@ -99,22 +140,38 @@ class DPSConfig(PeftConfig):
         default="dense", metadata={"help": "'dense', or 'mix', which trains with column noise and relaxed scores."}
     )
     density: float = field(default=0.7, metadata={"help": "Fraction of entries in the subnetwork, in (0, 1]."})
+    schedule: str = field(
+        default="cycle", metadata={"help": "Which phases follow each other: 'cycle', 'once', or a registered name."}
+    )
     stage_steps: int | float = field(
         default=0.05, metadata={"help": "Steps of a stage if int, a fraction in (0, 1) of all steps if float."}
+    )
+    score_steps: int = field(
+        default=8, metadata={"help": "Steps of scoring with schedule='once'; 0 to score before training."}
+    )
+    granularity: str = field(
+        default="entry",
+        metadata={"help": "What is selected as a whole: 'entry', 'row', 'column', 'tensor' or 'block'."},
+    )
+    reduction: Literal["mean", "sum"] = field(
+        default="mean", metadata={"help": "How the scores of its entries make the score of a unit."}
     )
     total_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps of the whole training, for a fractional `stage_steps`."}
     )
-    scope: Literal["tensor", "model"] = field(
-        default="tensor", metadata={"help": "Choose the best entries within each weight, or over the model."}
+    scope: str | None = field(
+        default=None, metadata={"help": "Choose the best units within each weight ('tensor'), or over the 'model'."}
     )
-    frozen: Literal["exact", "gradient"] = field(
+    frozen: str = field(
         default="exact",
         metadata={"help": "'exact': frozen entries keep their bits; 'gradient': only their gradient is zeroed."},
     )
     score: str = field(default="squared_gradient", metadata={"help": "How entries are ranked."})
+    evidence: str | None = field(
+        default=None, metadata={"help": "What is gathered for the score; by default what it is made of."}
+    )
     score_dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata={"help": "What squared gradients are added up in."}
+        default="float32", metadata={"help": "What evidence is added up in."}
     )
     participation_decay: bool | None = field(
         default=None, metadata={"help": "Mix: favour columns that took part less often. None: from 50 steps on."}
@@ -196,14 +253,67 @@ class DPSConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        self._validate_targets()
-        self._validate_method()
-        self._validate_schedule()
+        self.validate()
+        if self.scope is None:
+            self.scope = "model" if self._choice("granularity").spans_weights else "tensor"
 
-    @property
-    def is_mix(self) -> bool:
-        """Whether training forwards use effective weights."""
-        return self.variant == "mix" and self.density < 1.0
+    def validate(self) -> None:
+        """Check every field, also if it was set after the configuration was made.
+
+        Raises:
+            ConfigError: If one has a value that cannot work.
+        """
+        self._validate_targets()
+        self._validate_plain()
+        schedule = self.recipe().schedule
+        if self.total_steps is not None:
+            schedule.resolve(self.total_steps)
+
+    def recipe(self) -> Recipe:
+        """Return the method: one object per axis.
+
+        Raises:
+            ConfigError: If a field that says what the method is has a value that cannot work.
+        """
+        variant: Any = self.variant
+        if not isinstance(variant, str) or variant not in NOISES:
+            raise ConfigError(f"`variant` must be one of {', '.join(map(repr, NOISES))}, got {variant!r}.")
+        # A trained adapter loads without the names that its training had registered.
+        names = {name: getattr(self, name) for name, known in _OPEN.items() if self._is_usable(name, known)}
+        if self.lean:
+            self._save_memory(names)
+        recipe = make_recipe(
+            density=self.density,
+            stage_steps=self.stage_steps,
+            score_steps=self.score_steps,
+            score_dtype=self.score_dtype,
+            reduction=self.reduction,
+            noise=NOISES[variant],
+            participation_decay=self.participation_decay,
+            seed=self.seed,
+            **names,
+        )
+        return replace(recipe, settings={name: getattr(self, name) for name in METHOD})
+
+    def _save_memory(self, names: dict[str, Any]) -> None:
+        """Apply the choices that `lean=True` stands for."""
+        if self.score_dtype != "float32" or self.evidence is not None:
+            field_ = "score_dtype" if self.evidence is None else "evidence"
+            raise ConfigError(
+                f"`{field_}={getattr(self, field_)!r}` has nothing to do with `lean=True`, which takes scores from the "
+                "optimizer's second moment. Use one of the two."
+            )
+        if evidence_of(names.get("score", "squared_gradient")) == "squared_gradient":
+            names["evidence"] = "second_moment"
+        if names.get("frozen") == "exact":
+            names["frozen"] = "exact_in_step"
+
+    def _is_usable(self, name: str, known: Registry[Any]) -> bool:
+        return not self.inference_mode or getattr(self, name) is None or getattr(self, name) in known
+
+    def _choice(self, name: str) -> Any:
+        known = _OPEN[name]
+        return known.find(getattr(self, name) if self._is_usable(name, known) else next(iter(known)))
 
     def _validate_targets(self) -> None:
         parameters = self.target_parameters
@@ -231,42 +341,16 @@ class DPSConfig(PeftConfig):
                 f"`layers_pattern={self.layers_pattern!r}` needs `layers_to_transform`, the indices to count in it."
             )
 
-    def _validate_method(self) -> None:
-        _require_choice("variant", self.variant, VARIANTS)
-        _require_choice("scope", self.scope, SCOPES)
-        _require_choice("frozen", self.frozen, FROZEN_POLICIES)
-        _require_choice("score_dtype", self.score_dtype, tuple(SCORE_DTYPES))
-        if self.lean and self.score_dtype != "float32":
-            raise ConfigError(
-                f"`score_dtype={self.score_dtype!r}` has nothing to do with `lean=True`, which adds up no scores. Use "
-                "one of the two."
-            )
-        if not self.inference_mode:  # a trained adapter loads without the score that trained it
-            find_score(self.score)
+    def _validate_plain(self) -> None:
         for name in ("train_bias", "train_remaining", "offload_base", "lean", "init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        if not _is_number(self.density) or not 0.0 < self.density <= 1.0:
-            raise ConfigError(f"`density` must be in (0, 1], got {self.density!r}.")
         if not _is_int(self.seed) or self.seed < 0:
             raise ConfigError(f"`seed` must be an integer of at least 0, got {self.seed!r}.")
         if self.participation_decay is not None and not isinstance(self.participation_decay, bool):
             raise ConfigError(f"`participation_decay` must be True, False or None, got {self.participation_decay!r}.")
-
-    def _validate_schedule(self) -> None:
-        steps = self.stage_steps
-        if not _is_number(steps):
-            raise ConfigError(f"`stage_steps` must be an int (steps) or a float (fraction), got {steps!r}.")
-        if _is_int(steps) and steps < 1:
-            raise ConfigError(f"`stage_steps` as a number of steps must be at least 1, got {steps}.")
-        if isinstance(steps, float) and not 0.0 < steps < 1.0:
-            raise ConfigError(
-                f"`stage_steps` as a fraction of all steps must be in (0, 1), got {steps}. Use an int for steps."
-            )
         if self.total_steps is not None and (not _is_int(self.total_steps) or self.total_steps < 2):
             raise ConfigError(f"`total_steps` must be an integer of at least 2, got {self.total_steps!r}.")
-        if self.total_steps is not None:
-            StageSchedule.resolve(self.stage_steps, self.total_steps)
 
 
 def _require_readable(path: Path) -> None:
@@ -281,11 +365,6 @@ def _require_readable(path: Path) -> None:
         ) from error
 
 
-def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
 def _are_names(value: Any, *, expression: bool = True) -> bool:
     return (expression and isinstance(value, str)) or (
         isinstance(value, (list, set)) and all(isinstance(name, str) and name for name in value)
@@ -294,7 +373,3 @@ def _are_names(value: Any, *, expression: bool = True) -> bool:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_int(value) or isinstance(value, float)

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from peft_dps.errors import TargetError
+from peft_dps.recipes import Recipe
 from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.layers.conv import Conv1d, Conv2d, Conv3d
 from peft_dps.tuner.layers.embedding import Embedding, computes_alike
@@ -116,6 +117,25 @@ def _unknown(target: nn.Module, key: str, why: str) -> TargetError:
         f"The target {key!r} is a {type(target).__name__}, which DPS cannot train: {why}. Leave it out with "
         "`exclude_modules`, or train it in full with `modules_to_save`."
     )
+def check_layout(layer: DPSLayer, recipe: Recipe, key: str) -> None:
+    """Check that a layer has the rows or columns that a method asks for.
+
+    Args:
+        layer: The layer.
+        recipe: The method.
+        key: Its path in the model, for the messages.
+
+    Raises:
+        TargetError: If nothing tells where they are.
+    """
+    layout = layer.layout
+    without_units = recipe.granularity.units(layout) is None
+    if without_units or (recipe.noise.substitutes and layout.columns is None):
+        field = "granularity='entry'" if without_units else "variant='dense'"
+        raise TargetError(
+            f"The parameter {key!r} has the shape {layout.shape}, and nothing tells which axis holds inputs, so that it "
+            f"has no rows and columns. Use `{field}`, or leave it out of `target_parameters`."
+        )
 
 
 def _check_unwrapped(target: nn.Module, key: str) -> None:

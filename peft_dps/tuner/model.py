@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,26 +14,18 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from peft_dps.tuner.adapter import (
-    all_subnetworks,
-    dps_state_dict,
-    dps_status,
-    find_subnetwork,
-    load_dps_state,
-    load_dps_state_dict,
-    save_dps_state,
-)
-from peft_dps.tuner.adapter_name import one_adapter, require_adapter_name
-from peft_dps.tuner.config import DPSConfig
-from peft_dps.tuner.dispatch import check_reach, make_layer, wrap_parameter
 from peft_dps.errors import AdapterFileError, ConfigError
+from peft_dps.training.controller import Controller
+from peft_dps.training.status import DPSStatus
+from peft_dps.tuner.adapter import DPSAdapter, all_controllers, dps_adapter, find_controllers
+from peft_dps.tuner.adapter_name import one_adapter, require_adapter_name
+from peft_dps.tuner.config import METHOD, DPSConfig
+from peft_dps.tuner.dispatch import check_layout, check_reach, make_layer, wrap_parameter
 from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tuner.loading import read_state, require_saved_shapes
 from peft_dps.tuner.model_card import make_section, write_section
-from peft_dps.tuner.removal import remove_adapter
-from peft_dps.training.status import DPSStatus
-from peft_dps.training.controller import Subnetwork
 from peft_dps.tuner.offload import offload_bases, offload_originals
+from peft_dps.tuner.removal import remove_adapter
 from peft_dps.tuner.targets import expand_all_linear, is_target, save_remaining, warn_of_statistics
 from peft_dps.tuner.tied import check_ties, tie_saved_modules
 from peft_dps.tuner.weighted_adapter import combined_config, fill, make_terms
@@ -79,8 +71,9 @@ class DPSModel(BaseTuner):
         """
         config = _as_dps(self.peft_config[adapter_name])
         require_adapter_name(adapter_name)
-        subnetwork = Subnetwork(adapter_name, config)
-        self._injecting = subnetwork, low_cpu_mem_usage
+        config.validate()  # fields may have been set since it was made
+        controller = Controller(adapter_name, config.recipe(), config.total_steps)
+        self._injecting = controller, low_cpu_mem_usage
         try:
             super().inject_adapter(
                 model,
@@ -98,7 +91,7 @@ class DPSModel(BaseTuner):
                 self._originals_wait |= config.lean
                 warn_of_statistics(model)
         except Exception:
-            subnetwork.weights.clear()
+            controller.weights.clear()
             remove_adapter(self, adapter_name)
             raise
         finally:
@@ -114,9 +107,18 @@ class DPSModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # PEFT asks for the weights before it saves the configuration, which brings the model card up to date.
-        subnetwork = next((each for each in all_subnetworks(model) if each.config is config), None)
-        if subnetwork is not None:
-            subnetwork.config.write_card = partial(write_section, make_section(subnetwork.config, subnetwork))
+        own = _as_dps(config)
+        settings = {name: getattr(own, name) for name in METHOD}
+        controller = next(
+            (
+                each
+                for each in all_controllers(model)
+                if each.adapter == adapter_name and each.recipe.settings == settings
+            ),
+            None,
+        )
+        if controller is not None:
+            own.write_card = partial(write_section, make_section(own, controller))
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -129,7 +131,7 @@ class DPSModel(BaseTuner):
         try:
             return read_state(model, adapter_name, mapped)
         except AdapterFileError:
-            if config.is_to_be_filled and isinstance(model, PeftModel):
+            if isinstance(model, PeftModel) and _is_to_be_filled(config, find_controllers(model).get(adapter_name)):
                 tuner: Any = model.base_model
                 remove_adapter(tuner, adapter_name)
             raise
@@ -141,55 +143,61 @@ class DPSModel(BaseTuner):
             for name, config in self.peft_config.items()
             if any(f".{name}." in f"{key}." for key in state_dict)
         ]
+        controllers = {controller.adapter: controller for controller in all_controllers(self.model)}
         try:
             require_saved_shapes(self.state_dict(prefix=prefix), state_dict)
         except AdapterFileError:
             for name, config in loaded:
-                if config.is_to_be_filled:
+                if _is_to_be_filled(config, controllers.get(name)):
                     remove_adapter(self, name)
             raise
-        subnetworks = {subnetwork.adapter: subnetwork for subnetwork in all_subnetworks(self.model)}
         for name, config in loaded:
             config.is_to_be_filled = False
-            if name in subnetworks:
-                subnetworks[name].loaded_after = subnetworks[name].step
+            if name in controllers:
+                controllers[name].loaded_after = controllers[name].clock.step
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def dps_status(self, adapter_name: str | None = None) -> DPSStatus:
-        """Tell what DPS is doing; see `peft_dps.dps_status`."""
-        return dps_status(self.model, self._one_adapter(adapter_name))
+        """Tell what DPS is doing; see `DPSAdapter.status`."""
+        return self._adapter(adapter_name).status()
 
     def dps_state_dict(self, adapter_name: str | None = None) -> dict[str, Any]:
-        """Take down the training state of an adapter; see `peft_dps.dps_state_dict`."""
-        return dps_state_dict(self.model, self._one_adapter(adapter_name))
+        """Take down the training state of an adapter; see `DPSAdapter.state_dict`."""
+        return self._adapter(adapter_name).state_dict()
 
     def load_dps_state_dict(self, state: Mapping[str, Any], adapter_name: str | None = None) -> None:
-        """Go on where the training was whose state was taken down; see `peft_dps.load_dps_state_dict`."""
-        load_dps_state_dict(self.model, state, self._one_adapter(adapter_name))
+        """Go on where the training was whose state was taken down; see `DPSAdapter.load_state_dict`."""
+        self._adapter(adapter_name).load_state_dict(state)
 
     def save_dps_state(self, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
-        """Save the training state of an adapter to a file; see `peft_dps.save_dps_state`."""
-        save_dps_state(self.model, path, self._one_adapter(adapter_name))
+        """Save the training state of an adapter to a file; see `DPSAdapter.save_state`."""
+        self._adapter(adapter_name).save_state(path)
 
     def load_dps_state(self, path: str | os.PathLike[str], adapter_name: str | None = None) -> None:
-        """Go on where the training was whose state is in a file; see `peft_dps.load_dps_state`."""
-        load_dps_state(self.model, path, self._one_adapter(adapter_name))
+        """Go on where the training was whose state is in a file; see `DPSAdapter.load_state`."""
+        self._adapter(adapter_name).load_state(path)
 
     def set_dps_total_steps(self, total_steps: int, adapter_name: str | None = None) -> None:
-        """Begin a training of so many optimizer steps: a fractional `stage_steps` refers to them.
+        """Begin a training of so many optimizer steps; see `DPSAdapter.set_total_steps`."""
+        self._adapter(adapter_name).set_total_steps(total_steps)
 
-        The stages start anew. With the HF Trainer there is no need to call this.
+    def score(
+        self,
+        batches: Iterable[Any],
+        loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
+        adapter_name: str | None = None,
+    ) -> None:
+        """Gather evidence from batches before training; see `DPSAdapter.score`.
 
         Args:
-            total_steps: Number of optimizer steps of the whole training, at least 2.
+            batches: The batches: keyword arguments of the model, unless `loss` knows better.
+            loss: Returns the loss of the model on a batch; None for `model(**batch).loss`.
             adapter_name: Name of the adapter; None for the active one.
-
-        Raises:
-            ConfigError: If the number is no integer or too small, or there is no such adapter.
         """
-        if type(total_steps) is not int or total_steps < 2:
-            raise ConfigError(f"`total_steps` must be an integer of at least 2, got {total_steps!r}.")
-        find_subnetwork(self.model, self._one_adapter(adapter_name)).restart(total_steps)
+        self._adapter(adapter_name).score(self.model, batches, loss or _own_loss)
+
+    def _adapter(self, adapter_name: str | None) -> DPSAdapter:
+        return dps_adapter(self.model, self._one_adapter(adapter_name))
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
@@ -269,17 +277,18 @@ class DPSModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        subnetwork, low_cpu_mem_usage = self._injecting
+        controller, low_cpu_mem_usage = self._injecting
         layer: DPSLayer
         if parameter_name is not None:
             layer = wrap_parameter(target, parameter_name, current_key)
         else:
             layer = target if isinstance(target, DPSLayer) else make_layer(target, current_key)
-        is_new = not layer.dps_subnetworks
-        layer.update_layer(adapter_name, _as_dps(peft_config), subnetwork, low_cpu_mem_usage)
+        check_layout(layer, controller.recipe, current_key)
+        is_new = not layer.dps_controllers
+        layer.update_layer(adapter_name, _as_dps(peft_config), controller, low_cpu_mem_usage)
         if is_new:
             self._replace_module(parent, target_name, layer, target)
-        subnetwork.track(current_key, layer)
+        controller.track(current_key, layer)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version reads the weight of what it replaces, which a head of several layers does not have.
@@ -289,13 +298,23 @@ class DPSModel(BaseTuner):
         # PEFT's version makes new parameters, which makes inactive adapters trainable.
         for module in self.model.modules():
             if isinstance(module, DPSLayer):
-                for container, base in zip((module.dps_weight, module.dps_bias), module._pretrained(), strict=True):
+                for container, base in zip((module.dps_weight, module.dps_bias), module.pretrained(), strict=True):
                     if adapter_name in container and base is not None and base.dtype in HALF_PRECISION:
                         dtype = torch.float32 if autocast_adapter_dtype else base.dtype
                         container[adapter_name].data = container[adapter_name].data.to(dtype)
         # PEFT calls this after every load, and with `low_cpu_mem_usage=True` that puts new parameters in.
         if _as_dps(self.peft_config[adapter_name]).train_remaining:
             tie_saved_modules(self.model, adapter_name)
+
+
+def _is_to_be_filled(config: DPSConfig, controller: Controller | None) -> bool:
+    """Tell whether an adapter was put into a model to be loaded, and nothing has been trained in it since."""
+    return config.is_to_be_filled and (controller is None or controller.clock.step == 0)
+
+
+def _own_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    loss: torch.Tensor = model(**batch).loss
+    return loss
 
 
 def _as_dps(config: PeftConfig) -> DPSConfig:

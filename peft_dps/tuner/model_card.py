@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from peft_dps.training.controller import Subnetwork
+from peft_dps.training.controller import Controller
 from peft_dps.tuner.config import DPSConfig
 
 # The section is marked, so that it is found and replaced when the card is written again.
@@ -31,15 +31,15 @@ def write_section(section: str, path: Path) -> None:
     path.write_text(replaced if found else f"{text.rstrip()}\n\n{section}\n", encoding="utf-8")
 
 
-def make_section(config: DPSConfig, subnetwork: Subnetwork) -> str:
+def make_section(config: DPSConfig, controller: Controller) -> str:
     """Make the section, in Markdown.
 
     Args:
         config: The adapter's configuration.
-        subnetwork: What is known of its training, in this process. Only counts are read, no tensors: one process
+        controller: What is known of its training, in this process. Only counts are read, no tensors: one process
             of several may be the one that saves.
     """
-    table = "\n".join(f"| {name} | {value} |" for name, value in _rows(config, subnetwork))
+    table = "\n".join(f"| {name} | {value} |" for name, value in _rows(config, controller))
     return f"""\
 ## Dynamic Parameter Selection
 
@@ -61,20 +61,20 @@ model = PeftModel.from_pretrained(base_model, "<this folder or repository>")
 ```"""
 
 
-def _rows(config: DPSConfig, subnetwork: Subnetwork) -> list[tuple[str, str]]:
-    weights, position, schedule = subnetwork.weights, subnetwork.position, subnetwork.schedule
+def _rows(config: DPSConfig, controller: Controller) -> list[tuple[str, str]]:
+    weights, step, position = controller.weights, controller.clock.step, controller.clock.position
     entries = sum(weight.layer.entries for weight in weights)
     selected = [weight.selected for weight in weights if weight.selected is not None]
     length = f"{config.stage_steps} steps"
     if isinstance(config.stage_steps, float):
-        known = "" if schedule is None else f": {schedule.stage_steps} steps"
+        known = "" if position is None else f": {position.length} steps"
         length = f"{config.stage_steps:g} of all steps{known}"
     rows = [
         ("variant", f"`{config.variant}`"),
-        ("density of the subnetwork", f"{config.density:g}, {_SCOPES[config.scope]}"),
+        ("density of the subnetwork", f"{config.density:g}, {_SCOPES[str(config.scope)]}"),
         ("length of a stage", length),
         ("score", f"`{config.score}`"),
-        ("frozen entries in SUBNETWORK", _POLICIES[config.frozen]),
+        ("frozen entries in SUBNETWORK", _POLICIES.get(config.frozen, f"`{config.frozen}`")),
         ("targeted weights", f"{len(weights)}, of {entries} entries"),
         ("biases of targeted modules", "trained" if config.train_bias else "not trained"),
         ("modules trained in full beside them", _names(config.modules_to_save)),
@@ -84,11 +84,11 @@ def _rows(config: DPSConfig, subnetwork: Subnetwork) -> list[tuple[str, str]]:
         return [*rows, ("training", "none in the process that saved this")]
     share = f"{sum(selected)} of {entries} entries ({sum(selected) / entries:.1%})"
     rows += [
-        ("optimizer steps", str(subnetwork.step)),
-        ("saved in", f"cycle {position.cycle}, {position.stage.name}, step {position.step_in_stage} of the stage"),
+        ("optimizer steps", str(step)),
+        ("saved in", f"cycle {position.cycle}, {position.phase.stage.name}, step {position.step} of the stage"),
         ("selected at the latest selection", share if selected else "none before the first SUBNETWORK stage"),
     ]
-    if subnetwork.loaded_after == subnetwork.step:
+    if controller.loaded_after == step:
         rows.append(("weights", "loaded after the last of these steps, as those of a better checkpoint are"))
     return rows
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from peft import get_layer_status, get_model_status, get_peft_model, get_peft_model_state_dict
 
-from peft_dps import ConfigError, DPSLayer
+from peft_dps import DPSLayer
+from peft_dps.errors import ConfigError
 
 
 def dps_layers(model):
@@ -86,7 +87,7 @@ def test_delete_the_inactive_adapter(case):
     assert not [name for name in model.state_dict() if "other" in name]
     assert torch.equal(case.output(model), expected)
     for layer in dps_layers(model):
-        assert "other" not in layer.dps_subnetworks
+        assert "other" not in layer.dps_controllers
     with pytest.raises(ConfigError, match="other"):
         model.dps_status("other")
 

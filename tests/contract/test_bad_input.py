@@ -9,7 +9,8 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from peft_dps import AdapterFileError, ConfigError, DPSConfig, DPSLayer, export_adapter
+from peft_dps import DPSConfig, DPSLayer, export_adapter
+from peft_dps.errors import AdapterFileError, ConfigError
 
 FILE = "adapter_model.safetensors"
 WEIGHT = "base_model.model.body.layers.1.proj.dps_weight"

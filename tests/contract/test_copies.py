@@ -64,7 +64,7 @@ def test_copies_of_transformers_models(case, duplicate):
     assert not {id(p) for p in model.parameters()} & {id(p) for p in other.parameters()}
     for mine, theirs in zip(model.modules(), other.modules(), strict=True):
         if isinstance(mine, DPSLayer):
-            assert mine.dps_subnetworks["default"] is not theirs.dps_subnetworks["default"]
+            assert mine.dps_controllers["default"] is not theirs.dps_controllers["default"]
     assert str(other.dps_status()) == str(model.dps_status())
 
 
@@ -83,7 +83,7 @@ def test_a_model_that_is_gone_leaves_nothing_behind(mlp, end):
     model.add_adapter("other", mlp.config())
     mlp.train(model, steps=3)
     layers = [module for module in model.modules() if isinstance(module, DPSLayer)]
-    subnetwork = weakref.ref(layers[0].dps_subnetworks["default"])
+    subnetwork = weakref.ref(layers[0].dps_controllers["default"])
     layer = weakref.ref(layers.pop(0))
     del layers
     kept = None

@@ -8,7 +8,8 @@ from accelerate import dispatch_model, init_empty_weights
 from peft import get_peft_model
 from torch import nn
 
-from peft_dps import DPSLayer, Stage, TargetError
+from peft_dps import DPSLayer, Stage
+from peft_dps.errors import TargetError
 
 EVERYWHERE = {
     "transformer.wte": "cpu",

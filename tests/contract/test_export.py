@@ -19,7 +19,8 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 
-from peft_dps import AdapterFileError, ConfigError, DPSConfig, DPSLayer, export_adapter
+from peft_dps import DPSConfig, DPSLayer, export_adapter
+from peft_dps.errors import AdapterFileError, ConfigError
 from tests.contract.test_parameters import CASES as EXPERTS
 
 

@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
 
-from peft_dps import DPSConfig, ScheduleError, dps_status
+from peft_dps import DPSConfig, dps_adapter
+from peft_dps.errors import ScheduleError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it deprecates on import
@@ -116,7 +117,7 @@ def fit(module, *, micro_batch=8, **arguments):
 
 
 def assert_same_training(model, oracle):
-    status = dps_status(model)
+    status = dps_adapter(model).status()
     assert (status.steps, status.engaged, status.frozen_moved) == (STEPS, True, False)
     for (name, ours), (_, theirs) in zip(model.named_parameters(), oracle.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name

@@ -11,7 +11,8 @@ import torch
 from peft import PeftModel, get_base_model_state_dict, get_peft_model
 from torch import nn
 
-from peft_dps import ConfigError, DPSConfig, DPSLayer, export_adapter
+from peft_dps import DPSConfig, DPSLayer, export_adapter
+from peft_dps.errors import ConfigError
 from tests.contract.conftest import input_of
 
 
@@ -182,7 +183,7 @@ def test_a_model_that_moves_leaves_them_on_the_host(case, merged):
         assert layer(x).device.type == "meta"
         layer.unmerge()
         assert torch.equal(layer.pretrained_parameter, weight)
-        layer.update_layer("other", case.config(), layer.dps_subnetworks["default"])
+        layer.update_layer("other", case.config(), layer.dps_controllers["default"])
         assert layer.dps_weight["other"].device.type == "meta"
 
 

@@ -17,7 +17,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from peft_dps import ConfigError, DPSConfig, DPSLayer, Stage, TargetError
+from peft_dps import DPSConfig, DPSLayer, Stage
+from peft_dps.errors import ConfigError, TargetError
 from peft_dps.masking.noise import ColumnNoise
 from tests.contract.conftest import TOKENS, Case
 from tests.reference import ReferenceMix

@@ -8,7 +8,8 @@ from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_dps import DPSConfig, DPSLayer, TargetError
+from peft_dps import DPSConfig, DPSLayer
+from peft_dps.errors import TargetError
 
 REASON = "DPS trains full-precision weights"
 REMEDY = "load the model without quantization, or use LoRA on a quantized model"

@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model, inject_a
 from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
 
-from peft_dps import ConfigError, DPSLayer, export_adapter
+from peft_dps import DPSLayer, export_adapter
+from peft_dps.errors import ConfigError
 
 
 @pytest.mark.refuses(

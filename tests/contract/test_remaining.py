@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForSequenceClassification
 
-from peft_dps import DPSConfig, DPSLayer, TargetError
+from peft_dps import DPSConfig, DPSLayer
+from peft_dps.errors import TargetError
 
 
 def frozen_in_effect(model):

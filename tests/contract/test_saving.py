@@ -163,7 +163,7 @@ def test_inject_adapter_in_model(case, low_cpu_mem_usage):
     assert torch.equal(case.output(model.eval()), case.output(source))
     case.train(model, steps=3)
     layer = dps_layers(model)[0]
-    assert layer.dps_subnetworks["default"].stage is Stage.SUBNETWORK
+    assert layer.dps_controllers["default"].stage is Stage.SUBNETWORK
 
 
 @pytest.mark.supports("Saving and loading", "`inject_adapter_in_model`, with a state dict too")

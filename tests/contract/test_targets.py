@@ -18,7 +18,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from peft_dps import DPSConfig, DPSLayer, TargetError
+from peft_dps import DPSConfig, DPSLayer
+from peft_dps.errors import TargetError
 
 CONFIG = BertConfig(
     vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,

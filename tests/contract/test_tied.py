@@ -10,7 +10,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, GPT2LMHeadModel
 
-from peft_dps import DPSConfig, DPSLayer, TargetError
+from peft_dps import DPSConfig, DPSLayer
+from peft_dps.errors import TargetError
 
 HEAD, WORDS = "lm_head", "transformer.wte"
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")

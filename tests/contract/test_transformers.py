@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_dps import DPSLayer, dps_status
+from peft_dps import DPSLayer, dps_adapter
 
 
 def dps_layers(model):
@@ -55,7 +55,7 @@ def test_several_adapters(transformer, injected):
 
 def test_training_engages(transformer, injected):
     transformer.train(injected, steps=3)
-    status = dps_status(injected)
+    status = dps_adapter(injected).status()
     assert (status.steps, status.engaged, status.frozen_moved) == (3, True, False)
 
 

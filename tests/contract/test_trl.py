@@ -16,7 +16,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from peft_dps import DPSConfig, EngineError
+from peft_dps import DPSConfig
+from peft_dps.errors import EngineError
 
 TOKENS = torch.arange(3, 11).view(1, 8)
 WORDS = ["<pad>", "<unk>", "<end>", *(f"w{number}" for number in range(37))]

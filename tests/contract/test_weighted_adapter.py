@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 
-from peft_dps import ConfigError, DPSConfig, DPSLayer
-from peft_dps.errors import TargetError
+from peft_dps import DPSConfig, DPSLayer
+from peft_dps.errors import ConfigError, TargetError
 from tests.contract.conftest import TOKENS, Case
 from tests.contract.test_parameters import EXPERTS, make_mixtral
 

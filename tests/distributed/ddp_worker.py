@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.traffic import Collectives
-from peft_dps import DPSConfig, EngineError, check_ranks_agree
+from peft_dps import DPSConfig, dps_adapter
+from peft_dps.errors import EngineError
 
 
 def make_model(variant: str) -> nn.Module:
@@ -23,17 +24,17 @@ def make_model(variant: str) -> nn.Module:
 
 def state_of(model: nn.Module) -> list[torch.Tensor]:
     layers = [model.base_model.model[index] for index in (0, 2)]
-    weights = layers[0].dps_subnetworks["default"].weights
+    weights = layers[0].dps_controllers["default"].weights
     return [*(weight.weight.detach() for weight in weights), *(weight.keep.float() for weight in weights)]
 
 
 def a_difference_is_named(model: nn.Module, rank: int) -> None:
-    weight = model.base_model.model[2].dps_subnetworks["default"].weights[1]
+    weight = model.base_model.model[2].dps_controllers["default"].weights[1]
     if rank == 1:
         with torch.no_grad():
             weight.weight[0, 0] += 1
     try:
-        check_ranks_agree(model)
+        dps_adapter(model).check_ranks_agree()
     except EngineError as error:
         if "processes 0 and 1 differ in the weight of '2'" not in str(error):
             raise
@@ -72,7 +73,7 @@ def main(variant: str) -> None:
             raise AssertionError("ranks differ")
     for ours, expected in zip(state_of(model), state_of(alone), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
-    check_ranks_agree(wrapped)
+    dps_adapter(wrapped).check_ranks_agree()
     a_difference_is_named(model, rank)
     dist.barrier()
     # Taking the group down may deadlock in torch: its destructor waits for gloo's thread, which waits for the GIL.

@@ -10,7 +10,8 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_dps import DPSConfig, EngineError
+from peft_dps import DPSConfig
+from peft_dps.errors import EngineError
 
 STEPS = 8
 

@@ -33,7 +33,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from benchmarks.traffic import Collectives
-from peft_dps import EngineError, check_ranks_agree
+from peft_dps import dps_adapter
+from peft_dps.errors import EngineError
 
 MIX = {"variant": "mix"}
 
@@ -108,11 +109,11 @@ def replicas_are_compared() -> None:
     size = dist.get_world_size()
     model = shard(make_model({}), mesh=mesh_of(size, 1, names=("replicate", "shard")))
     steps(model, optimizer_of(model), batches(4))
-    check_ranks_agree(model)
+    dps_adapter(model).check_ranks_agree()
     if dist.get_rank() == 1:
         tracked(model)[1].mask.packed[0] ^= 1
     try:
-        check_ranks_agree(model)
+        dps_adapter(model).check_ranks_agree()
     except EngineError as error:
         if "processes 0 and 1 differ in the mask of '2'" not in str(error):
             raise

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from peft_dps import EngineError, ScoreError, register_score
+from peft_dps import register_score
+from peft_dps.errors import EngineError, ScoreError
 
 
 @register_score("nan_on_rank_1", uses_gradients=False)

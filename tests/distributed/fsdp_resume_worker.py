@@ -38,14 +38,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from benchmarks.traffic import Collectives
-from peft_dps import (
-    StateError,
-    load_dps_state,
-    load_dps_state_dict,
-    register_for_checkpointing,
-    save_dps_state,
-    statefile,
-)
+from peft_dps import dps_adapter, register_for_checkpointing, statefile
+from peft_dps.errors import StateError
 from tests.resuming import assert_same
 
 STEPS = 8
@@ -72,14 +66,14 @@ class Training:
 
     def save(self, folder: Path) -> None:
         dcp.save(self.states(), checkpoint_id=folder / "torch")
-        save_dps_state(self.model, folder / STATE)
+        dps_adapter(self.model).save_state(folder / STATE)
 
     def load(self, folder: Path, step: int) -> None:
         states = self.states()
         dcp.load(states, checkpoint_id=folder / "torch")
         set_model_state_dict(self.model, states["model"])
         set_optimizer_state_dict(self.model, self.optimizer, states["optimizer"])
-        load_dps_state(self.model, folder / STATE)
+        dps_adapter(self.model).load_state(folder / STATE)
         assert self.model.dps_status().steps == step
         self.step = step
 
@@ -108,7 +102,7 @@ def train(folder: Path) -> None:
     for place, plan in plans(folder):
         training = Training(plan)
         training.run(plan["stop"] - 1)
-        save_dps_state(training.model, place / STATE)
+        dps_adapter(training.model).save_state(place / STATE)
         training.run(plan["stop"])
         training.save(place)
         on_first(save_file, training.trace(), place / "train.safetensors")
@@ -144,7 +138,7 @@ def load_what_one_process_saved(folder: Path) -> None:
         training = Training(plan)
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(training.model, load_file(place / "weights.safetensors"), options=options)
-        load_dps_state(training.model, place / STATE)
+        dps_adapter(training.model).load_state(place / STATE)
         now = everything(training.model)
         on_first(assert_same, now, load_file(place / "alone.safetensors"))
 
@@ -161,10 +155,10 @@ def a_save_and_a_load_communicate_little(folder: Path) -> None:
     training = Training(plan)
     training.load(place, plan["stop"])
     with Collectives() as collectives:
-        load_dps_state(training.model, place / STATE)
+        dps_adapter(training.model).load_state(place / STATE)
     assert len(collectives.sent) == 4, collectives.sent
     with Collectives() as collectives:
-        save_dps_state(training.model, place / "counted.safetensors")
+        dps_adapter(training.model).save_state(place / "counted.safetensors")
     assert len(collectives.sent) == 4, collectives.sent
 
 
@@ -176,7 +170,7 @@ def what_does_not_belong_together_is_refused_on_all(folder: Path) -> None:
     before = everything(training.model)
 
     def load() -> None:
-        load_dps_state(training.model, place / STATE)
+        dps_adapter(training.model).load_state(place / STATE)
 
     own = statefile.find_save(place / STATE).paths[rank]
     other = statefile.find_save(place / STATE).paths[1]
@@ -190,7 +184,7 @@ def what_does_not_belong_together_is_refused_on_all(folder: Path) -> None:
     refused(load, "no training state at" if rank == 1 else elsewhere)
     on_first(other.write_bytes, whole)
 
-    save_dps_state(training.model, place / "again.safetensors")
+    dps_adapter(training.model).save_state(place / "again.safetensors")
     again = statefile.find_save(place / "again.safetensors").paths[1]
     on_first(other.write_bytes, again.read_bytes())  # the same step, but another save
     refused(load, "is of another save" if rank == 1 else elsewhere)
@@ -199,12 +193,12 @@ def what_does_not_belong_together_is_refused_on_all(folder: Path) -> None:
     mine = statefile.read(own)
     if rank == 1:
         mine["header"]["progress"]["scored_steps"] += 1
-    refused(lambda: load_dps_state_dict(training.model, mine), "from different saves")
+    refused(lambda: dps_adapter(training.model).load_state_dict(mine), "from different saves")
     if rank == 1:
         mine = {"header": {}}
-    refused(lambda: load_dps_state_dict(training.model, mine), "or is none" if rank == 1 else elsewhere)
+    refused(lambda: dps_adapter(training.model).load_state_dict(mine), "or is none" if rank == 1 else elsewhere)
     path = place / f"state.{rank}.safetensors"
-    refused(lambda: save_dps_state(training.model, path), "under different names")
+    refused(lambda: dps_adapter(training.model).save_state(path), "under different names")
     with torch.no_grad():  # of the last weight, whose rows all ranks but the first may lack
         tracked(training.model)[0].weight[:1] += rank
     refused(load, "values of the weight of '0'" if rank == 1 else elsewhere)
@@ -229,7 +223,7 @@ def die_in_a_save(folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
         statefile.save_file = half
-    save_dps_state(training.model, place / STATE)
+    dps_adapter(training.model).save_state(place / STATE)
 
 
 class Loop(Training):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_dps import load_dps_state, save_dps_state
+from peft_dps import dps_adapter
 from peft_dps.checkpoint import file as statefile
 from tests.distributed.fsdp_worker import batches, everything, make_model, optimizer_of, train_alone
 from tests.launching import torchrun
@@ -96,7 +96,7 @@ def put_together(place, plan, step):
     """One process goes on with what several have saved."""
     model = make_model(plan["fields"])
     model.load_state_dict(weights_at(place, step))
-    load_dps_state(model, place / "dps.safetensors")
+    dps_adapter(model).load_state(place / "dps.safetensors")
     assert model.dps_status().steps == step
     saved = load_file(place / "train.safetensors")
     assert_same(
@@ -114,7 +114,7 @@ def test_another_number_of_processes_resumes_with_the_same_state(folder, tmp_pat
         place = tmp_path / "one" / str(index)
         model, _ = alone(plan)
         save_file(model.state_dict(), place / "weights.safetensors")
-        save_dps_state(model, place / "dps.safetensors")
+        dps_adapter(model).save_state(place / "dps.safetensors")
         save_file(everything(model), place / "alone.safetensors")
     # Of three processes the last holds no row of the last weight.
     lay_out(tmp_path / "three", [PLANS[2], PLANS[3]])

@@ -76,7 +76,7 @@ def weights_of(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]
 
 
 def subnetwork_of(model: nn.Module, adapter: str = "default"):
-    return layers_of(model)[0].dps_subnetworks[adapter]
+    return layers_of(model)[0].dps_controllers[adapter]
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches) -> None:

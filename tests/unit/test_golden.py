@@ -73,7 +73,7 @@ def test_training_follows_the_released_code(make_net, monkeypatch, variant, stag
                 "weight": layer.dps_weight["default"].detach(),
                 "bias": layer.dps_bias["default"].detach(),
                 "grad": layer.dps_weight["default"].grad,
-                "mask": layer.dps_subnetworks["default"].weights[index].keep,
+                "mask": layer.dps_controllers["default"].weights[index].keep,
             }
             for name, value in now.items():
                 expected = recorded.get(f"step{t}.{index}.{name}")

@@ -1,0 +1,1 @@
+"""DPS layers, one file a kind."""

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft_dps.masking.effective import EffectiveWeight
-from peft_dps.tuner.layers.layer import DPSLayer, cast_to_activation
-from peft_dps.masking.noise import Columns
 from peft_dps.masking.operations import effective_conv
+from peft_dps.tensors.layout import Layout, out_in
+from peft_dps.tuner.layers.layer import DPSLayer, cast_to_activation
 
 
 class Conv(DPSLayer):
@@ -24,11 +24,10 @@ class Conv(DPSLayer):
         self.out_features: int = base.out_channels
 
     @property
-    def columns(self) -> Columns:
-        """One column per input channel: all output channels of its group, all places in the kernel."""
+    def layout(self) -> Layout:
+        """A row per output channel; a column per input channel: all output channels of its group, all of the kernel."""
         base: Any = self.get_base_layer()
-        groups, inputs, kernel = base.groups, base.in_channels // base.groups, (1,) * len(base.kernel_size)
-        return Columns((1, inputs, *kernel) if groups == 1 else (groups, 1, inputs, *kernel), groups)
+        return out_in(tuple(self.pretrained_parameter.shape), base.groups)
 
     def _compute(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft_dps.masking.effective import EffectiveWeight
-from peft_dps.tuner.layers.layer import DPSLayer
-from peft_dps.masking.noise import Columns
 from peft_dps.masking.operations import effective_embedding
+from peft_dps.tensors.layout import Layout, out_in
+from peft_dps.tuner.layers.layer import DPSLayer
 
 
 class Embedding(DPSLayer):
@@ -24,9 +24,9 @@ class Embedding(DPSLayer):
         self.out_features: int = base.embedding_dim
 
     @property
-    def columns(self) -> Columns:
-        """One column per dimension, over all rows."""
-        return Columns((1, self.out_features))
+    def layout(self) -> Layout:
+        """A row per token, a column per dimension."""
+        return out_in((self.in_features, self.out_features))
 
     def _compute(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.func import functional_call
 
-from peft_dps.tuner.config import DPSConfig
 from peft_dps.masking.effective import EffectiveWeight, materialize
-from peft_dps.masking.noise import Columns
-from peft_dps.tuner.layers.base import BaseLayerWrapper
+from peft_dps.tensors.layout import Layout
+from peft_dps.training.layer import Training
+from peft_dps.tuner.config import DPSConfig
+from peft_dps.tuner.layers.pretrained import PretrainedWeight
 
 
-class Training(Protocol):
-    """What a layer needs to know of the training of one of its adapters."""
-
-    @property
-    def is_mix(self) -> bool:
-        """Whether training forwards use effective weights."""
-
-    def on_forward(self, layer: DPSLayer) -> EffectiveWeight | None:
-        """Prepare a training forward of `layer`: what to multiply with in place of the weight, None for itself."""
-
-
-class DPSLayer(BaseLayerWrapper):
+class DPSLayer(nn.Module, BaseTunerLayer):
     """Tuner layer that trains a copy of the base layer's weight.
 
     The base layer stays frozen: it is the pretrained weight W0, it is what runs when adapters are disabled, and
@@ -36,7 +27,7 @@ class DPSLayer(BaseLayerWrapper):
     Attributes:
         dps_weight: Per adapter, the trainable weight, in the base weight's shape and layout.
         dps_bias: Per adapter, the trainable bias; missing where the base layer has none or `train_bias=False`.
-        dps_subnetworks: Per adapter, the subnetwork this layer belongs to.
+        dps_controllers: Per adapter, what drives its training.
         in_features: Size of the input, as PEFT wants it of every layer.
         out_features: Size of the output.
         entries: Number of entries of the weight.
@@ -44,41 +35,79 @@ class DPSLayer(BaseLayerWrapper):
     """
 
     adapter_layer_names: tuple[str, ...] = ("dps_weight", "dps_bias")
-    other_param_names: tuple[str, ...] = ("dps_subnetworks",)
+    other_param_names: tuple[str, ...] = ("dps_controllers",)
+    base_layer: nn.Module
     in_features: int
     out_features: int
+    parameter_name: str = "weight"  # of the weight in the base layer
+    bias_name: ClassVar[str | None] = "bias"
     supports_lora: ClassVar[bool] = False
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
+        super().__init__()
+        self.base_layer = base_layer
         self.dps_weight = nn.ParameterDict({})
         self.dps_bias = nn.ParameterDict({})
-        self.dps_subnetworks: dict[str, Training] = {}
+        self.dps_controllers: dict[str, Training] = {}
+        self._base = PretrainedWeight(self.parameter_name, self.bias_name)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self.entries = self._pretrained()[0].numel()
+        self.entries = self.pretrained_parameter.numel()
 
     @property
-    def columns(self) -> Columns:
-        """What the column noise of Mix takes for a column of the weight."""
+    def layout(self) -> Layout:
+        """Where the rows and columns of the weight are."""
         raise NotImplementedError
 
+    @property
+    def pretrained_parameter(self) -> nn.Parameter:
+        """The parameter that holds the pretrained weight W0, also while adapters are merged into the base layer."""
+        return self._base.parameters(self.get_base_layer())[0]
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the pretrained weight W0 is kept in a file."""
+        return self._base.offloaded_from is not None
+
+    def offload_base(self) -> None:
+        """Keep the pretrained weight W0 in a file; whatever needs it reads it from there."""
+        self._base.offload(self.get_base_layer())
+
+    def pretrained(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return W0, on the device where it is computed with, and the pretrained bias, also while merged."""
+        weight, bias = self._base.parameters(self.get_base_layer())
+        home = self._home()
+        return weight.data if home is None else weight.data.to(home), None if bias is None else bias.data
+
+    def pretrained_weight(self) -> torch.Tensor:
+        """Return W0, on the device where it is computed with."""
+        return self.pretrained()[0]
+
+    def training_of(self, adapter: str) -> Training | None:
+        """Return what drives the training of an adapter.
+
+        Args:
+            adapter: Name of the adapter.
+        """
+        return self.dps_controllers.get(adapter)
+
     def update_layer(
-        self, adapter_name: str, config: DPSConfig, subnetwork: Training, low_cpu_mem_usage: bool = False
+        self, adapter_name: str, config: DPSConfig, controller: Training, low_cpu_mem_usage: bool = False
     ) -> None:
         """Add an adapter: copy the base layer's weight and bias as its starting point.
 
         Args:
             adapter_name: Name of the adapter.
             config: Its configuration.
-            subnetwork: The subnetwork that the copy is trained in.
+            controller: What drives its training.
             low_cpu_mem_usage: Create the copies without data on the meta device, to be filled by a checkpoint.
         """
-        weight, bias = self._pretrained()
-        self.dps_weight[adapter_name] = _trainable_copy(weight, config, low_cpu_mem_usage)
+        weight, bias = self.pretrained()
+        make, perturb = controller.storage.parameter, not config.init_weights
+        self.dps_weight[adapter_name] = make(weight, on_meta=low_cpu_mem_usage, perturb=perturb)
         if bias is not None and config.train_bias:
-            self.dps_bias[adapter_name] = _trainable_copy(bias, config, low_cpu_mem_usage)
-        self.dps_subnetworks[adapter_name] = subnetwork
+            self.dps_bias[adapter_name] = make(bias, on_meta=low_cpu_mem_usage, perturb=perturb)
+        self.dps_controllers[adapter_name] = controller
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def trained(self, adapter: str) -> nn.Parameter | None:
@@ -104,7 +133,7 @@ class DPSLayer(BaseLayerWrapper):
             The difference in the adapter's dtype, in the shape and layout of the base weight.
         """
         weight: torch.Tensor = self.dps_weight[adapter]
-        return weight - self._pretrained()[0].to(weight.dtype)
+        return weight - self.pretrained()[0].to(weight.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapters' weights into the base layer.
@@ -126,7 +155,7 @@ class DPSLayer(BaseLayerWrapper):
         names = [*self.merged_adapters, *new_names]
         with torch.no_grad():
             weight, bias = self._combined(names)
-            base_weight, base_bias = self._pretrained()
+            base_weight, base_bias = self.pretrained()
             weight = _detached_as(weight, base_weight)
             bias = None if bias is None or base_bias is None else _detached_as(bias, base_bias)
         if safe_merge:
@@ -135,42 +164,31 @@ class DPSLayer(BaseLayerWrapper):
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {', '.join(new_names)} seems to be broken"
                     )
-        base: Any = self.get_base_layer()
-        self._unmerged = self._unmerged or self._parameters_of_base()
-        setattr(base, self.parameter_name, nn.Parameter(weight, requires_grad=False))
-        if bias is not None and self.bias_name is not None:
-            setattr(base, self.bias_name, nn.Parameter(bias, requires_grad=False))
+        self._base.merge(self.get_base_layer(), weight, bias)
         self.merged_adapters = names
 
     def unmerge(self) -> None:
         """Give the base layer its pretrained weight and bias back, bit for bit."""
-        if self._unmerged is None:
+        if not self._base.unmerge(self.get_base_layer()):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        base: Any = self.get_base_layer()
-        weight, bias = self._unmerged
-        setattr(base, self.parameter_name, weight)
-        if bias is not None and self.bias_name is not None:
-            setattr(base, self.bias_name, bias)
-        self._unmerged = None
         self.merged_adapters = []
 
     @property
     def weight(self) -> torch.Tensor:
         """The weight in effect, for modules that read it instead of calling the layer; dtype of the base weight."""
         if self.disable_adapters and self.merged:
-            return self._pretrained()[0]
-        base_weight = self._parameters_of_base()[0]
+            return self.pretrained()[0]
+        base_weight = self._base.in_base(self.get_base_layer())[0]
         if not self._adapters_in_effect():
-            return base_weight if self._home() in (None, base_weight.device) else self._pretrained()[0]
+            return base_weight if self._home() in (None, base_weight.device) else self.pretrained()[0]
         return self._effective()[0].to(base_weight.dtype)
 
     @property
     def bias(self) -> torch.Tensor | None:  # type: ignore[override]
         """The bias in effect, like `weight`."""
         if self.disable_adapters and self.merged:
-            return self._pretrained()[1]
-        base_bias = self._parameters_of_base()[1]
+            return self.pretrained()[1]
+        base_bias = self._base.in_base(self.get_base_layer())[1]
         if base_bias is None or not self._adapters_in_effect():
             return base_bias
         bias = self._effective()[1]
@@ -182,7 +200,7 @@ class DPSLayer(BaseLayerWrapper):
         """Return the base layer, merged or not, with all of its weights in memory; PEFT asks for it."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        self.restore_base()
+        self._base.restore(self.get_base_layer())
         return self.get_base_layer()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -213,19 +231,37 @@ class DPSLayer(BaseLayerWrapper):
             weight = self.trained(name)
             if weight is None or not weight.requires_grad:
                 continue
-            subnetwork = self.dps_subnetworks[name]
+            controller = self.dps_controllers[name]
             # Dense leaves a compiled graph whole; Mix breaks it here.
-            if subnetwork.is_mix or not torch.compiler.is_compiling():
-                made = _announce(subnetwork, self)
+            if controller.substitutes or not torch.compiler.is_compiling():
+                made = _announce(controller, self)
                 if made is not None:
                     effective[name] = made
         return effective
 
     def _home(self) -> torch.device | None:
-        if self._offloaded_from is None:
+        """Return the device that W0 is computed with on, if it lies in a file."""
+        if self._base.offloaded_from is None:
             return None
         # FSDP2 moves parameters without `_apply`, which is where the layer would notice.
-        return next((copy.device for copy in self.dps_weight.values()), self._offloaded_from)
+        return next((copy.device for copy in self.dps_weight.values()), self._base.offloaded_from)
+
+    def _call_base(self, *args: Any, **kwargs: Any) -> Any:
+        weight = self._base.in_base(self.get_base_layer())[0]
+        if self._home() in (None, weight.device):  # at hand, or merged
+            return self.base_layer(*args, **kwargs)
+        return self._call_base_with(self.pretrained()[0], *args, **kwargs)
+
+    def _call_base_with(self, weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call the base layer with another weight in place of its own."""
+        path, module = self.parameter_name, self.base_layer
+        while isinstance(module, DPSLayer):
+            path, module = f"base_layer.{path}", module.base_layer
+        return functional_call(self.base_layer, {path: weight}, args, kwargs, tie_weights=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._base.apply(self.get_base_layer(), fn, lambda: nn.Module._apply(self, fn, recurse))
+        return self
 
     def _adapters_in_effect(self) -> list[str]:
         if self.disable_adapters or self.merged:
@@ -248,8 +284,8 @@ class DPSLayer(BaseLayerWrapper):
         ]
         biases = [self.dps_bias[name] for name in names if name in self.dps_bias]
         if len(names) == 1:
-            return weights[0], biases[0] if biases else self._pretrained_bias()
-        pretrained_weight, pretrained_bias = self._pretrained()
+            return weights[0], biases[0] if biases else self.pretrained()[1]
+        pretrained_weight, pretrained_bias = self.pretrained()
         weight = sum((own - pretrained_weight.to(own.dtype) for own in weights), start=pretrained_weight)
         bias = pretrained_bias
         if pretrained_bias is not None:
@@ -258,7 +294,7 @@ class DPSLayer(BaseLayerWrapper):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version makes new parameters, which forgets requires_grad and rounds fp32 copies to the base's dtype.
-        device = device or self._offloaded_from or self.pretrained_parameter.device
+        device = device or self._base.offloaded_from or self.pretrained_parameter.device
         for container in (self.dps_weight, self.dps_bias):
             if adapter_name in container and container[adapter_name].device not in (device, torch.device("meta")):
                 container[adapter_name].data = container[adapter_name].data.to(device)
@@ -268,17 +304,8 @@ class DPSLayer(BaseLayerWrapper):
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _announce(subnetwork: Training, layer: DPSLayer) -> EffectiveWeight | None:
-    return subnetwork.on_forward(layer)
-
-
-def _trainable_copy(tensor: torch.Tensor, config: DPSConfig, on_meta: bool) -> nn.Parameter:
-    if on_meta:
-        return nn.Parameter(torch.empty_like(tensor, device="meta"))
-    copy = tensor.detach().clone()
-    if not config.init_weights:
-        copy += 0.02 * torch.randn_like(copy)
-    return nn.Parameter(copy)
+def _announce(controller: Training, layer: DPSLayer) -> EffectiveWeight | None:
+    return controller.on_forward(layer)
 
 
 def _detached_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

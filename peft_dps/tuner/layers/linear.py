@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft_dps.masking.effective import EffectiveWeight, effective_linear
+from peft_dps.tensors.layout import Layout, in_out, out_in
 from peft_dps.tuner.layers.layer import DPSLayer, cast_to_activation
-from peft_dps.masking.noise import Columns
 
 
 class Linear(DPSLayer):
@@ -18,12 +18,12 @@ class Linear(DPSLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.out_features, self.in_features = self._pretrained()[0].shape
+        self.out_features, self.in_features = self.pretrained_parameter.shape
 
     @property
-    def columns(self) -> Columns:
-        """One column per input."""
-        return Columns((1, self.in_features))
+    def layout(self) -> Layout:
+        """A row per output, a column per input."""
+        return out_in((self.out_features, self.in_features))
 
     def _compute(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None
@@ -42,12 +42,12 @@ class Conv1DLinear(DPSLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.in_features, self.out_features = self._pretrained()[0].shape
+        self.in_features, self.out_features = self.pretrained_parameter.shape
 
     @property
-    def columns(self) -> Columns:
-        """One column per input."""
-        return Columns((self.in_features, 1))
+    def layout(self) -> Layout:
+        """A row per output, a column per input."""
+        return in_out((self.in_features, self.out_features))
 
     def _compute(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None

@@ -6,10 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from peft_dps.tuner.config import DPSConfig
-from peft_dps.errors import TargetError
-from peft_dps.tuner.layers.layer import DPSLayer, Training
-from peft_dps.masking.noise import Columns
+from peft_dps.tensors.layout import Layout, experts
+from peft_dps.tuner.layers.layer import DPSLayer
 
 
 # PEFT finds the layers of `target_parameters` by this class name.
@@ -25,33 +23,16 @@ class ParamWrapper(DPSLayer):
         self.parameter_name = parameter_name
         super().__init__(base_layer)
         self.key = key
-        shape = self._pretrained()[0].shape
+        shape = self.pretrained_parameter.shape
         self.in_features, self.out_features = shape[-1], shape[-2] if len(shape) > 1 else shape[-1]
         if len(shape) == 3 and self._is_transposed():
             self.in_features, self.out_features = self.out_features, self.in_features
 
-    def update_layer(
-        self, adapter_name: str, config: DPSConfig, subnetwork: Training, low_cpu_mem_usage: bool = False
-    ) -> None:
-        """Add an adapter; see `DPSLayer.update_layer`.
-
-        Raises:
-            TargetError: If the adapter trains by Mix, and it is unknown which axis of the parameter holds inputs.
-        """
-        if subnetwork.is_mix and self._is_transposed() is None:
-            raise TargetError(
-                f"The parameter {self.key!r} has the shape {tuple(self.pretrained_parameter.shape)}, and nothing "
-                "tells which axis holds inputs, so that Mix has no columns to put noise on. Use `variant='dense'`, or "
-                "leave it out of `target_parameters`."
-            )
-        super().update_layer(adapter_name, config, subnetwork, low_cpu_mem_usage)
-
     @property
-    def columns(self) -> Columns:
-        """One column per input of each expert."""
-        experts = self.pretrained_parameter.shape[0]
-        inputs = self.in_features
-        return Columns((experts, inputs, 1) if self._is_transposed() else (experts, 1, inputs))
+    def layout(self) -> Layout:
+        """A row per output and a column per input of each expert, where something tells which axis holds inputs."""
+        shape, transposed = tuple(self.pretrained_parameter.shape), self._is_transposed()
+        return Layout(shape, None, None) if transposed is None else experts(shape, transposed=transposed)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with the weight of the active adapters in place of its parameter."""

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peft_dps import StateError, load_dps_state, save_dps_state, statefile
+from peft_dps import dps_adapter, statefile
+from peft_dps.errors import StateError
 from tests.resuming import Plan, Training, assert_same
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ def training():
 
 @pytest.fixture
 def path(training, tmp_path):
-    save_dps_state(training.model, tmp_path / "state")
+    dps_adapter(training.model).save_state(tmp_path / "state")
     return tmp_path / "state"
 
 
@@ -53,7 +54,7 @@ def test_a_file_that_is_cut_is_refused(training, path):
     for length in (0, 4, 8, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(StateError, match=r"cut off or damaged .* Resume from an earlier checkpoint"):
-            load_dps_state(training.model, path)
+            dps_adapter(training.model).load_state(path)
         assert statefile.digest_of(path) is None
 
 
@@ -63,18 +64,18 @@ def test_a_file_with_a_flipped_bit_is_refused(training, path):
         whole[place] ^= 4
         path.write_bytes(whole)
         with pytest.raises(StateError, match=r"' is damaged\. Resume from an earlier checkpoint"):
-            load_dps_state(training.model, path)
+            dps_adapter(training.model).load_state(path)
 
 
 def test_other_files_are_refused(training, tmp_path):
     with pytest.raises(StateError, match="no training state at"):
-        load_dps_state(training.model, tmp_path / "nowhere")
+        dps_adapter(training.model).load_state(tmp_path / "nowhere")
     assert statefile.digest_of(tmp_path / "nowhere") is None
     save_file({"weight": torch.zeros(2)}, tmp_path / "adapter")
     with pytest.raises(StateError, match="holds no training state"):
-        load_dps_state(training.model, tmp_path / "adapter")
+        dps_adapter(training.model).load_state(tmp_path / "adapter")
     with pytest.raises(StateError, match="cut off or damaged"):
-        load_dps_state(training.model, tmp_path)
+        dps_adapter(training.model).load_state(tmp_path)
 
 
 def test_a_failed_write_leaves_the_previous_file(training, path, monkeypatch):
@@ -84,9 +85,9 @@ def test_a_failed_write_leaves_the_previous_file(training, path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(statefile, name, full_disk)
             with pytest.raises(OSError, match="No space left"):
-                save_dps_state(training.model, path)
+                dps_adapter(training.model).save_state(path)
         assert path.read_bytes() == before
-    save_dps_state(training.model, path)  # takes the place of what the failed ones left
+    dps_adapter(training.model).save_state(path)  # takes the place of what the failed ones left
     assert path.read_bytes() != before
     assert [entry.name for entry in path.parent.iterdir()] == ["state"]
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft_dps.masking.bits import pack, unpack
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from peft_dps import Stage, StateError, dps_state_dict, load_dps_state_dict
-from peft_dps.masking.bits import pack, unpack
-from peft_dps.errors import ConfigError
+from peft_dps import Stage, dps_adapter
+from peft_dps.errors import ConfigError, StateError
 from tests.resuming import Plan, Training, assert_same
 from tests.unit.conftest import layers_of, subnetwork_of, train, trainable, weights_of
 
@@ -216,10 +216,10 @@ def test_a_state_before_the_first_step_is_a_fresh_start(make_model, batches):
 
 def refused(model, state, match):
     """Nothing may have changed when a state is refused."""
-    before = copy.deepcopy(dps_state_dict(model))
+    before = copy.deepcopy(dps_adapter(model).state_dict())
     with pytest.raises(StateError, match=match):
-        load_dps_state_dict(model, state)
-    after = dps_state_dict(model)
+        dps_adapter(model).load_state_dict(state)
+    after = dps_adapter(model).state_dict()
     assert after["header"] == before["header"]
     assert_same(after["tensors"], before["tensors"])
 
@@ -240,7 +240,7 @@ def model(make_model, batches):
 
 
 def test_the_fixtures_fit(model, state):
-    load_dps_state_dict(model, state)
+    dps_adapter(model).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from peft_dps import StateError, register_for_checkpointing
-from peft_dps.errors import ConfigError
+from peft_dps import register_for_checkpointing
+from peft_dps.errors import ConfigError, StateError
 from tests.resuming import assert_same
 from tests.unit.conftest import subnetwork_of, trainable, weights_of
 

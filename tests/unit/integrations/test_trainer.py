@@ -9,8 +9,8 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import DEFAULT_CALLBACKS
 
-from peft_dps import DPSConfig, DPSTrainerCallback, EngineError, ScheduleError, Stage
-from peft_dps.errors import ConfigError
+from peft_dps import DPSConfig, DPSTrainerCallback, Stage
+from peft_dps.errors import ConfigError, EngineError, ScheduleError
 from peft_dps.integrations.trainer import install
 
 

@@ -16,7 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from peft_dps import DPSTrainerCallback, Stage, StateError
+from peft_dps import DPSTrainerCallback, Stage
+from peft_dps.errors import StateError
 from tests.resuming import assert_same
 from tests.trainer_resuming import Sentences, make_base, make_trainer
 

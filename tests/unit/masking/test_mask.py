@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft_dps.masking.bits import pack
 
 from peft_dps.masking import mask as masks
-from peft_dps.masking.bits import pack
 from peft_dps.masking.mask import Mask
 
 both = pytest.mark.parametrize("in_bits", [True, False], ids=["bits", "bytes"])

@@ -10,9 +10,10 @@ from peft import get_peft_model
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
 
-from peft_dps import DPSConfig, EngineError, ScoreError, Stage
-from peft_dps.selection.moments import MomentScores, second_moments
+from peft_dps import DPSConfig, Stage
+from peft_dps.errors import EngineError, ScoreError
 from peft_dps.masking.noise import ColumnNoise
+from peft_dps.selection.moments import MomentScores, second_moments
 from tests.reference import ReferenceDense, ReferenceMix
 from tests.unit.conftest import layers_of, subnetwork_of, train, trainable
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_dps import ScoreError
-from peft_dps.selection.topk import select, select_across
+from peft_dps.errors import ScoreError
 from peft_dps.selection.sharded_topk import check_scores, select_sharded
+from peft_dps.selection.topk import select, select_across
 
 
 class Group:

@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_dps.selection import topk as selection
 from peft_dps.errors import ConfigError, ScoreError
+from peft_dps.selection import topk as selection
 from peft_dps.selection.topk import select, select_across, selected_count
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

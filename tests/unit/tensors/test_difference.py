@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from peft_dps import AdapterFileError
+from peft_dps.errors import AdapterFileError
 from peft_dps.tensors.difference import DTYPES, _decompress, _take_apart, decode, encode
 
 WORDS = {

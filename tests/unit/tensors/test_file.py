@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from peft_dps import EngineError
+from peft_dps.errors import EngineError
 from peft_dps.masking.effective import NoisyWeight
 from peft_dps.tensors.file import on_disk
 

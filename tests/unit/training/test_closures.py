@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from peft_dps import EngineError
+from peft_dps.errors import EngineError
 from tests.unit.conftest import subnetwork_of, train, trainable, weights_of
 
 

@@ -12,22 +12,13 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.optim import SGD, Adafactor, AdamW
 
-from peft_dps import (
-    DPSConfig,
-    EngineError,
-    ScheduleError,
-    ScoreError,
-    Stage,
-    dps_status,
-    register_score,
-    save_dps_state,
-)
-from peft_dps.training import weight as tracked_module
-from peft_dps.tuner.adapter import find_trained
-from peft_dps.errors import ConfigError
+from peft_dps import DPSConfig, Stage, dps_adapter, register_score
+from peft_dps.errors import ConfigError, EngineError, ScheduleError, ScoreError
 from peft_dps.masking.mask import Mask
 from peft_dps.selection.scores import SCORES
+from peft_dps.training import weight as tracked_module
 from peft_dps.training.weight import TrackedWeight
+from peft_dps.tuner.adapter import find_trained
 from tests.reference import ReferenceDense
 from tests.unit.conftest import layers_of, subnetwork_of, train, trainable, weights_of
 
@@ -222,11 +213,11 @@ def test_total_steps_that_are_no_number_of_steps_are_refused(make_model, total):
 def test_status_of_adapters_injected_without_a_peft_model(make_net, batches):
     net = inject_adapter_in_model(DPSConfig(target_modules=["layers.0", "layers.1"], stage_steps=1), make_net())
     train(net, SGD(trainable(net), lr=0.1), batches(2))
-    assert dps_status(net).stage is Stage.SUBNETWORK
+    assert dps_adapter(net).status().stage is Stage.SUBNETWORK
     with pytest.raises(ConfigError, match=r"one of \['default'\], got 'other'"):
-        dps_status(net, "other")
+        dps_adapter(net, "other").status()
     with pytest.raises(ConfigError, match=r"one of \[\], got None"):
-        dps_status(make_net())
+        dps_adapter(make_net()).status()
 
 
 def test_a_weight_changed_without_its_gradient_is_an_error_at_selection(make_model, batches):
@@ -555,9 +546,9 @@ def test_two_adapters_of_one_name_are_told_apart_or_refused(make_model, batches,
         optimizer.zero_grad()
         nn.functional.cross_entropy(towers.left(x) + towers.right(x), y).backward()
         optimizer.step()
-    assert [dps_status(tower).steps for tower in (towers.left, towers.right)] == [3, 3]
+    assert [dps_adapter(tower).status().steps for tower in (towers.left, towers.right)] == [3, 3]
     message = r"Two DPS adapters of this model are called 'default': .*'left.base_model.model.layers.0'.*'right.base"
-    for ask in (dps_status, lambda model: save_dps_state(model, tmp_path / "state"), find_trained):
+    for ask in (dps_status, lambda model: dps_adapter(model).save_state(tmp_path / "state"), find_trained):
         with pytest.raises(ConfigError, match=message):
             ask(towers)
     towers.right.requires_grad_(False)

@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from peft_dps import EngineError, ScoreError, Stage, bridge
+from peft_dps import Stage, bridge
+from peft_dps.errors import EngineError, ScoreError
 from peft_dps.training.weight import TrackedWeight
 from tests.unit.conftest import layers_of, subnetwork_of, train, trainable, weights_of
 

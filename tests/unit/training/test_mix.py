@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from peft_dps import DPSConfig, EngineError, Stage
+from peft_dps import DPSConfig, Stage
+from peft_dps.errors import EngineError
 from peft_dps.masking.effective import AmplifiedWeight, NoisyWeight, effective_linear
 from peft_dps.masking.mask import Mask
 from peft_dps.masking.noise import ColumnNoise
@@ -347,7 +348,7 @@ def test_conv1d_draws_noise_over_its_inputs(batches):
 
 
 def subnetwork_of_layer(layer):
-    return layer.dps_subnetworks["default"]
+    return layer.dps_controllers["default"]
 
 
 def test_modules_that_read_the_weight_see_the_noise():

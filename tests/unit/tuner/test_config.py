@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftConfig, TaskType
 
-from peft_dps import ConfigError, DPSConfig
-from peft_dps.errors import DPSError
+from peft_dps import DPSConfig
+from peft_dps.errors import ConfigError, DPSError
 
 NOT_DEFAULT = {
     "target_modules": {"query", "value"},

@@ -19,7 +19,8 @@ from peft.utils import PeftType
 from torch import nn
 
 import peft_dps
-from peft_dps import DPSConfig, DPSModel, RegistrationError, registration
+from peft_dps import DPSConfig, DPSModel, registration
+from peft_dps.errors import RegistrationError
 from peft_dps.tuner.config import DPSPeftType
 
 TABLES = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)

@@ -8,7 +8,8 @@ from torch.optim import AdamW
 from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding, BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from peft_dps import DPSConfig, Stage, TargetError
+from peft_dps import DPSConfig, Stage
+from peft_dps.errors import TargetError
 from peft_dps.masking.effective import AmplifiedWeight, NoisyWeight
 from peft_dps.masking.mask import Mask
 from peft_dps.masking.noise import ColumnNoise
@@ -103,7 +104,7 @@ def test_training_follows_the_reference(variant, scope):
         reference.before_step()
         theirs.step()
         reference.after_step()
-        (tracked,) = model.base_model.model[0].dps_subnetworks["default"].weights
+        (tracked,) = model.base_model.model[0].dps_controllers["default"].weights
         torch.testing.assert_close(tracked.weight.detach(), plain.weight.detach(), rtol=0, atol=1e-6)
         assert (tracked.keep is not None) == (not reference.accumulating)
         if tracked.keep is not None:

@@ -1,39 +1,44 @@
-"""Notices weights that change from forward to forward while the bridge is shown no optimizer step."""
+"""Guards against training engines that update the weights in a way in which DPS cannot take part."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.optim import LBFGS, Optimizer
 
 from peft_dps.errors import EngineError
 from peft_dps.masking.frozen_bits import bits_of
-from peft_dps.tuner.layers.layer import DPSLayer
+from peft_dps.training.layer import TargetLayer
+from peft_dps.training.weight import TargetWeight
+
+_COPIES = "(DeepSpeed ZeRO, FSDP1, CPU offloading)"
 
 
-class Canary:
-    """Watches one weight of an adapter in its training forwards.
+class EngineGuard:
+    """Watches one weight of an adapter in its training forwards: does its optimizer reach DPS?
 
     Once may be a user who loads other weights; twice without a step is an engine that DPS cannot see. Who perturbs
     weights for a forward and restores them, as adversarial training does, comes back to bits that were seen before.
     """
 
     def __init__(self) -> None:
-        self._layer: weakref.ref[DPSLayer] | None = None
+        self._layer: weakref.ref[TargetLayer] | None = None
         self._version: int | None = None
         self._bits: int | None = None  # of the previous forward, where they were read
         self._known: set[int] = set()  # bits seen since the latest step
         self._step = 0
         self._unseen_changes = 0
 
-    def check(self, adapter: str, layer: DPSLayer, step: int) -> None:
+    def check_forward(self, adapter: str, layer: TargetLayer, step: int) -> None:
         """Compare the weight with the previous forward's. The first layer to come is the one that is watched.
 
         Args:
             adapter: Name of the adapter.
             layer: The layer about to compute a training forward.
-            step: Optimizer steps that the bridge has seen, applied or skipped.
+            step: Optimizer steps that the hooks have seen, applied or skipped.
 
         Raises:
             EngineError: If the weight belongs to an engine that is known to step copies, or has changed twice in a
@@ -43,7 +48,9 @@ class Canary:
             self._layer = weakref.ref(layer)
         if self._layer() is not layer:
             return
-        weight = layer.dps_weight[adapter]
+        weight = layer.trained(adapter)
+        if weight is None:
+            return
         if self._version is None:
             _refuse_known_engines(adapter, weight)
         version, before = weight._version, self._version
@@ -57,8 +64,8 @@ class Canary:
         if self._unseen_changes >= (2 if step == 0 else 4):  # the unperturbed bits are read at the second change then
             raise EngineError(
                 f"The weights of adapter {adapter!r} were changed twice without an optimizer step that DPS could see, "
-                "so its stages would never happen. The engine updates copies of the weights (DeepSpeed ZeRO, FSDP1, "
-                "CPU offloading) or its optimizer is no torch.optim.Optimizer. Train with a torch optimizer on the "
+                f"so its stages would never happen. The engine updates copies of the weights {_COPIES} "
+                "or its optimizer is no torch.optim.Optimizer. Train with a torch optimizer on the "
                 "model's own parameters."
             )
 
@@ -71,6 +78,64 @@ class Canary:
             self._unseen_changes += 1
         self._bits = bits
         self._known.add(bits)
+
+
+def check_optimizer(optimizer: Optimizer, weights: Iterable[TargetWeight]) -> None:
+    """Check that an optimizer applies one gradient a step to weights that DPS knows.
+
+    Args:
+        optimizer: The optimizer.
+        weights: The weights that it is about to update.
+
+    Raises:
+        EngineError: If it does not.
+    """
+    if isinstance(optimizer, LBFGS):
+        raise EngineError(
+            "LBFGS evaluates the gradient several times in one step, so a step has no gradient that DPS could score. "
+            "Use an optimizer with one gradient a step, such as torch.optim.AdamW."
+        )
+    for weight in weights:
+        if weight.sharding is None and weight.entries != weight.layer.entries:
+            raise EngineError(
+                f"The weight of {weight.name!r} is part of a flat shard (FSDP1 or ZeRO-3), and DPS cannot train that. "
+                "Shard the model with FSDP2 (`fully_shard`; `fsdp_version: 2` in Accelerate), or use DDP."
+            )
+
+
+def check_observed(weights: Iterable[TargetWeight]) -> None:
+    """Check, before a subnetwork is selected, that no weight was changed but by optimizer steps that DPS has seen.
+
+    Args:
+        weights: All weights of an adapter.
+
+    Raises:
+        EngineError: If one was.
+    """
+    for weight in weights:
+        is_trained = weight.parameter.requires_grad  # else only who loads values changes it
+        if is_trained and weight.observed == 0 and weight.frozen is None and weight.was_changed():
+            raise EngineError(
+                f"The weight of {weight.name!r} was changed, but no optimizer step with its gradient was seen. Its "
+                "optimizer works on a copy (CPU offloading, sharding) or is no torch.optim.Optimizer; use one that "
+                "steps the model's own parameters."
+            )
+
+
+def refuse_unseen_steps(adapter: str, steps: int) -> None:
+    """Refuse an engine that has made steps of which DPS has seen none.
+
+    Args:
+        adapter: Name of the adapter.
+        steps: How many it has made.
+
+    Raises:
+        EngineError: Always.
+    """
+    raise EngineError(
+        f"The Trainer has made {steps} steps, but DPS has seen none on adapter {adapter!r}. Its engine updates copies of "
+        f"the weights {_COPIES}; train with DDP or on one process."
+    )
 
 
 def _refuse_known_engines(adapter: str, weight: torch.Tensor) -> None:

@@ -1,0 +1,166 @@
+"""Training states for other rows: read from what other processes have saved of theirs, or one process of all.
+
+torch.distributed.checkpoint finds which rows are in which file. Its own files hold a pickle, which is nothing to load from
+strangers; its reader of safetensors does not, and the files of a training state are such.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.tensor import DTensor
+
+from peft_dps.checkpoint.file import StateFile
+from peft_dps.checkpoint.state import LOADING, OTHER_VALUES, check_header, damage_told, place_of, values_of
+from peft_dps.errors import StateError
+from peft_dps.masking.frozen_bits import checksum
+from peft_dps.tensors.shards import Ranks, distinct, local_part, together
+from peft_dps.training.controller import Controller
+from peft_dps.training.weight import TargetWeight
+
+
+def fits(controller: Controller, header: Mapping[str, Any]) -> bool:
+    """Tell whether a state is that of the rows of this process.
+
+    Args:
+        controller: What drives the adapter's training.
+        header: Header of the state.
+    """
+    facts = header["weights"]
+    return all(
+        facts.get(weight.name, {}).get(name) in (None, value)  # what is missing is told later
+        for weight in controller.existing
+        for name, value in place_of(weight).items()
+        if name != "dtype"
+    )
+
+
+def reshard(controller: Controller, sources: Sequence[StateFile], world: list[Ranks]) -> dict[str, Any]:
+    """Make the training state of this process's rows. All processes have to call it.
+
+    Args:
+        controller: What drives the adapter's training.
+        sources: The states of all processes that saved.
+        world: All processes, if there are rows of several; else nothing.
+
+    Returns:
+        What `state_of` would have returned if the weights had been cut then as they are now.
+
+    Raises:
+        StateError: If the sources do not fit together, are damaged, or are those of other weights.
+    """
+    weights = controller.existing
+    with together(world, LOADING, StateError), damage_told(controller.adapter):
+        header = sources[0].header
+        check_header(controller, header)
+        for weight in weights:
+            _check_cover(weight, [source.header["weights"][weight.name] for source in sources])
+    _check_values(weights, sources, world)
+    with together(world, LOADING, StateError), damage_told(controller.adapter):
+        for source in sources:
+            if any(_overlaps(weight, source.header["weights"][weight.name]) for weight in weights):
+                source.check()
+        tensors = _read(weights, sources)
+        facts = {weight.name: _facts_of(weight, sources, tensors) for weight in weights}
+    return {"header": {**header, "weights": facts}, "tensors": tensors}
+
+
+def _read(weights: Sequence[TargetWeight], sources: Sequence[StateFile]) -> dict[str, torch.Tensor]:
+    """Read this process's rows of every tensor."""
+    wanted: dict[str, torch.Tensor] = {}
+    for weight in weights:
+        facts = sources[0].header["weights"][weight.name]
+        for kind in (*facts["rows"], *facts["whole"]):
+            key = f"{weight.name}.{kind}"
+            dtype, size = sources[0].kind_of(key)
+            is_cut = kind in facts["rows"]
+            size = torch.Size([weight.parameter.shape[0], *size[1:]]) if is_cut else size
+            wanted[key] = _empty(weight, size, dtype, is_cut=is_cut)
+    reader = HuggingFaceStorageReader(str(sources[0].path.parent))
+    reader.fs = _Only([source.path for source in sources])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each process reads for itself
+        load(wanted, storage_reader=reader, no_dist=True)
+    return {key: local_part(tensor) for key, tensor in wanted.items()}
+
+
+def _empty(weight: TargetWeight, size: torch.Size, dtype: torch.dtype, *, is_cut: bool) -> torch.Tensor:
+    """Return memory for a tensor, cut over processes as the weight is."""
+    parameter, device = weight.parameter, weight.weight.device
+    if not is_cut or not isinstance(parameter, DTensor):
+        return torch.empty(size, dtype=dtype, device=device)
+    local = torch.empty((weight.rows[1], *size[1:]), dtype=dtype, device=device)
+    stride = torch.empty(size, device="meta").stride()
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, run_check=False, shape=size, stride=stride
+    )
+
+
+class _Only(FileSystem):
+    """A file system with some files."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = [str(path) for path in paths]
+
+    def ls(self, path: Any) -> list[str]:
+        return self._paths
+
+
+def _check_cover(weight: TargetWeight, found: Sequence[Mapping[str, Any]]) -> None:
+    """Check that the sources hold all rows of a weight like this one, each once (or by replicas)."""
+    own, row = place_of(weight), 0
+    for facts in found:
+        for name in ("global_shape", "dtype"):
+            if facts[name] != own[name]:
+                raise StateError(
+                    f"The training state of {weight.name!r} is that of a weight with {name} {facts[name]}, and this "
+                    f"one has {own[name]}. Resume with the same model and dtype."
+                )
+    by_first = {facts["offset"][0]: facts["shape"][0] for facts in found if facts["shape"][0] > 0}
+    while row < own["global_shape"][0]:
+        if row not in by_first:
+            raise StateError(f"The training state lacks rows from {row} on of the weight of {weight.name!r}.")
+        row += by_first[row]
+
+
+def _check_values(weights: Sequence[TargetWeight], sources: Sequence[StateFile], world: list[Ranks]) -> None:
+    """Check that the weights are those of the state: checksums of parts add up to the same, however they are cut."""
+    own = torch.tensor([values_of(weight) for weight in weights])
+    sums = {ranks: ranks.sum(own) for ranks in distinct(weight.ranks for weight in weights)}
+    with together(world, LOADING, StateError):
+        for index, weight in enumerate(weights):
+            facts = [source.header["weights"][weight.name] for source in sources]
+            saved = sum({each["offset"][0]: each["values"] for each in facts if each["shape"][0] > 0}.values())
+            now = int((own if weight.ranks is None else sums[weight.ranks])[index])
+            if (saved - now) % 2**64:
+                raise StateError(OTHER_VALUES.format(weight.name))
+
+
+def _overlaps(weight: TargetWeight, facts: Mapping[str, Any]) -> bool:
+    first, rows = weight.rows
+    other, many = int(facts["offset"][0]), int(facts["shape"][0])
+    return other < first + rows and first < other + many
+
+
+def _facts_of(
+    weight: TargetWeight, sources: Sequence[StateFile], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    found = [source.header["weights"][weight.name] for source in sources]
+    plain = {
+        name: any(each["facts"][name] for each in found) if isinstance(value, bool) else value
+        for name, value in found[0]["facts"].items()
+    }
+    return {
+        **place_of(weight),
+        "values": values_of(weight),
+        "facts": plain,
+        "rows": {kind: checksum(tensors[f"{weight.name}.{kind}"]) for kind in found[0]["rows"]},
+        "whole": {kind: checksum(tensors[f"{weight.name}.{kind}"]) for kind in found[0]["whole"]},
+    }

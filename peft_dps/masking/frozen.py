@@ -1,0 +1,240 @@
+"""Frozen policies: what becomes of the entries that a mask leaves out, while it holds."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from peft_dps.errors import EngineError
+from peft_dps.masking.frozen_bits import (
+    frozen_checksum,
+    hold_frozen,
+    restore_from_snapshot_,
+    restore_frozen_,
+    zero_frozen_,
+)
+from peft_dps.masking.mask import Mask
+from peft_dps.tensors.registry import Registry
+from peft_dps.tensors.state import SavedState, State
+
+
+class FrozenWeight:
+    """The policy "gradient", for one weight while a mask holds: the gradient of frozen entries is zeroed.
+
+    Momentum and weight decay still move them, as in the code released with the paper. The other policies build on it.
+
+    Args:
+        weight: The weight, or this process's rows of it.
+        mask: Which of its entries are updated.
+        snapshot: The weight when the mask began to hold, where noise computes with it; it may be kept.
+        memory: Memory of the weight's shape and dtype that may be kept, or None.
+
+    Attributes:
+        moved_before: Whether something else moved frozen entries, from outside or before a resume.
+        holds_bits: Whether frozen entries have the bits of the snapshot after each step.
+    """
+
+    holds_bits = False
+
+    def __init__(
+        self, weight: torch.Tensor, mask: Mask, snapshot: torch.Tensor | None, memory: torch.Tensor | None
+    ) -> None:
+        self.mask = mask
+        self.snapshot = snapshot
+        self.dtype = weight.dtype
+        self.moved_before = False
+        self.checksum: torch.Tensor | None = None
+        self.begin(weight, memory)
+
+    def begin(self, weight: torch.Tensor, memory: torch.Tensor | None) -> None:
+        """Keep what tells whether frozen entries move, and what undoes it."""
+        self.checksum = frozen_checksum(weight, self.mask.keep)
+
+    def before_step(self, weight: torch.Tensor) -> None:
+        """Get ready for an optimizer that is about to move the weight."""
+
+    def mask_gradient_(self, gradient: torch.Tensor) -> None:
+        """Change the gradient that the optimizer is about to apply, in place."""
+        zero_frozen_(gradient, self.mask)
+
+    def after_step(self, weight: torch.Tensor) -> None:
+        """Undo what the optimizer has done to frozen entries."""
+
+    def accept(self, weight: torch.Tensor) -> bool:
+        """Take values that were written from outside as they are.
+
+        Returns:
+            Whether frozen entries had other values than they are held at.
+        """
+        return False  # the optimizer moves frozen entries too: there is no telling
+
+    def moved(self, weight: torch.Tensor) -> bool:
+        """Tell whether any frozen entry has other bits than when the mask began to hold."""
+        return self.moved_before or self.differs(weight)
+
+    def differs(self, weight: torch.Tensor) -> bool:
+        """Tell whether any frozen entry has other bits than it is held at."""
+        return bool(frozen_checksum(weight, self.mask.keep) != self.checksum)
+
+    def follow(self, weight: torch.Tensor, name: str) -> None:
+        """Follow the weight to another device; refuse another dtype, whose bits would not fit.
+
+        Args:
+            weight: The weight as it is now.
+            name: What errors call it.
+        """
+        if self.dtype != weight.dtype:
+            raise EngineError(
+                f"The weight of {name!r} went from {self.dtype} to {weight.dtype} in the middle of a SUBNETWORK stage. "
+                "Convert the model before training, or begin anew with `set_dps_total_steps`."
+            )
+        if self.mask.device != weight.device:
+            self.mask = self.mask.to(weight.device)
+            for field, value in vars(self).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(self, field, value.to(weight.device))
+
+    def memory(self) -> torch.Tensor | None:
+        """Return memory of the weight's shape that is free when the mask holds no more."""
+        return self.snapshot
+
+    def state(self, weight: torch.Tensor) -> State:
+        """Return what an exact resume needs; what is held is the weight's own, and made anew."""
+        tensors = {"mask": self.mask.state()}
+        if self.snapshot is not None:
+            tensors["snapshot"] = self.snapshot
+        return State({"moved": self.moved(weight)}, tensors)
+
+
+class FrozenPolicy(Protocol):
+    """What makes a `FrozenWeight`: a subclass of it, or a function that chooses one."""
+
+    def __call__(
+        self, weight: torch.Tensor, mask: Mask, snapshot: torch.Tensor | None, memory: torch.Tensor | None
+    ) -> FrozenWeight:
+        """Begin to freeze; see `FrozenWeight`."""
+
+
+FROZEN: Registry[FrozenPolicy] = Registry("frozen")
+FROZEN.register("gradient")(FrozenWeight)
+
+
+class HeldBits(FrozenWeight):
+    """Frozen entries keep their bits, of which there is a copy."""
+
+    holds_bits = True
+    held: torch.Tensor | None = None
+
+    def begin(self, weight: torch.Tensor, memory: torch.Tensor | None) -> None:
+        """Copy the bits."""
+        self.held = hold_frozen(weight, self.mask, memory)
+
+    def after_step(self, weight: torch.Tensor) -> None:
+        """Give frozen entries their bits back."""
+        if self.held is not None:
+            restore_frozen_(weight, self.mask, self.held)
+
+    def accept(self, weight: torch.Tensor) -> bool:
+        """Hold the bits as they are now."""
+        if not self.differs(weight):
+            return False
+        self.begin(weight, None)
+        self.moved_before = True
+        return True
+
+    def differs(self, weight: torch.Tensor) -> bool:
+        """Compare with the copy."""
+        return self.held is not None and not torch.equal(hold_frozen(weight, self.mask), self.held)
+
+    def memory(self) -> torch.Tensor | None:
+        """Return the memory of the copy."""
+        return self.held
+
+
+class HeldBitsInStep(HeldBits):
+    """Frozen entries keep their bits, of which there is a copy only while the optimizer steps; else a checksum."""
+
+    def begin(self, weight: torch.Tensor, memory: torch.Tensor | None) -> None:
+        """Take down the checksum."""
+        self.checksum = frozen_checksum(weight, self.mask.keep)
+
+    def before_step(self, weight: torch.Tensor) -> None:
+        """Copy the bits, unless they are copied already."""
+        if self.held is None:
+            self.held = hold_frozen(weight, self.mask)
+
+    def after_step(self, weight: torch.Tensor) -> None:
+        """Give frozen entries their bits back, and drop the copy."""
+        super().after_step(weight)
+        self.held = None
+
+    def differs(self, weight: torch.Tensor) -> bool:
+        """Compare with the checksum."""
+        return FrozenWeight.differs(self, weight)
+
+    def memory(self) -> torch.Tensor | None:
+        """Return None: nothing is kept."""
+        return None
+
+
+class HeldBySnapshot(FrozenWeight):
+    """Frozen entries keep their bits, which are those of the snapshot."""
+
+    holds_bits = True
+
+    def begin(self, weight: torch.Tensor, memory: torch.Tensor | None) -> None:
+        """Keep nothing more: the snapshot has all."""
+
+    def after_step(self, weight: torch.Tensor) -> None:
+        """Give frozen entries their bits back."""
+        if self.snapshot is not None:
+            restore_from_snapshot_(weight, self.mask, self.snapshot)
+
+    def accept(self, weight: torch.Tensor) -> bool:
+        """Let the snapshot have the frozen entries as they are now."""
+        if self.snapshot is None or not self.differs(weight):
+            return False
+        restore_from_snapshot_(self.snapshot, self.mask, weight)
+        self.moved_before = True
+        return True
+
+    def differs(self, weight: torch.Tensor) -> bool:
+        """Compare with the snapshot."""
+        if self.snapshot is None:
+            return False
+        return not torch.equal(hold_frozen(weight, self.mask), hold_frozen(self.snapshot, self.mask))
+
+
+@FROZEN.register("exact")
+def exact(
+    weight: torch.Tensor, mask: Mask, snapshot: torch.Tensor | None, memory: torch.Tensor | None
+) -> FrozenWeight:
+    """Keep the bits of frozen entries, whatever the optimizer does."""
+    return (HeldBits if snapshot is None else HeldBySnapshot)(weight, mask, snapshot, memory)
+
+
+@FROZEN.register("exact_in_step")
+def exact_in_step(
+    weight: torch.Tensor, mask: Mask, snapshot: torch.Tensor | None, memory: torch.Tensor | None
+) -> FrozenWeight:
+    """Keep the bits of frozen entries, with a copy of them only while the optimizer steps."""
+    return (HeldBitsInStep if snapshot is None else HeldBySnapshot)(weight, mask, snapshot, memory)
+
+
+def load_frozen(policy: FrozenPolicy, saved: SavedState, weight: torch.Tensor, *, with_snapshot: bool) -> FrozenWeight:
+    """Freeze a weight as it was when a state was saved.
+
+    Args:
+        policy: The frozen policy.
+        saved: What was saved of the weight.
+        weight: The weight, with the values that it had then.
+        with_snapshot: Whether noise computes with a snapshot.
+    """
+    state = saved.tensor("mask", Mask.state_shape(weight.shape), torch.uint8).to(weight.device, copy=True)
+    snapshot = saved.tensor("snapshot", weight.shape, weight.dtype) if with_snapshot else None
+    if snapshot is not None:
+        snapshot = snapshot.to(weight.device, copy=True)
+    frozen = policy(weight, Mask.load(state, weight.shape), snapshot, None)
+    frozen.moved_before = saved.flag("moved")
+    return frozen

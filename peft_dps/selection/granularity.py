@@ -1,0 +1,110 @@
+"""Granularities: what is selected as a whole."""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+import torch
+
+from peft_dps.errors import ConfigError
+from peft_dps.tensors.layout import Layout, Units
+from peft_dps.tensors.registry import Registry
+
+_LAYER = re.compile(r"(?:^|.*?\.)\d+(?=\.|$)")  # up to the first number in a path: a layer of the model
+
+
+class Granularity:
+    """Units of one entry.
+
+    A subclass says `units`, and `owner` if weights share units.
+
+    Args:
+        reduction: Whether the score of a unit is the "mean" of its entries' scores or their "sum".
+
+    Attributes:
+        per_entry: Whether units are single entries, which are too many to be handled but by their masks.
+        spans_weights: Whether a unit is a whole weight or more, so that it has to be chosen among several weights.
+    """
+
+    per_entry: ClassVar[bool] = False
+    spans_weights: ClassVar[bool] = False
+
+    def __init__(self, reduction: str = "mean") -> None:
+        if reduction not in ("mean", "sum"):
+            raise ConfigError(f"`reduction` must be 'mean' or 'sum', got {reduction!r}.")
+        self.reduction = reduction
+
+    def units(self, layout: Layout) -> Units | None:
+        """Return how the units lie in a weight; None where nothing tells."""
+        raise NotImplementedError
+
+    def owner(self, name: str) -> str:
+        """Return what the units belong to: weights with the same owner share theirs.
+
+        Args:
+            name: Path of the weight's layer in the base model.
+        """
+        return name
+
+    def reduce(self, sums: torch.Tensor, size: int) -> torch.Tensor:
+        """Return the scores of units.
+
+        Args:
+            sums: What the scores of their entries add up to, `[units]`, fp64.
+            size: Entries of a unit.
+        """
+        return sums / size if self.reduction == "mean" else sums
+
+
+GRANULARITIES: Registry[type[Granularity]] = Registry("granularity")
+
+
+@GRANULARITIES.register("entry")
+class Entry(Granularity):
+    """One scalar of a weight."""
+
+    per_entry = True
+
+    def units(self, layout: Layout) -> Units:
+        """Return each entry as a unit."""
+        return layout.entries
+
+
+@GRANULARITIES.register("row")
+class Row(Granularity):
+    """All that makes one output; one token of an embedding."""
+
+    def units(self, layout: Layout) -> Units | None:
+        """Return the rows."""
+        return layout.rows
+
+
+@GRANULARITIES.register("column")
+class Column(Granularity):
+    """All that takes one input; one input channel of a convolution, one dimension of an embedding."""
+
+    def units(self, layout: Layout) -> Units | None:
+        """Return the columns."""
+        return layout.columns
+
+
+@GRANULARITIES.register("tensor")
+class Tensor(Granularity):
+    """One weight."""
+
+    spans_weights = True
+
+    def units(self, layout: Layout) -> Units:
+        """Return the weight as one unit."""
+        return layout.whole
+
+
+@GRANULARITIES.register("block")
+class Block(Tensor):
+    """All targets of one layer of the model; a target outside of the numbered layers is a block by itself."""
+
+    def owner(self, name: str) -> str:
+        """Return the path of the numbered layer that the weight is in."""
+        found = _LAYER.match(name)
+        return name if found is None else found[0]

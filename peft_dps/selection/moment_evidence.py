@@ -1,0 +1,159 @@
+"""Evidence from the optimizer's second moment: nothing is added up, and what there is is looked up when it is needed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch.optim import Optimizer
+
+from peft_dps.errors import EngineError
+from peft_dps.selection.evidence import EVIDENCE, Evidence, Gathered, ObservedWeight
+from peft_dps.selection.moments import MomentScores, SecondMoment, second_moments
+from peft_dps.tensors.state import SavedState, State
+
+
+class MomentChange(Gathered):
+    """What a phase adds to the second moment of one weight.
+
+    Attributes:
+        moment: How it is made from the second moment; None before the first step.
+        total: It, once the optimizer is not needed any more.
+    """
+
+    def __init__(self) -> None:
+        self.moment: MomentScores | None = None
+        self.total: torch.Tensor | None = None
+        self._decay: float | None = None  # of the steps of this phase
+        self._optimizer: weakref.ref[Optimizer] | None = None
+        self._value: weakref.ref[torch.Tensor] | None = None  # the second moment at the latest step
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_optimizer": None, "_value": None}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no gradient has come yet."""
+        return self.moment is None and self.total is None
+
+    def count(self, now: SecondMoment, name: str, optimizer: Optimizer) -> None:
+        """Count a step.
+
+        Args:
+            now: The second moment before the step.
+            name: What errors call the weight.
+            optimizer: The optimizer.
+        """
+        self._require_same(now, name, optimizer)
+        if self.moment is None:
+            self.moment = MomentScores(now.value, now.share)
+        self.moment.count_step(now.decay)
+        self._decay, self._optimizer = now.decay, weakref.ref(optimizer)
+        self._value = None if now.state is None else weakref.ref(now.state)
+
+    def _require_same(self, now: SecondMoment, name: str, optimizer: Optimizer) -> None:
+        before = None if self._optimizer is None else self._optimizer()
+        if self._optimizer is not None and before is not optimizer:
+            what = "another optimizer has come"
+        elif self._value is not None and self._value() is not now.state:
+            what = "the optimizer's state was replaced, as loading one does,"
+        elif self._decay not in (None, now.decay):
+            what = f"the optimizer's decay went from {self._decay} to {now.decay}"
+        else:
+            return
+        raise EngineError(
+            f"`lean=True` takes the scores of {name!r} from its optimizer's second moment, and {what} in the middle of "
+            "an ACCUMULATE stage. Keep the optimizer as it is, or use `lean=False`. To go on after loading an "
+            "optimizer's state, load the training state of the same moment too (`load_dps_state`)."
+        )
+
+    def settled(self, weight: ObservedWeight) -> MomentChange:
+        """Return the evidence, made now."""
+        made = MomentChange()
+        made.total = None if self.is_empty else self.value(weight)
+        return made
+
+    def value(self, weight: ObservedWeight) -> torch.Tensor:
+        """Return what the phase has added to the second moment: sum_i beta2^(n - i) * G_i * G_i."""
+        if self.total is not None:
+            self.total = self.total.to(weight.weight.device)
+            return self.total
+        memory = weight.take_memory(_wide(weight.weight))
+        if self.moment is None:
+            return memory.zero_()
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is None:
+            raise EngineError(
+                f"`lean=True` takes the scores of {weight.name!r} from its optimizer, which does not exist any more. "
+                "Keep the optimizer until the stage ends, or use `lean=False`."
+            )
+        now = second_moments(optimizer, {weight.name: weight.parameter})[weight.name].value
+        if now is None:
+            raise EngineError(
+                f"`lean=True` takes scores from the optimizer's second moment, and {type(optimizer).__name__} has "
+                f"none of {weight.name!r} after its steps. Use torch.optim.AdamW itself, or `lean=False`."
+            )
+        return self.moment.scores(now, memory)
+
+    def memory(self) -> torch.Tensor | None:
+        """Return the memory of the evidence, if it was made."""
+        return self.total
+
+    def state(self, weight: ObservedWeight, *, ends: bool) -> State:
+        """Return v_0, or the evidence itself where the phase is over."""
+        facts = {"moment": None if self.moment is None else {**self.moment.facts, "beta2": self._decay}}
+        if self.total is not None or (ends and self.moment is not None):
+            return State({"moment": None}, {"total": self.value(weight)})
+        before = None if self.moment is None else self.moment.before()
+        return State(facts, {} if before is None else {"moment": before})
+
+
+@EVIDENCE.register("second_moment")
+class SecondMoments(Evidence):
+    """What the optimizer's second moment gains in a phase; see `peft_dps.selection.moments`."""
+
+    looks = True
+
+    def begin(self) -> MomentChange:
+        """Begin a phase."""
+        return MomentChange()
+
+    def dtype_for(self, weight: torch.Tensor) -> torch.dtype:
+        """Return fp32, or fp64 for an fp64 weight."""
+        return _wide(weight)
+
+    def gather(
+        self, weights: Sequence[ObservedWeight], optimizer: Optimizer | None, grad_scale: torch.Tensor | None
+    ) -> bool:
+        """Count a step; see `Evidence.gather`."""
+        if optimizer is None:
+            raise EngineError(
+                "Evidence from the optimizer's second moment needs optimizer steps, and there are none before "
+                "training. Use another `evidence`, or `lean=False`."
+            )
+        moments = second_moments(optimizer, {weight.name: weight.parameter for weight in weights})
+        for weight in weights:
+            if isinstance(weight.gathered, MomentChange):
+                weight.gathered.count(moments[weight.name], weight.name, optimizer)
+        return True
+
+    def load(self, saved: SavedState, weight: torch.Tensor) -> MomentChange:
+        """Return what a saved state holds of one weight."""
+        gathered = self.begin()
+        if "total" in saved:
+            gathered.total = saved.amounts("total", weight.shape, _wide(weight)).to(weight.device, copy=True)
+        facts = saved.facts("moment", optional=True)
+        if facts is not None:
+            before = None
+            if "moment" in saved:
+                before = saved.amounts("moment", weight.shape, torch.float32, torch.float64)
+            gathered.moment = MomentScores(
+                before, facts.real("share"), facts.real("decay"), facts.number("steps", at_least=1)
+            )
+            gathered._decay = facts.real("beta2")
+        return gathered
+
+
+def _wide(weight: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)

@@ -1,0 +1,157 @@
+"""How the rows and columns of a layer lie in its weight, whole or cut over processes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+_CHUNK = 1 << 18  # entries that are widened to fp64 at once
+
+
+@dataclass(frozen=True)
+class Units:
+    """Parts of equal size that a weight falls into.
+
+    Two entries are of one unit if their indices along the first axis, divided by `lead`, are equal, and if they are at
+    the same place along each axis that `inner` does not give as 1. Units are numbered in row-major order.
+
+    Attributes:
+        shape: Shape of the whole weight.
+        lead: How many indices of the first axis a unit spans.
+        inner: Per further axis, its length where units differ along it, 1 where a unit spans it.
+    """
+
+    shape: tuple[int, ...]
+    lead: int
+    inner: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of units."""
+        return self._leads * math.prod(self.inner)
+
+    @property
+    def size(self) -> int:
+        """Entries of a unit."""
+        return math.prod(self.shape) // self.count
+
+    @property
+    def _leads(self) -> int:
+        return self.shape[0] // self.lead
+
+    def sums(self, part: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Add up the entries of each unit, in one order on every device and in every run.
+
+        Args:
+            part: The weight's entries, or some rows of them, `[rows, *shape[1:]]`.
+            first: The first of these rows.
+
+        Returns:
+            `[count]`, fp64, 0 for units of which the part has nothing. Those of all parts add up to those of the whole.
+        """
+        total = part.new_zeros((self._leads, *self.inner), dtype=torch.float64)
+        spanned = [axis for axis, length in enumerate(self.inner, 1) if length == 1]
+        rows, row = part.shape[0], 0
+        step = max(1, _CHUNK // max(1, math.prod(self.shape[1:])))
+        while row < rows:
+            lead, into = divmod(first + row, self.lead)
+            stop = min(rows, row + (step if self.lead == 1 else min(step, self.lead - into)))
+            piece = part[row:stop].to(torch.float64)
+            piece = piece.sum(spanned, keepdim=True) if spanned else piece
+            if self.lead == 1:
+                total[first + row : first + stop] = piece
+            else:
+                total[lead] += piece.sum(0)
+            row = stop
+        return total.view(-1)
+
+    def spread(self, values: torch.Tensor, first: int = 0, rows: int | None = None) -> torch.Tensor:
+        """Shape a number for each unit so that it broadcasts over the weight, or over some rows of it.
+
+        Args:
+            values: `[count]`.
+            first: The first row.
+            rows: Number of rows; None for all from the first on.
+        """
+        leads = values.view(self._leads, *self.inner)
+        rows = self.shape[0] - first if rows is None else rows
+        if self._leads == 1:
+            return leads
+        if self.lead == 1:
+            return leads.narrow(0, first, rows)
+        return leads[torch.arange(first, first + rows, device=values.device) // self.lead]
+
+    def expand(self, values: torch.Tensor, first: int = 0, rows: int | None = None) -> torch.Tensor:
+        """Give each entry the value of its unit.
+
+        Args:
+            values: `[count]`.
+            first: The first row.
+            rows: Number of rows; None for all from the first on.
+
+        Returns:
+            A new tensor `[rows, *shape[1:]]`.
+        """
+        rows = self.shape[0] - first if rows is None else rows
+        return (
+            self.spread(values, first, rows).expand(rows, *self.shape[1:]).clone(memory_format=torch.contiguous_format)
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a layer takes for the rows and columns of its weight.
+
+    Attributes:
+        shape: Shape of the whole weight.
+        rows: A row is all that makes one output (or one token, of an embedding); None where nothing tells.
+        columns: A column is all that takes one input (or one dimension, of an embedding); None where nothing tells.
+    """
+
+    shape: tuple[int, ...]
+    rows: Units | None
+    columns: Units | None
+
+    @property
+    def whole(self) -> Units:
+        """The weight as one unit."""
+        return Units(self.shape, self.shape[0], (1,) * (len(self.shape) - 1))
+
+    @property
+    def entries(self) -> Units:
+        """Each entry as a unit."""
+        return Units(self.shape, 1, self.shape[1:])
+
+
+def out_in(shape: tuple[int, ...], groups: int = 1) -> Layout:
+    """Lay out a weight `[out, in / groups, *kernel]`: of a linear layer, a convolution, or an embedding.
+
+    Args:
+        shape: Its shape.
+        groups: Of a convolution, whose columns are input channels; each group has its own.
+    """
+    span = (1,) * (len(shape) - 2)
+    return Layout(shape, Units(shape, 1, (1, *span)), Units(shape, shape[0] // groups, (shape[1], *span)))
+
+
+def in_out(shape: tuple[int, ...]) -> Layout:
+    """Lay out a weight `[in, out]`.
+
+    Args:
+        shape: Its shape.
+    """
+    turned = out_in(shape)
+    return Layout(shape, turned.columns, turned.rows)
+
+
+def experts(shape: tuple[int, ...], *, transposed: bool) -> Layout:
+    """Lay out a weight `[experts, out, in]`: each expert has rows and columns of its own.
+
+    Args:
+        shape: Its shape.
+        transposed: Whether it is `[experts, in, out]`.
+    """
+    second, third = Units(shape, 1, (shape[1], 1)), Units(shape, 1, (1, shape[2]))
+    return Layout(shape, third, second) if transposed else Layout(shape, second, third)

@@ -1,0 +1,154 @@
+"""What an object holds for an exact resume, and how it is read back and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from peft_dps.errors import StateError
+
+
+@dataclass
+class State:
+    """What an object holds for an exact resume.
+
+    Attributes:
+        facts: Plain values, fit for JSON. Of a weight that is cut over processes, True on one counts for all.
+        tensors: Tensors with as many rows as the weight, which are cut with it. They are those in use: copy what has to
+            outlive the next step.
+        whole: Tensors that are the same on all processes.
+    """
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    whole: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __or__(self, other: State) -> State:
+        return State({**self.facts, **other.facts}, {**self.tensors, **other.tensors}, {**self.whole, **other.whole})
+
+
+class SavedState:
+    """A `State` that comes from elsewhere: nothing of it is taken unchecked.
+
+    Args:
+        whose: What errors call it.
+        facts: Its plain values.
+        tensors: Its tensors.
+    """
+
+    def __init__(self, whose: str, facts: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+        self.whose = whose
+        self._facts = facts
+        self._tensors = dict(tensors)
+
+    def number(self, name: str, *, at_least: int = 0, optional: bool = False) -> Any:
+        """Return a whole number.
+
+        Args:
+            name: Its name.
+            at_least: The smallest that makes sense.
+            optional: Whether None is allowed.
+        """
+        value = self._fact(name)
+        if optional and value is None:
+            return None
+        if type(value) is not int or value < at_least:
+            raise self.damaged(f"`{name}` is {value!r}, and has to be a whole number of at least {at_least}")
+        return value
+
+    def real(self, name: str) -> float:
+        """Return a number that is not negative."""
+        value = self._fact(name)
+        if type(value) not in (int, float) or not 0.0 <= value < float("inf"):
+            raise self.damaged(f"`{name}` is {value!r}, and has to be a number of at least 0")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        """Return True or False."""
+        value = self._fact(name)
+        if not isinstance(value, bool):
+            raise self.damaged(f"`{name}` is {value!r}, and has to be True or False")
+        return value
+
+    def choice(self, name: str, choices: tuple[Any, ...]) -> Any:
+        """Return one of some values."""
+        value = self._fact(name)
+        if isinstance(value, (list, dict)) or value not in choices:
+            raise self.damaged(f"`{name}` is {value!r}, and has to be one of {', '.join(map(repr, choices))}")
+        return value
+
+    def names(self, name: str) -> list[str]:
+        """Return a list of names."""
+        value = self._fact(name)
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise self.damaged(f"`{name}` is {value!r}, and has to be a list of names")
+        return value
+
+    def facts(self, name: str, *, optional: bool = False) -> SavedState | None:
+        """Return the plain values of a part.
+
+        Args:
+            name: Name of the part.
+            optional: Whether None is allowed.
+        """
+        value = self.plain(name, optional=optional)
+        return None if value is None else SavedState(self.whose, value, {})
+
+    def plain(self, name: str, *, optional: bool = False) -> dict[str, Any] | None:
+        """Return a dict of plain values, unchecked.
+
+        Args:
+            name: Its name.
+            optional: Whether None is allowed.
+        """
+        value = self._fact(name)
+        if optional and value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.damaged(f"`{name}` is {value!r}, and has to be a table")
+        return value
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def tensor(self, name: str, shape: torch.Size | tuple[int, ...], *dtypes: torch.dtype) -> torch.Tensor:
+        """Take a tensor.
+
+        Args:
+            name: Its name.
+            shape: The shape that it has to have.
+            *dtypes: The dtypes that it may have.
+        """
+        tensor = self._tensors.pop(name, None)
+        if not isinstance(tensor, torch.Tensor):
+            raise self.damaged(f"it lacks the tensor {name!r}")
+        if tuple(tensor.shape) != tuple(shape) or tensor.dtype not in dtypes:
+            raise self.damaged(
+                f"its tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, and has to be "
+                f"{' or '.join(map(str, dtypes))} {list(shape)}"
+            )
+        return tensor
+
+    def amounts(self, name: str, shape: torch.Size | tuple[int, ...], *dtypes: torch.dtype) -> torch.Tensor:
+        """Take a tensor without NaN and negative numbers."""
+        tensor = self.tensor(name, shape, *dtypes)
+        if not bool((tensor >= 0).all()):
+            raise self.damaged(f"its tensor {name!r} has values that are negative or NaN")
+        return tensor
+
+    def finish(self) -> None:
+        """Make sure that every tensor was taken."""
+        if self._tensors:
+            raise self.damaged(f"it has tensors that nothing needs: {sorted(self._tensors)}")
+
+    def damaged(self, what: str) -> StateError:
+        """Make the error that says what is wrong."""
+        return StateError(f"The training state of {self.whose} is damaged: {what}.")
+
+    def _fact(self, name: str) -> Any:
+        if name not in self._facts:
+            raise self.damaged(f"it lacks {name!r}")
+        return self._facts[name]

@@ -1,0 +1,55 @@
+"""What the engine needs to know of a layer, and a layer of the engine."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from peft_dps.masking.effective import EffectiveWeight
+from peft_dps.masking.storage import Storage
+from peft_dps.tensors.layout import Layout
+
+
+class TargetLayer(Protocol):
+    """A layer that computes with the trained weight of an adapter in place of its pretrained one."""
+
+    training: bool
+    entries: int
+
+    @property
+    def layout(self) -> Layout:
+        """Where the rows and columns of the weight are."""
+
+    @property
+    def pretrained_parameter(self) -> nn.Parameter:
+        """The parameter that holds the pretrained weight W0."""
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether W0 is kept in a file."""
+
+    def pretrained_weight(self) -> torch.Tensor:
+        """Return W0, on the device of the trained weight."""
+
+    def trained(self, adapter: str) -> nn.Parameter | None:
+        """Return an adapter's trained weight, or None."""
+
+    def training_of(self, adapter: str) -> Training | None:
+        """Return the training that an adapter's weight belongs to."""
+
+
+class Training(Protocol):
+    """What a layer needs to know of the training of one of its adapters."""
+
+    @property
+    def substitutes(self) -> bool:
+        """Whether training forwards use effective weights."""
+
+    @property
+    def storage(self) -> Storage:
+        """What makes the parameters that are trained."""
+
+    def on_forward(self, layer: TargetLayer) -> EffectiveWeight | None:
+        """Prepare a training forward of a layer: what to multiply with in place of the weight, None for itself."""

@@ -1,0 +1,122 @@
+"""The gradients of a step -> evidence; evidence -> scores."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch.optim import Optimizer
+
+from peft_dps.errors import ConfigError, ScoreError
+from peft_dps.recipes import Recipe
+from peft_dps.selection.scores import ScoreContext, check_scores
+from peft_dps.training.weight import TargetWeight
+
+
+def gather(
+    weights: Sequence[TargetWeight], recipe: Recipe, optimizer: Optimizer | None, grad_scale: torch.Tensor | None
+) -> bool:
+    """Gather evidence from the gradients of a step.
+
+    Args:
+        weights: The weights that have a gradient, at least one.
+        recipe: The method.
+        optimizer: The optimizer that is about to update them; None before training.
+        grad_scale: Factor that a gradient scaler has left in the gradients, or None.
+
+    Returns:
+        Whether the step could be scored: False where a gradient is not finite.
+    """
+    for weight in weights:
+        weight.observed += 1
+    if not recipe.evidence.looks:
+        return True
+    if not recipe.evidence.gather(weights, optimizer, grad_scale):
+        return False
+    for weight in weights:
+        weight.count_participation()
+    return True
+
+
+def check_gathered(weights: Iterable[TargetWeight], recipe: Recipe, *, adapter: str, step: int, scored: int) -> None:
+    """Check that there is evidence to select a subnetwork from.
+
+    Args:
+        weights: All weights of the adapter.
+        recipe: The method.
+        adapter: Name of the adapter.
+        step: Number of the latest step.
+        scored: Steps of the phase that were scored.
+
+    Raises:
+        ScoreError: If there is none.
+    """
+    if not recipe.evidence.looks:
+        return
+    if scored == 0:
+        raise ScoreError(
+            f"Adapter {adapter!r}: no step of the ACCUMULATE stage that ended with step {step} was scored, so no "
+            "subnetwork can be selected. Look for the cause of NaN or inf in the gradients; the weights are as before "
+            "this step. With `score_steps=0` call `model.score(batches)` before training."
+        )
+    for weight in weights:
+        if weight.observed > 0 and weight.gathered.is_empty and weight.frozen is None:
+            raise ScoreError(
+                f"Adapter {adapter!r}: no gradient of {weight.name!r} in the ACCUMULATE stage that ended with step "
+                f"{step} was finite, so it has no scores. Look for the cause of NaN or inf in its gradients."
+            )
+
+
+def check_dtypes(weights: Iterable[TargetWeight], recipe: Recipe) -> None:
+    """Check before anything is scored that evidence which will be ranked together has one dtype.
+
+    Args:
+        weights: All weights of the adapter.
+        recipe: The method. A registered score returns what dtype it likes.
+
+    Raises:
+        ConfigError: If it has several.
+    """
+    if not recipe.scope.across or not recipe.granularity.per_entry or recipe.budget.takes_all:
+        return
+    named = {recipe.evidence.dtype_for(weight.weight): weight.name for weight in weights}
+    if len(named) > 1:
+        found = " and ".join(f"{dtype} for {name!r}" for dtype, name in named.items())
+        raise ConfigError(
+            f"`scope='model'` ranks all scores together, so they need one dtype, got {found}. Use `scope='tensor'`, "
+            "or give all targets one dtype."
+        )
+
+
+def scores_of(weight: TargetWeight, recipe: Recipe, *, index: int, step: int, steps: int) -> torch.Tensor:
+    """Evaluate the score of one weight; relaxes its evidence in place.
+
+    Args:
+        weight: The weight, at the end of a phase that gathers evidence.
+        recipe: The method.
+        index: Place of the weight among those of the adapter.
+        step: Number of the latest step.
+        steps: Steps of the phase.
+
+    Returns:
+        Scores of the weight's shape.
+
+    Raises:
+        ConfigError: If a registered score returns something else.
+    """
+    gathered = weight.gathered.value(weight)
+    if gathered is not None:
+        weight.noise.relax_(gathered, weight, steps)
+    seed = random.Random(f"peft_dps/score/{recipe.seed}/{step}/{index}").getrandbits(63)
+    scores = recipe.score(
+        ScoreContext(
+            gathered=gathered,
+            weight=weight.weight.detach(),
+            load_base=lambda: weight.base_weight,
+            generator=torch.Generator().manual_seed(seed),
+            sharding=weight.sharding,
+        )
+    )
+    check_scores(scores, weight.weight, score=recipe.score_name, name=weight.name)
+    return scores

@@ -1,0 +1,212 @@
+"""Selecting a subnetwork: every weight of an adapter gets its mask."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from peft_dps.errors import EngineError, ScoreError, TargetError
+from peft_dps.masking.mask import Mask
+from peft_dps.recipes import Recipe
+from peft_dps.selection.sharded_topk import WEIGHTS_AT_ONCE, select_sharded
+from peft_dps.selection.topk import SortableScores, check_one_dtype, select, select_within
+from peft_dps.tensors.layout import Units
+from peft_dps.tensors.shards import Ranks, distinct, together
+from peft_dps.training.scoring import scores_of
+from peft_dps.training.weight import TargetWeight
+
+logger = logging.getLogger(__name__)
+_SELECTING = "Selecting a subnetwork"
+
+
+class Selector:
+    """Selects the subnetwork of an adapter; where weights are sharded, all processes have to call it.
+
+    Args:
+        weights: All weights of the adapter, at the end of a phase that gathers evidence.
+        recipe: The method.
+        adapter: Name of the adapter.
+        step: Number of the latest step.
+        steps: Steps of the phase in which evidence was gathered.
+        phase: Number of the phase that begins.
+    """
+
+    def __init__(
+        self, weights: Sequence[TargetWeight], recipe: Recipe, *, adapter: str, step: int, steps: int, phase: int
+    ) -> None:
+        self._weights = weights
+        self._places = {id(weight): place for place, weight in enumerate(weights)}
+        self._recipe = recipe
+        self._adapter = adapter
+        self._step = step
+        self._steps = steps
+        self._phase = phase
+        self._without_evidence: list[str] = []
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Give every weight its mask.
+
+        Raises:
+            ConfigError: If a registered score returns another shape.
+            ScoreError: If a score is NaN or negative.
+            EngineError: If that happens on another process, or weights are to be ranked together that are cut over
+                different processes.
+        """
+        if self._recipe.budget.takes_all:
+            for weight in self._weights:
+                weight.drop_evidence()
+                weight.selected = weight.entries
+            return
+        # Those that have a mask of this phase got it in an earlier attempt, which an exception ended.
+        for weight in self._weights:
+            if weight.masked_in == self._phase:
+                weight.refreeze()
+        waiting = [weight for weight in self._weights if weight.masked_in != self._phase]
+        if self._recipe.scope.across:
+            self._check_ranks()
+        if not waiting:
+            return
+        if self._recipe.granularity.per_entry:
+            for batch in self._batches(waiting):
+                self._select_entries(batch)
+        else:
+            self._select_units(waiting)
+        if self._without_evidence:
+            logger.warning(
+                "Adapter %r: all scores of %s are 0 at step %d, so that the first of its units are selected. Its "
+                "gradients are 0, or so small that their squares are: use `score='absolute_gradient'`.",
+                self._adapter,
+                ", ".join(map(repr, self._without_evidence[:3])),
+                self._step,
+            )
+
+    def _check_ranks(self) -> None:
+        if len({weight.ranks for weight in self._weights}) > 1:
+            raise EngineError(
+                f"Adapter {self._adapter!r}: `scope='model'` ranks all weights together, but they are not all cut over "
+                "the same processes. Apply `fully_shard` to the whole model, on one mesh, or use `scope='tensor'`."
+            )
+
+    def _batches(self, weights: Sequence[TargetWeight]) -> list[list[TargetWeight]]:
+        """Batch weights whose masks are chosen at once: one by one where they are whole, many where they are cut."""
+        if self._recipe.scope.across:
+            return [list(weights)]
+        alike: dict[tuple[Ranks | None, torch.dtype | None], list[TargetWeight]] = {}
+        for weight in weights:
+            alike.setdefault((weight.ranks, self._recipe.evidence.dtype_for(weight.weight)), []).append(weight)
+        batches = []
+        for (ranks, _), found in alike.items():
+            at_once = 1 if ranks is None else WEIGHTS_AT_ONCE
+            batches += [found[start : start + at_once] for start in range(0, len(found), at_once)]
+        return batches
+
+    def _select_entries(self, batch: list[TargetWeight]) -> None:
+        ranks, budget = batch[0].ranks, self._recipe.budget
+        with together([] if ranks is None else [ranks], _SELECTING, EngineError):
+            scores = [self._sortable(weight) for weight in batch]
+            check_one_dtype(scores)
+        problems = self._recipe.scope.problems(len(batch))
+        counts = [budget.count(sum(batch[index].entries for index in problem)) for problem in problems]
+        if ranks is None:
+            masks = [mask for p, count in zip(problems, counts, strict=True) for mask in select(_at(scores, p), count)]
+            selected = counts if len(problems) == len(batch) else [int(mask.count_nonzero()) for mask in masks]
+        else:
+            masks, selected = select_sharded(scores, problems, counts, ranks)
+        self._freeze(batch, masks, selected)
+        self._note_empty(batch, scores, ranks)
+
+    def _select_units(self, weights: list[TargetWeight]) -> None:
+        """Select units larger than an entry: few enough for every process to know the scores of all."""
+        layouts = [self._units(weight) for weight in weights]
+        everyone = distinct(weight.ranks for weight in weights)
+        with together(everyone, _SELECTING, EngineError):
+            own = [
+                units.sums(self._scores(weight), weight.rows[0])
+                for weight, units in zip(weights, layouts, strict=True)
+            ]
+        sums = [
+            part if weight.ranks is None else weight.ranks.gather(part).sum(0)
+            for weight, part in zip(weights, own, strict=True)
+        ]
+        owners = self._owners(weights)
+        scores, sizes = [], []
+        for members in owners:  # weights of one owner have their units in common
+            size = sum(layouts[index].size for index in members)
+            total = sum((sums[index].cpu() for index in members[1:]), start=sums[members[0]].cpu())
+            with _named(weights[members[0]].name):
+                scores.append(SortableScores.of(self._recipe.granularity.reduce(total, size)))
+            sizes.append(size)
+        chosen = self._choose(scores, sizes)
+        for members, choice in zip(owners, chosen, strict=True):
+            for index in members:
+                weight, units = weights[index], layouts[index]
+                mask = units.expand(choice.to(weight.weight.device), *weight.rows)
+                self._freeze([weight], [mask], [int(choice.count_nonzero()) * units.size])
+        self._note_empty([weights[members[0]] for members in owners], scores, None)
+
+    def _choose(self, scores: list[SortableScores], sizes: list[int]) -> list[torch.Tensor]:
+        budget, scope = self._recipe.budget, self._recipe.scope
+        if not scope.across:
+            return [select([each], budget.count(each.bits.numel()))[0] for each in scores]
+        costs = [budget.cost(size) for size in sizes]
+        total = sum(cost * each.bits.numel() for cost, each in zip(costs, scores, strict=True))
+        return select_within(scores, costs, budget.limit(total))
+
+    def _owners(self, weights: list[TargetWeight]) -> list[list[int]]:
+        found: dict[str, list[int]] = {}
+        for index, weight in enumerate(weights):
+            found.setdefault(self._recipe.granularity.owner(weight.name), []).append(index)
+        return list(found.values())
+
+    def _units(self, weight: TargetWeight) -> Units:
+        units = self._recipe.granularity.units(weight.layout)
+        if units is None:
+            raise TargetError(
+                f"Nothing tells where the rows and columns of the weight of {weight.name!r} are, which has the shape "
+                f"{tuple(weight.parameter.shape)}. Use `granularity='entry'`, or leave it out of the targets."
+            )
+        return units
+
+    def _scores(self, weight: TargetWeight) -> torch.Tensor:
+        index = self._places[id(weight)]
+        return scores_of(weight, self._recipe, index=index, step=self._step, steps=self._steps)
+
+    def _sortable(self, weight: TargetWeight) -> SortableScores:
+        scores = self._scores(weight)
+        with _named(weight.name):
+            return SortableScores.of(scores)
+
+    def _freeze(self, weights: list[TargetWeight], selections: list[torch.Tensor], selected: Sequence[int]) -> None:
+        masks = [Mask.of(selection) for selection in selections]  # what may fail comes before any scores are dropped
+        for weight, mask, count in zip(weights, masks, selected, strict=True):
+            weight.freeze(mask, count, self._phase)
+
+    def _note_empty(self, weights: list[TargetWeight], scores: list[SortableScores], ranks: Ranks | None) -> None:
+        """Take note of weights that all evidence says nothing of."""
+        if not self._recipe.evidence.looks:
+            return
+        some = torch.tensor([each.highest > 0 for each in scores], dtype=torch.int32)
+        some = some if ranks is None else ranks.sum(some)
+        self._without_evidence += [
+            weight.name for weight, any_ in zip(weights, some.tolist(), strict=True) if not any_ and weight.observed
+        ]
+
+
+def _at(scores: list[SortableScores], indices: list[int]) -> list[SortableScores]:
+    return [scores[index] for index in indices]
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Add to an error of scores whose they are, and what to do."""
+    try:
+        yield
+    except ScoreError as error:
+        raise ScoreError(
+            f"The weight of {name!r}: {error} Look for NaN or inf in the gradients of this stage, or in what a score of "
+            "your own returns."
+        ) from error

@@ -7,6 +7,7 @@ step, then `after_step`. Mix also wants `effective` in place of the weight in ev
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import torch
 from torch import nn
@@ -23,8 +24,12 @@ class ReferenceDense:
         frozen: str = "exact",
         forget: float = 1.0,
         adds_up_in: torch.dtype = torch.float32,
+        units=None,
+        reduction: str = "mean",
     ) -> None:
         self.weights = weights
+        self.units = units  # per weight, a function of the index of an entry that names its unit; None for entries
+        self.reduction = reduction
         self.forget = forget  # factor of scores from step to step: 1 but for scores from a second moment
         self.adds_up_in = adds_up_in
         self.density = density
@@ -66,6 +71,8 @@ class ReferenceDense:
             weight.data = torch.where(mask, weight.data, before)
 
     def select(self) -> list[torch.Tensor]:
+        if self.units is not None:
+            return self.select_units()
         if self.scope == "tensor":
             chosen = [set(best(scores, self.density)) for scores in self.scores]
         else:
@@ -77,6 +84,37 @@ class ReferenceDense:
         return [
             torch.tensor([index in indices for index in range(weight.numel())]).view(weight.shape)
             for indices, weight in zip(chosen, self.weights, strict=True)
+        ]
+
+
+    def select_units(self) -> list[torch.Tensor]:
+        members: dict[object, list[float]] = {}
+        for name, scores, weight in zip(self.units, self.scores, self.weights, strict=True):
+            for index, score in zip(product(*map(range, weight.shape)), scores, strict=True):
+                members.setdefault(name(index), []).append(float(score))
+        value = {
+            unit: math.fsum(scores) / (len(scores) if self.reduction == "mean" else 1)
+            for unit, scores in members.items()
+        }
+        if self.scope == "model":
+            problems = [list(members)]
+        else:
+            problems = [list(dict.fromkeys(map(name, product(*map(range, weight.shape)))))
+                        for name, weight in zip(self.units, self.weights, strict=True)]  # fmt: skip
+        chosen: set[object] = set()
+        for units in problems:
+            ranked = sorted(units, key=lambda unit: -value[unit])  # stable: ties by position
+            if self.scope == "tensor":
+                chosen.update(ranked[: math.ceil(len(units) * self.density)])
+                continue
+            left = math.ceil(sum(len(members[unit]) for unit in units) * self.density)
+            for unit in ranked:
+                if left > 0:
+                    chosen.add(unit)
+                    left -= len(members[unit])
+        return [
+            torch.tensor([name(index) in chosen for index in product(*map(range, weight.shape))]).view(weight.shape)
+            for name, weight in zip(self.units, self.weights, strict=True)
         ]
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from peft_dps.errors import ConfigError
+
 _CHUNK = 1 << 18  # entries that are widened to fp64 at once
 
 
@@ -21,11 +23,24 @@ class Units:
         shape: Shape of the whole weight.
         lead: How many indices of the first axis a unit spans.
         inner: Per further axis, its length where units differ along it, 1 where a unit spans it.
+
+    Raises:
+        ConfigError: If that does not cut the weight into parts of equal size.
     """
 
     shape: tuple[int, ...]
     lead: int
     inner: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        fits = len(self.inner) == len(self.shape) - 1 and all(
+            length in (1, whole) for length, whole in zip(self.inner, self.shape[1:], strict=True)
+        )
+        if not fits or self.lead < 1 or self.shape[0] % self.lead:
+            raise ConfigError(
+                f"A weight of shape {self.shape} cannot be cut into equal units of {self.lead} rows with {self.inner} "
+                "along the other axes. Let `granularity` return units that fit, or leave the weight out of the targets."
+            )
 
     @property
     def count(self) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from peft_dps import DPSLayer
-from peft_dps.tuner.adapter import find_subnetworks
+from peft_dps.tuner.adapter import find_controllers
 
 STEPS = pytest.mark.parametrize("steps", [0, 1, 3, 5], ids=["fresh", "accumulate", "subnetwork", "next cycle"])
 
@@ -109,7 +109,7 @@ def test_a_model_that_is_gone_leaves_nothing_behind(mlp, end):
 @pytest.mark.parametrize("end", ["unloaded", "deleted"])
 def test_who_still_holds_a_subnetwork_does_not_disturb_other_models(mlp, end):
     model = mlp.model()
-    held = find_subnetworks(model)  # as the Trainer's callback does
+    held = find_controllers(model)  # as the Trainer's callback does
     if end == "unloaded":
         model = model.unload()
     else:
@@ -118,4 +118,4 @@ def test_who_still_holds_a_subnetwork_does_not_disturb_other_models(mlp, end):
     other = mlp.model()
     mlp.train(other, steps=2)
     assert other.dps_status().steps == 2
-    assert held["default"].step == 0
+    assert held["default"].clock.step == 0

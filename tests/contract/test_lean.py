@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from peft_dps.tuner.adapter import find_subnetworks
+from peft_dps.tuner.adapter import find_controllers
 
 pytestmark = pytest.mark.parametrize("variant", ["dense", "mix"])
 
@@ -22,7 +22,7 @@ def test_training_with_scores_that_do_not_decay_is_that_of_exact_scores(case, va
         )
         case.train(model, steps=4, optimizer=optimizer)
         models.append(model)
-        masks.append([weight.keep for weight in find_subnetworks(model)["default"].weights])
+        masks.append([weight.frozen.mask.keep for weight in find_controllers(model)["default"].weights])
     agreeing = [(one == two).float().mean() for one, two in zip(*masks, strict=True)]
     assert min(agreeing) > 0.98
     status = models[1].dps_status()

@@ -213,11 +213,11 @@ def test_mix_has_noise_on_the_inputs_of_each_expert(transposed):
     fields = {"density": 0.6, "stage_steps": 3, "scope": "tensor"}
     config = DPSConfig(target_modules=[], target_parameters=["experts.weight"], variant="mix", seed=5, **fields)
     model = get_peft_model(copy.deepcopy(plain), config)
-    noise = ColumnNoise(5, [10], 0.6)
+    noise = ColumnNoise(0.6, seed=5)
     shape = (2, 5, 1) if transposed else (2, 1, 5)
     reference = ReferenceMix(
         [plain.experts.weight],
-        draw=lambda step: [noise.draw(step, torch.device("cpu"))[0].float().view(shape)],
+        draw=lambda step: [noise.draw(step, [10], torch.device("cpu"))[0].float().view(shape)],
         decay=False,
         **fields,
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from peft_dps.tuner.adapter import find_subnetworks
+from peft_dps.tuner.adapter import find_controllers
 from tests.resuming import as_bits, assert_same
 
 STEPS = pytest.mark.parametrize("steps", [0, 1, 3, 4, 5], ids=lambda steps: f"step {steps}")
@@ -14,10 +14,13 @@ STEPS = pytest.mark.parametrize("steps", [0, 1, 3, 4, 5], ids=lambda steps: f"st
 
 def everything(model):
     held = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for weight in find_subnetworks(model)["default"].weights:
-        for kind in ("total", "participation", "keep", "held", "snapshot"):
-            if getattr(weight, kind) is not None:
-                held[f"{kind}/{weight.name}"] = getattr(weight, kind)
+    for weight in find_controllers(model)["default"].weights:
+        parts = vars(weight.gathered) | vars(weight.noise) | (vars(weight.frozen) if weight.frozen else {})
+        for kind in ("total", "count", "held", "snapshot"):
+            if parts.get(kind) is not None:
+                held[f"{kind}/{weight.name}"] = parts[kind]
+        if weight.frozen:
+            held[f"mask/{weight.name}"] = weight.frozen.mask.keep
     return {name: as_bits(tensor).clone() for name, tensor in held.items()}
 
 

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_dps import DPSLayer, Stage
-from peft_dps.tuner.adapter import find_subnetworks
+from peft_dps.tuner.adapter import find_controllers
 
 
 def changed(before, after):
@@ -64,7 +64,7 @@ def test_scores_in_bf16_are_those_of_fp32_rounded(case, variant):
         torch.manual_seed(0)
         model = case.model(variant=variant, score_dtype=score_dtype)
         case.train(model, steps=1)
-        totals.append([weight.total for weight in find_subnetworks(model)["default"].weights])
+        totals.append([weight.gathered.total for weight in find_controllers(model)["default"].weights])
     for wide, narrow in zip(*totals, strict=True):
         assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
         assert torch.equal(wide.to(torch.bfloat16), narrow)

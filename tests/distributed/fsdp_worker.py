@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from peft_dps import DPSConfig, offloaded_parameters
-from peft_dps.tuner.adapter import find_subnetworks
+from peft_dps.tuner.adapter import find_controllers
 from tests.resuming import as_bits
 
 LAYERS = ("0", "2", "4", "6")
@@ -122,7 +122,7 @@ def step(model: nn.Module, optimizer: Any, clip: float | None) -> None:
 
 
 def tracked(model: nn.Module) -> list[Any]:
-    return find_subnetworks(model)["default"].weights
+    return find_controllers(model)["default"].weights
 
 
 def whole_keeps(model: nn.Module) -> list[torch.Tensor | None]:

@@ -37,15 +37,19 @@ def build(recorded: dict[str, torch.Tensor], make_net) -> nn.Module:
     return net
 
 
+def frozen_of(layer: nn.Module, index: int) -> torch.Tensor | None:
+    frozen = layer.dps_controllers["default"].weights[index].frozen
+    return None if frozen is None else frozen.mask.keep
+
+
 @pytest.mark.parametrize(("variant", "stage_steps"), EXPECTED)
 def test_training_follows_the_released_code(make_net, monkeypatch, variant, stage_steps):
     recorded, about = load(f"golden_{variant}_stage{stage_steps}.safetensors")
     assert int(about["stage_steps"]) == stage_steps
 
-    def replay(self, step, device):
+    def replay(self, step, columns, device):
         return tuple(
-            recorded[f"step{step - 1}.{index}.noise"].reshape(-1, size)[0].bool()
-            for index, size in enumerate(self.columns)
+            recorded[f"step{step - 1}.{index}.noise"].reshape(-1, size)[0].bool() for index, size in enumerate(columns)
         )
 
     monkeypatch.setattr(ColumnNoise, "draw", replay)
@@ -73,7 +77,7 @@ def test_training_follows_the_released_code(make_net, monkeypatch, variant, stag
                 "weight": layer.dps_weight["default"].detach(),
                 "bias": layer.dps_bias["default"].detach(),
                 "grad": layer.dps_weight["default"].grad,
-                "mask": layer.dps_controllers["default"].weights[index].keep,
+                "mask": frozen_of(layer, index),
             }
             for name, value in now.items():
                 expected = recorded.get(f"step{t}.{index}.{name}")

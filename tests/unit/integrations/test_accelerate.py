@@ -142,4 +142,4 @@ def test_a_state_that_is_missing_from_the_folder_is_an_error(make_model, batches
     (tmp_path / "dps_state.default.safetensors").unlink()
     with pytest.raises(StateError, match="no training state at"):
         loop.accelerator.load_state(str(tmp_path))
-    assert subnetwork_of(loop.model).step == 1
+    assert subnetwork_of(loop.model).clock.step == 1

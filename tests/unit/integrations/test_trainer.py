@@ -209,7 +209,7 @@ def test_every_new_trainer_has_the_callback_once(make_trainer):
 
 
 def test_a_total_that_does_not_fit_the_trainer_is_refused(make_trainer):
-    with pytest.raises(ConfigError, match=r"a stage takes 50 steps .* the Trainer has only 12"):
+    with pytest.raises(ConfigError, match=r"the first stage takes 50 steps .* the Trainer has only 12"):
         make_trainer({"stage_steps": 0.05, "total_steps": 1000}).train()
 
 
@@ -224,4 +224,4 @@ def test_a_trainer_keeps_nothing_of_a_model_after_training(make_trainer):
     trainer = make_trainer({"stage_steps": 2})
     trainer.train()
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, DPSTrainerCallback))
-    assert callback._subnetworks == []
+    assert callback._controllers == []

@@ -76,7 +76,7 @@ def test_mix_follows_the_formulas_in_float64(dimensions, options, kind):
     if kind == "noisy":
         row = torch.tensor([1.0, 0, 0, 1], dtype=torch.float64)
         factor = columns_of(conv, row)
-        effective = NoisyWeight(base, layer.columns.spread(row), 0.6, layer.columns.groups)
+        effective = NoisyWeight(base, layer.layout.columns.spread(row), 0.6)
     else:
         factor = (torch.rand_like(weight) < 0.6).double()
         effective = AmplifiedWeight(base, 0.6, Mask.of(factor.bool()))
@@ -117,12 +117,12 @@ def test_training_follows_the_reference(variant, scope):
     model = get_peft_model(model, DPSConfig(target_modules=["0", "1"], variant=variant, seed=5, **fields))
     weights = [layer.weight for layer in plain.layers]
     if variant == "mix":
-        noise = ColumnNoise(5, [4, 6], 0.6)
+        noise = ColumnNoise(0.6, seed=5)
         reference = ReferenceMix(
             weights,
             draw=lambda step: [
                 columns_of(layer, row.float())
-                for layer, row in zip(plain.layers, noise.draw(step, torch.device("cpu")), strict=True)
+                for layer, row in zip(plain.layers, noise.draw(step, [4, 6], torch.device("cpu")), strict=True)
             ],
             decay=False,
             **fields,
@@ -144,9 +144,9 @@ def test_training_follows_the_reference(variant, scope):
         reference.after_step()
         for index, (tracked, layer) in enumerate(zip(subnetwork_of(model).weights, plain.layers, strict=True)):
             torch.testing.assert_close(tracked.weight.detach(), layer.weight.detach(), rtol=0, atol=1e-6)
-            assert (tracked.keep is not None) == (not reference.accumulating)
-            if tracked.keep is not None:
-                assert torch.equal(tracked.keep.bool(), reference.masks[index]), step
+            assert (tracked.frozen is not None) == (not reference.accumulating)
+            if tracked.frozen is not None:
+                assert torch.equal(tracked.frozen.mask.keep.bool(), reference.masks[index]), step
 
 
 def test_nothing_of_a_weights_size_is_kept_for_backward_but_the_weight_itself():

@@ -63,7 +63,7 @@ def test_mix_follows_the_formulas_in_float64(kind, stage):
     base = torch.randn_like(weight)
     if stage == "noisy":
         factor = torch.tensor([1.0, 0, 0, 1, 1, 0], dtype=torch.float64)
-        effective = NoisyWeight(base, layer.columns.spread(factor), 0.6)
+        effective = NoisyWeight(base, layer.layout.columns.spread(factor), 0.6)
     else:
         factor = (torch.rand_like(weight) < 0.6).double()
         effective = AmplifiedWeight(base, 0.6, Mask.of(factor.bool()))
@@ -87,8 +87,8 @@ def test_training_follows_the_reference(variant, scope):
     fields = {"density": 0.6, "stage_steps": 3, "scope": scope}
     model = wrap(model, variant=variant, seed=5, **fields)
     if variant == "mix":
-        noise = ColumnNoise(5, [4], 0.6)
-        draw = lambda step: [row.float() for row in noise.draw(step, torch.device("cpu"))]  # noqa: E731
+        noise = ColumnNoise(0.6, seed=5)
+        draw = lambda step: [row.float() for row in noise.draw(step, [4], torch.device("cpu"))]  # noqa: E731
         reference = ReferenceMix([plain.weight], draw=draw, decay=False, **fields)
     else:
         reference = ReferenceDense([plain.weight], **fields)
@@ -106,9 +106,9 @@ def test_training_follows_the_reference(variant, scope):
         reference.after_step()
         (tracked,) = model.base_model.model[0].dps_controllers["default"].weights
         torch.testing.assert_close(tracked.weight.detach(), plain.weight.detach(), rtol=0, atol=1e-6)
-        assert (tracked.keep is not None) == (not reference.accumulating)
-        if tracked.keep is not None:
-            assert torch.equal(tracked.keep.bool(), reference.masks[0])
+        assert (tracked.frozen is not None) == (not reference.accumulating)
+        if tracked.frozen is not None:
+            assert torch.equal(tracked.frozen.mask.keep.bool(), reference.masks[0])
 
 
 def test_mix_computes_no_more_than_the_rows_it_needs_and_keeps_none(monkeypatch):

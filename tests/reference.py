@@ -86,7 +86,6 @@ class ReferenceDense:
             for indices, weight in zip(chosen, self.weights, strict=True)
         ]
 
-
     def select_units(self) -> list[torch.Tensor]:
         members: dict[object, list[float]] = {}
         for name, scores, weight in zip(self.units, self.scores, self.weights, strict=True):

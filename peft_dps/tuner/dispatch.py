@@ -117,6 +117,8 @@ def _unknown(target: nn.Module, key: str, why: str) -> TargetError:
         f"The target {key!r} is a {type(target).__name__}, which DPS cannot train: {why}. Leave it out with "
         "`exclude_modules`, or train it in full with `modules_to_save`."
     )
+
+
 def check_layout(layer: DPSLayer, recipe: Recipe, key: str) -> None:
     """Check that a layer has the rows or columns that a method asks for.
 

@@ -23,25 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    """Return where the Trainer keeps the checkpoint of its current step.
-
-    Args:
-        args: The Trainer's arguments.
-        state: Its state.
-    """
+    """Return where the Trainer keeps the checkpoint of its current step."""
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def saved_digests(state: TrainerState, callback: str) -> dict[str, str]:
-    """Return what the checkpoint that a Trainer resumes from tells of its training states.
-
-    Args:
-        state: The Trainer's state, as loaded.
-        callback: Name of the callback that saved them.
-
-    Returns:
-        Per adapter, the digest of its training state.
-    """
+    """Return what the checkpoint that a Trainer resumes from tells of its training states."""
     entries: Any = state.stateful_callbacks
     entry = entries.get(callback, {})
     if isinstance(entry, list):  # the callback was passed once more by hand
@@ -54,18 +41,6 @@ def find_state(adapter: str, saved: Mapping[str, str], args: TrainingArguments, 
     """Find the training state that belongs to the checkpoint from which a Trainer resumes.
 
     A callback is not told the folder that `Trainer.train(resume_from_checkpoint=...)` was given.
-
-    Args:
-        adapter: Name of the adapter.
-        saved: What `saved_digests` returned.
-        args: The Trainer's arguments.
-        state: Its state, as loaded.
-
-    Returns:
-        Path of the file.
-
-    Raises:
-        StateError: If the checkpoint has none, or it is not where it is looked for.
     """
     if adapter not in saved:
         raise StateError(
@@ -119,14 +94,7 @@ class PartsSaver:
         return adapter in self._sharded
 
     def finish(self, adapter: str) -> str:
-        """Make the parts that the processes have written one training state.
-
-        Args:
-            adapter: Name of the adapter.
-
-        Returns:
-            Its digest.
-        """
+        """Make the parts that the processes have written one training state."""
         path, part = self._paths(adapter)
         size = self._ranks.size
         missing = [rank for rank in range(size) if not statefile.part_of(path, self._save, rank, size).exists()]
@@ -161,11 +129,7 @@ class PartsSaver:
 
 
 def warn_of_incomplete_checkpoint(output_dir: Path) -> None:
-    """Warn if the newest checkpoint was not written to its end, and name the newest one that was.
-
-    Args:
-        output_dir: The Trainer's output folder.
-    """
+    """Warn if the newest checkpoint was not written to its end, and name the newest one that was."""
     checkpoints = sorted(
         (folder for folder in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(folder) >= 0), key=_step_of
     )

@@ -167,15 +167,7 @@ def offloaded_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def find_controller(model: nn.Module, adapter_name: str | None = None) -> Controller:
-    """Return what drives the training of a DPS adapter.
-
-    Args:
-        model: A PEFT model, or any module that holds DPS layers.
-        adapter_name: Name of the adapter; None if there is only one.
-
-    Raises:
-        ConfigError: If there is no such adapter, several and none is named, or two of the same name.
-    """
+    """Return what drives the training of a DPS adapter."""
     controllers = find_controllers(model)
     if adapter_name is None and len(controllers) == 1:
         return next(iter(controllers.values()))
@@ -185,29 +177,12 @@ def find_controller(model: nn.Module, adapter_name: str | None = None) -> Contro
 
 
 def find_controllers(model: nn.Module) -> dict[str, Controller]:
-    """Collect the controllers of all DPS adapters in a model, however the adapters were injected.
-
-    Args:
-        model: A PEFT model, or any module that holds DPS layers.
-
-    Returns:
-        Per adapter name, its controller.
-
-    Raises:
-        ConfigError: If two PEFT models in the module have adapters of the same name.
-    """
+    """Collect the controllers of all DPS adapters in a model, however the adapters were injected."""
     return _by_name(all_controllers(model))
 
 
 def all_controllers(model: nn.Module) -> dict[Controller, str]:
-    """Collect the controllers of all DPS adapters in a model, also where several have the same name.
-
-    Args:
-        model: A PEFT model, or any module that holds DPS layers.
-
-    Returns:
-        Per controller, the path of its first layer.
-    """
+    """Collect the controllers of all DPS adapters in a model, also where several have the same name."""
     found: dict[Controller, str] = {}
     for path, module in model.named_modules():
         if isinstance(module, DPSLayer):
@@ -230,17 +205,7 @@ def _by_name(found: Mapping[Controller, str]) -> dict[str, Controller]:
 
 
 def find_trained(model: nn.Module) -> dict[str, Controller]:
-    """Collect the controllers of the DPS adapters that are being trained.
-
-    Args:
-        model: A PEFT model, or any module that holds DPS layers.
-
-    Returns:
-        Per adapter name, its controller.
-
-    Raises:
-        ConfigError: If two PEFT models in the module train adapters of the same name.
-    """
+    """Collect the controllers of the DPS adapters that are being trained."""
     return _by_name(
         {
             controller: path

@@ -11,14 +11,7 @@ from peft_dps.errors import ConfigError
 
 
 def require_adapter_name(name: Any) -> None:
-    """Check that a name can be that of an adapter: a key of torch's containers, and a folder's name on saving.
-
-    Args:
-        name: The name.
-
-    Raises:
-        ConfigError: If it cannot.
-    """
+    """Check that a name can be that of an adapter: a key of torch's containers, and a folder's name on saving."""
     if not isinstance(name, str) or not name or any(character in name for character in "./\\\0"):
         raise ConfigError(
             f"`adapter_name` must be a word without dots and slashes, got {name!r}. It is part of the names of "
@@ -31,15 +24,7 @@ def require_adapter_name(name: Any) -> None:
 
 
 def one_adapter(name: str | None, active: Sequence[str]) -> str:
-    """Return the name of an adapter, or else that of the only active one.
-
-    Args:
-        name: The name, if one is given.
-        active: Names of the active adapters.
-
-    Raises:
-        ConfigError: If none is given, and not exactly one is active.
-    """
+    """Return the name of an adapter, or else that of the only active one."""
     if name is None and len(active) != 1:
         raise ConfigError(f"`adapter_name` is needed, since the active adapters are {list(active)}.")
     return active[0] if name is None else name

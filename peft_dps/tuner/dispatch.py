@@ -30,15 +30,7 @@ TRAINABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def make_layer(target: nn.Module, key: str) -> DPSLayer:
-    """Wrap a module in the layer of its kind.
-
-    Args:
-        target: The module, with its weight loaded.
-        key: Its path in the model, for the messages.
-
-    Raises:
-        TargetError: If DPS cannot train it.
-    """
+    """Wrap a module in the layer of its kind."""
     _check_unwrapped(target, key)
     _check_dtype(target, "weight", key)
     base_cls = next((base for base in LAYER_TYPES if isinstance(target, base)), None)
@@ -57,13 +49,6 @@ def check_reach(config: DPSConfig, model: nn.Module) -> None:
     """Check that nothing of a new adapter lies within a module of which another adapter trains parameters.
 
     PEFT looks for targets outside of layers that other adapters have made, and would leave these out in silence.
-
-    Args:
-        config: The configuration of the new adapter.
-        model: The model.
-
-    Raises:
-        TargetError: If something does.
     """
     wrapped = [key for key, module in model.named_modules() if isinstance(module, ParamWrapper)]
     if wrapped and config.train_remaining:
@@ -85,16 +70,7 @@ def check_reach(config: DPSConfig, model: nn.Module) -> None:
 
 
 def wrap_parameter(target: nn.Module, parameter_name: str, key: str) -> ParamWrapper:
-    """Wrap a module to train one of its parameters, or find the wrapper that is there already.
-
-    Args:
-        target: The module, or wrappers of its parameters around it.
-        parameter_name: Name of the parameter in the module.
-        key: Path of the parameter in the model, for the messages.
-
-    Raises:
-        TargetError: If DPS cannot train it.
-    """
+    """Wrap a module to train one of its parameters, or find the wrapper that is there already."""
     wrapper = find_wrapper(target, parameter_name)
     if wrapper is not None:
         return wrapper
@@ -120,16 +96,7 @@ def _unknown(target: nn.Module, key: str, why: str) -> TargetError:
 
 
 def check_layout(layer: DPSLayer, recipe: Recipe, key: str) -> None:
-    """Check that a layer has the rows or columns that a method asks for.
-
-    Args:
-        layer: The layer.
-        recipe: The method.
-        key: Its path in the model, for the messages.
-
-    Raises:
-        TargetError: If nothing tells where they are.
-    """
+    """Check that a layer has the rows or columns that a method asks for."""
     layout = layer.layout
     without_units = recipe.granularity.units(layout) is None
     if without_units or (recipe.noise.substitutes and layout.columns is None):

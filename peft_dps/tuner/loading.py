@@ -18,20 +18,7 @@ _SHOWN = 3
 
 
 def read_state(model: nn.Module, adapter: str, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Check that a state dict holds exactly an adapter's tensors, and decode those that are differences.
-
-    Args:
-        model: The model that the adapter is in.
-        adapter: Name of the adapter.
-        state: The state dict, by the model's own names.
-
-    Returns:
-        The state dict to load.
-
-    Raises:
-        AdapterFileError: If a tensor of a DPS layer is missing, superfluous, of another shape, or no weight, or if a
-            difference is altered or belongs to another base model.
-    """
+    """Check that a state dict holds exactly an adapter's tensors, and decode those that are differences."""
     tensors = {tensor.key: tensor for tensor in trained_tensors(model, adapter)}
     needed = {key for key, tensor in tensors.items() if tensor.in_layer}
     _refuse("lacks", sorted(needed - state.keys()), adapter)
@@ -49,13 +36,6 @@ def require_saved_shapes(own: Mapping[str, torch.Tensor], state: Mapping[str, to
     """Check the shapes of what is about to be loaded into copies of `modules_to_save`.
 
     torch finds a wrong shape too, but only after it has loaded everything else.
-
-    Args:
-        own: State dict of a module that holds such copies, by the names of `state`.
-        state: The state dict to load.
-
-    Raises:
-        AdapterFileError: If a shape differs.
     """
     wrong = [
         f"{key} ({list(state[key].shape)} in place of {list(tensor.shape)})"

@@ -16,12 +16,7 @@ _SHOWN = 6  # names of modules
 
 
 def write_section(section: str, path: Path) -> None:
-    """Put the section into a model card, in place of an earlier one.
-
-    Args:
-        section: What `make_section` returned.
-        path: The card; if there is none, nothing is written.
-    """
+    """Put the section into a model card, in place of an earlier one."""
     if not path.is_file():
         return
     section = f"{_BEGIN}\n{section}\n{_END}"
@@ -32,13 +27,7 @@ def write_section(section: str, path: Path) -> None:
 
 
 def make_section(config: DPSConfig, controller: Controller) -> str:
-    """Make the section, in Markdown.
-
-    Args:
-        config: The adapter's configuration.
-        controller: What is known of its training, in this process. Only counts are read, no tensors: one process
-            of several may be the one that saves.
-    """
+    """Make the section, in Markdown."""
     table = "\n".join(f"| {name} | {value} |" for name, value in _rows(config, controller))
     return f"""\
 ## Dynamic Parameter Selection

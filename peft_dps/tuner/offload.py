@@ -16,12 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def offload_bases(model: nn.Module, adapter_name: str) -> None:
-    """Keep the pretrained weights of an adapter's layers in files, but for those that other modules need in each step.
-
-    Args:
-        model: The model, with the adapter's layers in it.
-        adapter_name: Name of the adapter.
-    """
+    """Keep the pretrained weights of an adapter's layers in files, but for those that other modules need in each step."""
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     for key, module in model.named_modules():
         if isinstance(module, DPSLayer) and adapter_name in module.dps_weight:
@@ -32,11 +27,7 @@ def offload_bases(model: nn.Module, adapter_name: str) -> None:
 
 
 def offload_originals(model: nn.Module) -> None:
-    """Keep the pretrained weights of modules that are trained in full (`modules_to_save`) in files, on a CPU.
-
-    Args:
-        model: The model, with PEFT's wrappers around such modules.
-    """
+    """Keep the pretrained weights of modules that are trained in full (`modules_to_save`) in files, on a CPU."""
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             for parameter in module.original_module.parameters():

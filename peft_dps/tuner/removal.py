@@ -9,12 +9,7 @@ from peft_dps.tuner.layers.layer import DPSLayer
 
 
 def remove_adapter(tuner: BaseTuner, adapter: str) -> None:
-    """Remove an adapter that could not be injected or loaded; the model is then what it was before.
-
-    Args:
-        tuner: The tuner's model, as PEFT's `PeftModel.base_model`.
-        adapter: Name of the adapter.
-    """
+    """Remove an adapter that could not be injected or loaded; the model is then what it was before."""
     tuner.delete_adapter(adapter)
     model = tuner.model
     for key, module in reversed(list(model.named_modules())):  # the inner ones first

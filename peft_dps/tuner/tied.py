@@ -14,15 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_ties(model: nn.Module, adapter_name: str) -> None:
-    """Refuse an adapter that would train a shared weight twice or in one place of several, unnoticed.
-
-    Args:
-        model: The model, with the adapter's layers in it.
-        adapter_name: Name of the adapter.
-
-    Raises:
-        TargetError: If two targets share a weight, or a target is in the model under another path, too.
-    """
+    """Refuse an adapter that would train a shared weight twice or in one place of several, unnoticed."""
     layers = {
         key: module
         for key, module in model.named_modules()

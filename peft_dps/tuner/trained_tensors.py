@@ -34,12 +34,7 @@ class TrainedTensor:
 
 
 def trained_tensors(model: nn.Module, adapter: str) -> Iterator[TrainedTensor]:
-    """Go through the tensors of an adapter.
-
-    Args:
-        model: A PEFT model, or any module that holds DPS layers.
-        adapter: Name of the adapter.
-    """
+    """Go through the tensors of an adapter."""
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if isinstance(module, DPSLayer):

@@ -23,18 +23,7 @@ Terms = list[tuple[str, float]]  # names of adapters, and their factors
 def make_terms(
     known: Sequence[str], adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
 ) -> Terms:
-    """Validate what is to be combined.
-
-    Args:
-        known: Names of the adapters that exist.
-        adapters: Names of the adapters to combine.
-        weights: A factor for each.
-        adapter_name: Name of the new adapter.
-        combination_type: How to combine; only `"linear"` exists.
-
-    Raises:
-        ConfigError: If one of them cannot work.
-    """
+    """Validate what is to be combined."""
     if combination_type != "linear":
         raise ConfigError(
             f"`combination_type` must be 'linear', got {combination_type!r}. The differences that DPS trains have "
@@ -54,13 +43,7 @@ def make_terms(
 
 
 def combined_config(model: nn.Module, configs: Sequence[DPSConfig], terms: Terms) -> DPSConfig:
-    """Make the configuration of a combined adapter: the first one's, with the targets of all.
-
-    Args:
-        model: The base model with the adapters in it.
-        configs: Their configurations, in the order of the terms.
-        terms: What is combined.
-    """
+    """Make the configuration of a combined adapter: the first one's, with the targets of all."""
     names = {name for name, _ in terms}
     targets = [
         path_in_base(model, key)
@@ -87,11 +70,6 @@ def fill(model: nn.Module, adapter_name: str, terms: Terms) -> None:
     """Write W_new = W0 + sum_i w_i (W_i - W0) into an adapter, for weights, biases and `modules_to_save` alike.
 
     An adapter that does not train a tensor adds nothing to it.
-
-    Args:
-        model: The base model with the adapters in it.
-        adapter_name: The adapter to write.
-        terms: What is combined.
     """
     values = {
         name: {(tensor.module, tensor.name): tensor.value for tensor in trained_tensors(model, name)}

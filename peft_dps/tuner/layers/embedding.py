@@ -54,9 +54,6 @@ def computes_alike(base: nn.Embedding) -> bool:
     """Tell whether an embedding computes what the DPS layer would: a look-up, times `embed_scale` in a subclass.
 
     A forward of its own is tried out on some rows, since the attribute does not tell what is done with it.
-
-    Args:
-        base: The module, with its weight loaded.
     """
     if type(base).forward is nn.Embedding.forward:
         return True

@@ -84,24 +84,13 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         return self.pretrained()[0]
 
     def training_of(self, adapter: str) -> Training | None:
-        """Return what drives the training of an adapter.
-
-        Args:
-            adapter: Name of the adapter.
-        """
+        """Return what drives the training of an adapter."""
         return self.dps_controllers.get(adapter)
 
     def update_layer(
         self, adapter_name: str, config: DPSConfig, controller: Training, low_cpu_mem_usage: bool = False
     ) -> None:
-        """Add an adapter: copy the base layer's weight and bias as its starting point.
-
-        Args:
-            adapter_name: Name of the adapter.
-            config: Its configuration.
-            controller: What drives its training.
-            low_cpu_mem_usage: Create the copies without data on the meta device, to be filled by a checkpoint.
-        """
+        """Add an adapter: copy the base layer's weight and bias as its starting point."""
         weight, bias = self.pretrained()
         make, perturb = controller.storage.parameter, not config.init_weights
         self.dps_weight[adapter_name] = make(weight, on_meta=low_cpu_mem_usage, perturb=perturb)
@@ -111,14 +100,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def trained(self, adapter: str) -> nn.Parameter | None:
-        """Return an adapter's trainable weight, or None: `dps_weight.get`, for whoever asks many times a step.
-
-        Args:
-            adapter: Name of the adapter.
-
-        Returns:
-            The parameter, or what an engine shows in its place.
-        """
+        """Return an adapter's trainable weight, or None: `dps_weight.get`, for whoever asks many times a step."""
         # `dps_weight[adapter]` is several attribute lookups, each of which fails first: many times as long.
         parameter = self._modules["dps_weight"]._parameters.get(adapter)  # type: ignore[union-attr]
         return self.dps_weight.get(adapter) if parameter is None else parameter
@@ -316,16 +298,7 @@ def _detached_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def cast_to_activation(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cast fp32 master weights to the activation's dtype; autocast does that by itself.
-
-    Args:
-        x: The activation.
-        weight: The weight.
-        bias: The bias, if there is one.
-
-    Returns:
-        Weight and bias.
-    """
+    """Cast fp32 master weights to the activation's dtype; autocast does that by itself."""
     if torch.is_autocast_enabled(x.device.type):
         return weight, bias
     return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)

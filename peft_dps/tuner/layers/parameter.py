@@ -62,12 +62,7 @@ class ParamWrapper(DPSLayer):
 
 
 def path_in_base(model: nn.Module, key: str) -> str:
-    """Return the path that a module has in the base model, without the wrappers of parameters around it.
-
-    Args:
-        model: The model.
-        key: Path of the module in it.
-    """
+    """Return the path that a module has in the base model, without the wrappers of parameters around it."""
     parts = key.split(".")
     own = [
         part
@@ -78,12 +73,7 @@ def path_in_base(model: nn.Module, key: str) -> str:
 
 
 def find_wrapper(module: nn.Module, parameter_name: str) -> ParamWrapper | None:
-    """Return the wrapper of a parameter among those around a module, if there is one.
-
-    Args:
-        module: The outermost wrapper, or the module itself.
-        parameter_name: Name of the parameter.
-    """
+    """Return the wrapper of a parameter among those around a module, if there is one."""
     while isinstance(module, ParamWrapper):
         if module.parameter_name == parameter_name:
             return module

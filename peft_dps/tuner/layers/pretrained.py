@@ -73,11 +73,6 @@ class PretrainedWeight:
 
         What merging keeps is no buffer, since a state dict must not hold it; it still moves with the module. A W0 in a
         file stays there.
-
-        Args:
-            base: The base layer.
-            fn: What makes another tensor of each.
-            apply: Does so for the module itself.
         """
         offloaded = None
         if self.offloaded_from is not None:

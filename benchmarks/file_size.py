@@ -21,17 +21,14 @@ from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
+from benchmarks.engine import FORMS, own_tensors, pack, saved_tensors, split
 from benchmarks.machine import describe_machine, list_versions
 from peft_dps import DPSConfig, disable_dropout, export_adapter
-from peft_dps.codec import split
-from peft_dps.compare.assets import Assets, fetch_assets
-from peft_dps.compare.plan import Settings
-from peft_dps.compare.sentiment import sentiment_task
-from peft_dps.compare.task import tokenize
-from peft_dps.compare.training import quieten
-from peft_dps.export import FORMS
-from peft_dps.loading import own_tensors, saved_tensors
-from peft_dps.packed import pack
+from peft_dps.compare.data.assets import Assets, fetch_assets
+from peft_dps.compare.data.sentiment import sentiment_task
+from peft_dps.compare.data.task import tokenize
+from peft_dps.compare.runs.training import quieten
+from peft_dps.compare.settings import Settings
 
 LAYERS_OF_THE_BASE = ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm")
 CODERS: dict[str, Callable[[bytes], bytes]] = {

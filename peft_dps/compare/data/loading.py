@@ -152,12 +152,7 @@ def require_columns(loaded: Mapping[str, Dataset], asked: Mapping[str, Sequence[
 
 
 def strings(data: Dataset, column: str, part: str) -> tuple[str, ...]:
-    """Return a column of texts.
-
-    Args:
-        data: The split.
-        column: The column.
-        part: Name of the split.
+    """Return a column of texts of a split.
 
     Raises:
         DataError: A row holds no text.

@@ -33,10 +33,7 @@ TASKS: dict[str, Load] = {}
 
 
 def register_task(name: str) -> Callable[[Load], Load]:
-    """Register a function as the task that the command line calls `name`.
-
-    Args:
-        name: The name; a task that has it already is replaced.
+    """Register a function as the task that the command line calls `name`, in place of one that has it already.
 
     Returns:
         A decorator that returns its function unchanged. The function takes the settings and the place of the data and

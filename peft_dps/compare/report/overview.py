@@ -13,30 +13,23 @@ from peft_dps.compare.report.table import Table
 
 def overview_table(experiment: Experiment) -> Table:
     """Lay out one row per method: its score on every test domain, then what it costs."""
-    found = {domain: method_scores(experiment, domain) for domain in experiment.domains}
-    places = [f"{domain}{' (in domain)' if not index else ''}" for index, domain in enumerate(experiment.domains)]
+    columns: dict[str, Callable[[Costs], str]] = {"method": lambda each: each.method.title}
+    for index, domain in enumerate(experiment.domains):
+        found = {each.method.variant: _mean_and_spread(each) for each in method_scores(experiment, domain)}
+        place = domain if index else f"{domain} (in domain)"
+        columns[place] = lambda each, found=found: found[each.method.variant]  # type: ignore[misc]
+    columns["entries trained"] = lambda each: count(each.trainable)
     failed = {each.variant: sum(run.failed for run in each.runs.values()) for each in experiment.methods}
-    columns: dict[str, Callable[[Costs], str]] = {"entries trained": lambda each: count(each.trainable)}
     if any(failed.values()):
         columns["failed runs"] = lambda each: str(failed[each.method.variant])
     if experiment.timing:
         columns["step time"] = lambda each: ratio(each.step_ratio)
     columns["peak memory"] = lambda each: mebibytes(each.peak_memory)
     seeds = len(experiment.seeds)
-    return Table(
-        title=f"{experiment.name}: 100 x {experiment.metric}"
-        + (f", mean ± std over {seeds} seeds" if seeds > 1 else ""),
-        header=("method", *places, *columns),
-        rows=tuple(
-            (
-                costs.method.title,
-                *(_mean_and_spread(found[domain][row]) for domain in experiment.domains),
-                *(cell(costs) for cell in columns.values()),
-            )
-            for row, costs in enumerate(costs_of(experiment))
-        ),
-        notes=(*_uncertainty(experiment), *_proofs(experiment)),
-    )
+    spread = f", mean ± std over {seeds} seeds" if seeds > 1 else ""
+    notes = (*_uncertainty(experiment), *_proofs(experiment))
+    title = f"{experiment.name}: 100 x {experiment.metric}{spread}"
+    return Table.of(title, columns, costs_of(experiment), notes=notes)
 
 
 def _mean_and_spread(scores: MethodScores) -> str:
@@ -48,13 +41,8 @@ def _mean_and_spread(scores: MethodScores) -> str:
 
 def _uncertainty(experiment: Experiment) -> list[str]:
     """What one seed leaves open."""
-    sizes = [
-        size
-        for run in experiment.runs
-        if not run.failed
-        for name, size in run.examples.items()
-        if name.startswith("test/") and size
-    ]
+    examples = [item for run in experiment.runs if not run.failed for item in run.examples.items()]
+    sizes = [size for name, size in examples if name.startswith("test/") and size]
     if len(experiment.seeds) > 1 or not sizes:
         return []
     said = f"One seed and {min(sizes):,} or more test examples a domain: "

@@ -118,7 +118,7 @@ def method_scores(experiment: Experiment, domain: str) -> list[MethodScores]:
                 rank=statistics.fmean(by_seed[each.variant]),
             )
         )
-    corrected = _corrected([each.p for each in found])
+    corrected = holm([each.p for each in found])
     return [replace(each, corrected_p=p) for each, p in zip(found, corrected, strict=True)]
 
 
@@ -162,11 +162,5 @@ def overall_scores(experiments: Sequence[Experiment]) -> list[OverallScores]:
                 failed=sum(scores.failed for scores in own),
             )
         )
-    corrected = _corrected([each.p for each in found])
+    corrected = holm([each.p for each in found])
     return [replace(each, corrected_p=p) for each, p in zip(found, corrected, strict=True)]
-
-
-def _corrected(values: Sequence[float | None]) -> list[float | None]:
-    given = [value for value in values if value is not None]
-    results = iter(holm(given))
-    return [None if value is None else next(results) for value in values]

@@ -75,19 +75,18 @@ def least_p(pairs: int) -> float:
     return min(1.0, 2 / 2**pairs) if 2**pairs <= FLIPS else 2 / (FLIPS + 1)
 
 
-def holm(values: Sequence[float]) -> list[float]:
+def holm(values: Sequence[float | None]) -> list[float | None]:
     """Correct p values for being the picks of many (Holm, Scandinavian Journal of Statistics 6, 1979).
 
     The i-th smallest of m, counted from 0, is multiplied by m - i, made no smaller than the one before it, and cut at
-    1. The chance of one or more false rejections among all of them then is at most the level.
-
-    Returns:
-        The corrected ones, in the same order.
+    1. The chance of one or more false rejections among all of them then is at most the level. Where nothing was
+    tested there is None.
     """
-    corrected = [1.0] * len(values)
+    corrected: list[float | None] = [None] * len(values)
     largest = 0.0
-    for position, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        largest = max(largest, values[index] * (len(values) - position))
+    tested = sorted((value, index) for index, value in enumerate(values) if value is not None)
+    for position, (value, index) in enumerate(tested):
+        largest = max(largest, value * (len(tested) - position))
         corrected[index] = min(1.0, largest)
     return corrected
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import rich.table
 from rich.text import Text
@@ -27,6 +28,12 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
     best: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, title: str, columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], **fields: Any) -> Table:
+        """Return a table with a row for each of the items and, per column, what makes its cell."""
+        rows = tuple(tuple(cell(item) for cell in columns.values()) for item in items)
+        return cls(title, tuple(columns), rows, **fields)
 
     def to_rich(self) -> rich.table.Table:
         """Return the table for the terminal."""

@@ -22,45 +22,34 @@ def score_table(experiment: Experiment, domain: str) -> Table:
     base = experiment.reference_title
     where = "in domain" if domain == experiment.domains[0] else "out of domain"
     place = domain if domain == experiment.task else f"{experiment.task}, tested on {domain}"
-    return Table(
-        title=f"{place} ({where}), 100 x {experiment.metric}",
-        header=("method", "seeds", "mean", "std", "max", "95% interval", f"vs {base}", "p", "p (Holm)", "mean rank"),
-        rows=tuple(
-            (
-                each.method.title,
-                _seed_counts(each),
-                points(each.mean),
-                points(each.deviation),
-                points(each.best),
-                f"{points(each.interval[0])} to {points(each.interval[1])}" if each.interval else NONE,
-                points(each.difference, sign=True),
-                p_value(each.p),
-                p_value(each.corrected_p),
-                f"{each.rank:.2f}",
-            )
-            for each in found
-        ),
-        notes=(*_verdict(found, base), *_like_for_like([experiment], lambda alike: method_scores(alike[0], domain))),
-        best=_highest(found),
-    )
+    columns: dict[str, Callable[[MethodScores], str]] = {
+        "method": lambda each: each.method.title,
+        "seeds": _seed_counts,
+        "mean": lambda each: points(each.mean),
+        "std": lambda each: points(each.deviation),
+        "max": lambda each: points(each.best),
+        "95% interval": lambda each: " to ".join(map(points, each.interval)) if each.interval else NONE,
+        f"vs {base}": lambda each: points(each.difference, sign=True),
+        "p": lambda each: p_value(each.p),
+        "p (Holm)": lambda each: p_value(each.corrected_p),
+        "mean rank": lambda each: f"{each.rank:.2f}",
+    }
+    notes = (*_verdict(found, base), *_like_for_like([experiment], lambda alike: method_scores(alike[0], domain)))
+    title = f"{place} ({where}), 100 x {experiment.metric}"
+    return Table.of(title, columns, found, notes=notes, best=_highest(found))
 
 
 def cost_table(experiment: Experiment) -> Table:
     """Lay out what the methods cost."""
-    costs = costs_of(experiment)
-    base = experiment.reference_title
-    columns = _cost_columns(experiment, base)
-    return Table(
-        title=f"{experiment.name}: costs",
-        header=tuple(columns),
-        rows=tuple(tuple(cell(each) for cell in columns.values()) for each in costs),
-        notes=tuple(_cost_notes(experiment, costs, base)),
-    )
+    costs, base = costs_of(experiment), experiment.reference_title
+    notes = tuple(_cost_notes(experiment, costs, base))
+    return Table.of(f"{experiment.name}: costs", _cost_columns(experiment, base), costs, notes=notes)
 
 
 def _cost_columns(experiment: Experiment, base: str) -> dict[str, Callable[[Costs], str]]:
     """Per column, what it says of a method; those of step times only if steps were timed."""
     memory = sorted({run.memory_kind for run in experiment.runs if run.memory_kind})
+    kinds = f" ({', '.join(memory)})" if memory else ""
     timed: dict[str, Callable[[Costs], str]] = {
         "step time": lambda each: formatting.ratio(each.step_ratio),
         f"time to score of {base}": lambda each: formatting.ratio(each.time_to_reference),
@@ -73,9 +62,7 @@ def _cost_columns(experiment: Experiment, base: str) -> dict[str, Callable[[Cost
         f"steps to score of {base}": _steps_cell,
         **(timed if experiment.timing else {}),
         "training time": lambda each: formatting.seconds(each.seconds),
-        f"peak memory ({', '.join(memory)})" if memory else "peak memory": lambda each: formatting.mebibytes(
-            each.peak_memory
-        ),
+        f"peak memory{kinds}": lambda each: formatting.mebibytes(each.peak_memory),
         "file size": lambda each: formatting.mebibytes(each.file_size),
     }
 
@@ -107,47 +94,27 @@ def overall_table(experiments: Sequence[Experiment]) -> Table:
     """Lay out how the methods stand over all experiments, best mean rank first."""
     found = sorted(overall_scores(experiments), key=lambda each: (-each.experiments, each.rank))
     base = next((each for each in experiments if each.reference), experiments[0]).reference_title
-    return Table(
-        title="All tasks together, each in its own domain",
-        header=(
-            "method",
-            "tasks",
-            "mean rank",
-            f"vs {base}",
-            "tasks better",
-            "pairs",
-            "p",
-            "p (Holm)",
-            "runs",
-            "failed",
-        ),
-        rows=tuple(
-            (
-                each.method.title,
-                str(each.experiments),
-                f"{each.rank:.2f}",
-                points(each.difference, sign=True),
-                f"{each.better} of {each.experiments}" if each.pairs else NONE,
-                str(each.pairs) if each.pairs else NONE,
-                p_value(each.p),
-                p_value(each.corrected_p),
-                str(each.finished),
-                str(each.failed),
-            )
-            for each in found
-        ),
-        notes=(*_chosen_once(experiments), *_resolution(found), *_like_for_like(experiments, overall_scores)),
-    )
+    columns: dict[str, Callable[[OverallScores], str]] = {
+        "method": lambda each: each.method.title,
+        "tasks": lambda each: str(each.experiments),
+        "mean rank": lambda each: f"{each.rank:.2f}",
+        f"vs {base}": lambda each: points(each.difference, sign=True),
+        "tasks better": lambda each: f"{each.better} of {each.experiments}" if each.pairs else NONE,
+        "pairs": lambda each: str(each.pairs) if each.pairs else NONE,
+        "p": lambda each: p_value(each.p),
+        "p (Holm)": lambda each: p_value(each.corrected_p),
+        "runs": lambda each: str(each.finished),
+        "failed": lambda each: str(each.failed),
+    }
+    notes = (*_chosen_once(experiments), *_resolution(found), *_like_for_like(experiments, overall_scores))
+    return Table.of("All tasks together, each in its own domain", columns, found, notes=notes)
 
 
 def setup_of(experiment: Experiment) -> list[tuple[str, str]]:
     """Say how the runs of an experiment were made, as pairs of a name and a text."""
     runs = [run for run in experiment.runs if not run.failed] or experiment.runs
-    settings = ", ".join(
-        f"{name.replace('_', ' ')} {value}"
-        for name, value in asdict(runs[0].plan.settings).items()
-        if value is not None
-    )
+    given = {name: value for name, value in asdict(runs[0].plan.settings).items() if value is not None}
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given.items())
     sizes = runs[0].examples
     return [
         ("model", experiment.model),

@@ -89,11 +89,7 @@ def read(path: Path) -> Results:
 def merge(parts: Sequence[Results]) -> Results:
     """Put the contents of several result files together; of a run that is in several, one counts.
 
-    Args:
-        parts: What each holds.
-
-    Returns:
-        All runs and step times. Numbers of damaged lines are left out: they are those of a file.
+    Numbers of damaged lines are left out: they are those of a file.
     """
     whole = Results(timings=[timing for part in parts for timing in part.timings])
     for part in parts:

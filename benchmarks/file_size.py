@@ -1,4 +1,4 @@
-"""`python -m benchmarks.file_size`: how large the files of an adapter are in each form, after a real fine-tuning."""
+"""`python -m benchmarks.file_size`: how large the exported file of an adapter is, after a real fine-tuning."""
 
 from __future__ import annotations
 
@@ -21,17 +21,14 @@ from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
+from benchmarks.engine import byte_planes, encode, trained_tensors
 from benchmarks.machine import describe_machine, list_versions
 from peft_dps import DPSConfig, disable_dropout, export_adapter
-from peft_dps.compare.assets import Assets, fetch_assets
-from peft_dps.compare.plan import Settings
-from peft_dps.compare.sentiment import sentiment_task
-from peft_dps.compare.task import tokenize
-from peft_dps.compare.training import quieten
-from peft_dps.tensors.codec import split
-from peft_dps.tensors.packed import pack
-from peft_dps.tuner.export import FORMS
-from peft_dps.tuner.loading import own_tensors, saved_tensors
+from peft_dps.compare.data.assets import Assets, fetch_assets
+from peft_dps.compare.data.sentiment import sentiment_task
+from peft_dps.compare.data.task import tokenize
+from peft_dps.compare.runs.training import quieten
+from peft_dps.compare.settings import Settings
 
 LAYERS_OF_THE_BASE = ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm")
 CODERS: dict[str, Callable[[bytes], bytes]] = {
@@ -72,7 +69,7 @@ CASES = (
 
 
 def main() -> None:
-    """Train each case, export it in each form, and write the JSON file."""
+    """Train each case, export it, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each training")
     parser.add_argument("--learning-rate", type=float, default=5e-5, help="peak learning rate of AdamW")
@@ -153,34 +150,35 @@ def batches(data: Any, tokenizer: Any) -> Iterator[Any]:
 
 
 def measure(model: PeftModel, case: Case, assets: Assets) -> dict[str, Any]:
-    """Measure files of each form, the parts of the exact one, and coders on some of its weights."""
-    targets = [(trained, pretrained) for _, trained, pretrained in own_tensors(model, "default")]
+    """Measure the file, its parts, and coders on some of its weights."""
+    tensors = list(trained_tensors(model, "default"))
+    targets = [(tensor.value, tensor.pretrained) for tensor in tensors if tensor.in_layer]
     rest = [
-        (trained, pretrained)
-        for key, trained, pretrained in saved_tensors(model, "default")
-        if "classifier" not in key  # a new head is stored whole
+        (tensor.value, tensor.pretrained)
+        for tensor in tensors
+        if not tensor.in_layer and "classifier" not in tensor.key  # a new head is stored whole
     ]
     return {
         "relative_change": float(
             torch.cat([(a.detach().float() - b.float()).flatten() for a, b in targets]).norm()
             / torch.cat([b.float().flatten() for _, b in targets]).norm()
         ),
-        "exact": {name: part(pairs) for name, pairs in (("targets", targets), ("rest", rest))},
-        "files": [export(model, form, case, assets) for form in FORMS],
+        "parts": {name: part(pairs) for name, pairs in (("targets", targets), ("rest", rest))},
+        "file": export(model, case, assets),
         "coders": compare_coders([pair for pair in targets if pair[0].dim() == 2][-SAMPLE:]),
     }
 
 
 def part(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
     whole = sum(trained.numel() * trained.element_size() for trained, _ in pairs)
-    packed = sum(pack(trained, pretrained).numel() for trained, pretrained in pairs)
-    return {"whole_bytes": whole, "packed_bytes": packed, "ratio": packed / whole}
+    exported = sum(encode(trained, pretrained).numel() for trained, pretrained in pairs)
+    return {"whole_bytes": whole, "file_bytes": exported, "ratio": exported / whole}
 
 
-def export(model: PeftModel, form: str, case: Case, assets: Assets) -> dict[str, Any]:
+def export(model: PeftModel, case: Case, assets: Assets) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        report = export_adapter(model, folder, form, saved_modules=LAYERS_OF_THE_BASE)
+        report = export_adapter(model, folder, saved_modules=LAYERS_OF_THE_BASE)
         exported = time.perf_counter()
         base = load_base(case, assets)
         loading = time.perf_counter()
@@ -190,13 +188,14 @@ def export(model: PeftModel, form: str, case: Case, assets: Assets) -> dict[str,
 
 
 def compare_coders(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, dict[str, float]]:
-    planes = [plane for trained, base in pairs for plane in split(trained, base.to(trained.dtype))]
+    planes = [plane for trained, base in pairs for plane in byte_planes(trained, base.to(trained.dtype))]
     size = sum(map(len, planes))
     compared = {}
     for name, compress in CODERS.items():
         start = time.perf_counter()
-        packed = sum(len(compress(plane)) for plane in planes)
-        compared[name] = {"ratio": packed / size, "megabytes_per_second": size / (time.perf_counter() - start) / 1e6}
+        compressed = sum(len(compress(plane)) for plane in planes)
+        seconds = time.perf_counter() - start
+        compared[name] = {"ratio": compressed / size, "megabytes_per_second": size / seconds / 1e6}
     return compared
 
 

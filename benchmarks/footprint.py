@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 
 from benchmarks.crew import crew_of
 from benchmarks.live import meter_of
-from benchmarks.rounds import figure_of
+from benchmarks.rounds import figure_of, stage_of
 from benchmarks.settings import Settings
 from benchmarks.worker import Trainee, set_up
-from peft_dps import StageSchedule
 
 ACTIVATIONS = "activations"
 _STAGE_STEPS = 2  # the first step makes the optimizer's state, and the first after a selection is a figure of its own
@@ -53,7 +52,6 @@ class Accountant:
 
     def count(self) -> Footprint:
         """Train the variant and return what was counted."""
-        schedule = StageSchedule(_STAGE_STEPS)
         peaks: dict[str, int] = {}
         kinds: dict[str, dict[str, int]] = {}
         with meter_of(self.settings.device) as meter:
@@ -61,14 +59,13 @@ class Accountant:
             gc.collect()
             building = meter.peak
             for number in range(1, 2 * _STAGE_STEPS + 2):
-                position = schedule.at(number)
-                figure = figure_of(position)
+                stage, figure = stage_of(number, _STAGE_STEPS), figure_of(number, _STAGE_STEPS)
                 meter.reset()
                 trainee.optimizer.zero_grad()
                 before, kept = meter.live, []
-                trainee.step(position.stage.value, between=lambda kept=kept: kept.append(meter.live))
+                trainee.step(stage, between=lambda kept=kept: kept.append(meter.live))
                 peaks[figure] = max(peaks.get(figure, 0), meter.peak)
-                kinds[figure] = {**trainee.tensors[position.stage.value], ACTIVATIONS: kept[0] - before}
+                kinds[figure] = {**trainee.tensors[stage], ACTIVATIONS: kept[0] - before}
         return Footprint(max(building, *peaks.values()), peaks, kinds, trainee.finish().peak_above)
 
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peft_dps.compare.runs.memory import PeakMemory
+
 
 class Meter(Protocol):
-    """A context in which live bytes are counted; enter it before the model is built."""
-
-    def __enter__(self) -> Any:
-        """Begin to count."""
-
-    def __exit__(self, *error: object) -> None:
-        """Stop counting."""
+    """Counts live bytes."""
 
     @property
     def live(self) -> int:
@@ -70,44 +67,10 @@ class LiveTensors(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
 
-class CudaAllocator:
-    """What torch's CUDA allocator has handed out, above what it had before."""
-
-    def __enter__(self) -> CudaAllocator:
-        _make_workspaces()
-        self._before = torch.cuda.memory_allocated()
-        self.reset()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    @property
-    def live(self) -> int:
-        """Bytes that are alive now. Those that kernels still use count, so no waiting for the device is needed."""
-        return int(torch.cuda.memory_allocated()) - self._before
-
-    @property
-    def peak(self) -> int:
-        """Most bytes that were alive at a time since the last `reset`."""
-        return int(torch.cuda.max_memory_allocated()) - self._before
-
-    def reset(self) -> None:
-        """Let the peak begin anew from what is alive now."""
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _make_workspaces() -> None:
-    """Let the matrix library allocate what it keeps, in forward and backward, so that no variant is charged for it."""
-    layer = torch.nn.Linear(64, 64, device="cuda")
-    layer(torch.ones(64, 64, device="cuda", requires_grad=True)).sum().backward()
-    torch.cuda.synchronize()
-
-
-def meter_of(device: str) -> Meter:
-    """Return what counts live bytes on a device.
+def meter_of(device: str) -> AbstractContextManager[Meter]:
+    """Return a context in which live bytes on a device are counted; enter it before the model is built.
 
     Args:
         device: "cpu" or "cuda".
     """
-    return CudaAllocator() if device == "cuda" else LiveTensors()
+    return nullcontext(PeakMemory()) if device == "cuda" else LiveTensors()

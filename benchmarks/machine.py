@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import version
-from pathlib import Path
 
 import psutil
 import torch
 
 import peft_dps
-
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy")
-_CPUINFO = Path("/proc/cpuinfo")
+from peft_dps.compare.runs.machine import cpu_name, versions_of
 
 
 def describe_machine() -> dict[str, object]:
     """Return what a reader needs to judge the figures by."""
     return {
         "system": platform.system(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
@@ -28,18 +24,10 @@ def describe_machine() -> dict[str, object]:
 
 def list_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that are measured."""
-    versions = {name: version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), **versions, "peft_dps": peft_dps.__version__}
+    versions = versions_of("torch", "transformers", "peft", "accelerate", "numpy")
+    return {**versions, "peft_dps": peft_dps.__version__}
 
 
 def load() -> float:
     """Return how many processes have wanted a core over the last minute, the benchmark's own included."""
     return round(float(psutil.getloadavg()[0]), 2)
-
-
-def _cpu() -> str:
-    if _CPUINFO.exists():
-        for line in _CPUINFO.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -20,24 +20,21 @@ from peft import get_peft_model
 from torch.optim import AdamW
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
+from benchmarks.engine import MomentScores, TargetWeight, masks_in_force, select, target_weights
 from benchmarks.file_size import batches
 from benchmarks.machine import describe_machine, list_versions
-from peft_dps import DPSConfig, Stage
-from peft_dps.compare.assets import fetch_assets
-from peft_dps.compare.plan import Settings
-from peft_dps.compare.sentiment import sentiment_task
-from peft_dps.compare.task import tokenize
-from peft_dps.compare.training import quieten
-from peft_dps.selection.moments import MomentScores
-from peft_dps.selection.topk import select
-from peft_dps.training.weight import TrackedWeight
-from peft_dps.tuner.adapter import find_subnetworks
+from peft_dps import DPSConfig
+from peft_dps.compare.data.assets import fetch_assets
+from peft_dps.compare.data.sentiment import sentiment_task
+from peft_dps.compare.data.task import tokenize
+from peft_dps.compare.runs.training import quieten
+from peft_dps.compare.settings import Settings
 
 
 class Gathered:
     """What cheaper scores of one weight are made of, in the stage that runs."""
 
-    def __init__(self, weight: TrackedWeight, optimizer: AdamW) -> None:
+    def __init__(self, weight: TargetWeight, optimizer: AdamW) -> None:
         self.weight = weight
         self.state = optimizer.state[weight.parameter]
         self.decay = optimizer.param_groups[0]["betas"][1]
@@ -83,13 +80,12 @@ def compare_masks(density: float, stage_steps: int, steps: int, learning_rate: f
     config = DPSConfig(density=density, stage_steps=stage_steps, task_type="SEQ_CLS", train_remaining=True)
     model = get_peft_model(base, config).train()
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
-    (subnetwork,) = find_subnetworks(model).values()
     gathered: list[Gathered] = []
     chosen: list[dict[str, torch.Tensor]] = []
     cycles = []
     for number, batch in enumerate(islice(batches(tokenize(task.train, tokenizer, 64), tokenizer), steps)):
         if number % (2 * stage_steps) == 0:
-            gathered = [Gathered(weight, optimizer) for weight in subnetwork.weights]
+            gathered = [Gathered(weight, optimizer) for weight in target_weights(model)]
         model(**batch).loss.backward()
         if number % (2 * stage_steps) < stage_steps:
             for each in gathered:
@@ -98,8 +94,8 @@ def compare_masks(density: float, stage_steps: int, steps: int, learning_rate: f
             chosen = [each.masks(density) for each in gathered]
         optimizer.step()
         optimizer.zero_grad()
-        if number % (2 * stage_steps) == stage_steps and subnetwork.stage is Stage.SUBNETWORK:
-            exact = [weight.keep.bool() for weight in subnetwork.weights if weight.keep is not None]
+        if number % (2 * stage_steps) == stage_steps:
+            exact = masks_in_force(model)
             kept = {name: _kept(exact, [masks[name] for masks in chosen]) for name in chosen[0]}
             cycles.append({"cycle": len(cycles) + 1, "kept": kept})
     return cycles

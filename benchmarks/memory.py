@@ -1,31 +1,15 @@
-"""Memory of a process, and of the tensors that a training keeps from step to step."""
+"""Memory of the tensors that a training keeps from step to step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import psutil
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from peft_dps.tuner.adapter import find_subnetworks
+from benchmarks.engine import held_tensors, tensors_in
 
 KINDS = ("trained weights", "W0", "other weights", "gradients", "optimizer", "scores", "masks", "snapshots")
-# Where a tracked weight keeps what; anything else that it keeps counts as a snapshot.
-_KINDS_OF_STATE = {
-    "total": "scores",
-    "participation": "scores",
-    "keep": "masks",
-    "mask": "masks",
-    "columns": "masks",
-}
-
-
-def rss() -> int:
-    """Return the bytes of this process that are in memory now."""
-    return int(psutil.Process().memory_info().rss)
 
 
 def tensor_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
@@ -43,17 +27,11 @@ def tensor_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         found += [(_kind(name, parameter), parameter), ("gradients", parameter.grad)]
     found += [("optimizer", value) for state in optimizer.state.values() for value in state.values()]
-    for subnetwork in find_subnetworks(model).values():
-        for weight in subnetwork.weights:
-            found += [
-                (_KINDS_OF_STATE.get(name.lstrip("_"), "snapshots"), tensor)
-                for name, value in vars(weight).items()
-                for tensor in _tensors(value)
-            ]
+    found += held_tensors(model)
     sizes = dict.fromkeys(KINDS, 0)
     seen: set[int] = set()
     for kind, value in sorted(found, key=lambda pair: KINDS.index(pair[0])):
-        for tensor in _tensors(value):
+        for tensor in tensors_in(value):
             local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
             storage = local.untyped_storage()
             in_file = storage.device.type == "cpu" and storage.filename is not None
@@ -67,14 +45,3 @@ def _kind(name: str, parameter: nn.Parameter) -> str:
     if parameter.requires_grad:
         return "trained weights"
     return "W0" if ".base_layer." in name or ".original_module." in name else "other weights"
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Find the tensors in a value: in itself, in a sequence, or in the fields of a plain object."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif type(value).__module__.startswith("peft_dps.") and hasattr(value, "__dict__"):
-        yield from _tensors(list(vars(value).values()))

@@ -16,7 +16,7 @@ from benchmarks.ratio import LOADING, MEMORY, target
 from benchmarks.rounds import FIGURES
 from benchmarks.settings import Settings
 from benchmarks.variant import VARIANTS
-from peft_dps.compare.palette import save
+from peft_dps.compare.report.style import save
 
 ROOT = Path(__file__).parents[1]
 _RESULTS = Path(__file__).parent / "results"

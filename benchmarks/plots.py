@@ -16,7 +16,7 @@ from benchmarks.memory import KINDS
 from benchmarks.ratio import TARGETS
 from benchmarks.rounds import ACCUMULATE, FIGURES, SUBNETWORK
 from benchmarks.variant import DENSE, LEAN_DENSE, LEAN_MIX, MIX, NARROW_DENSE, VARIANTS
-from peft_dps.compare.palette import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Style, canvas, headline
+from peft_dps.compare.report.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, Style, canvas, headline
 
 # Per setting that is swept, what it is called, and the unit of its values.
 SWEEPS = {

@@ -10,8 +10,6 @@ import torch
 from benchmarks.crew import crew_of
 from benchmarks.settings import Settings
 from benchmarks.worker import StepTimes, Summary, Trainee, set_up
-from peft_dps import StageSchedule
-from peft_dps.selection.schedule import Position
 
 ACCUMULATE, SELECTING, SUBNETWORK = FIGURES = ("accumulate", "selecting", "subnetwork")
 
@@ -81,23 +79,28 @@ def run_rounds(names: Sequence[str], settings: Settings, progress: Callable[[Rou
         settings: Settings of the run.
         progress: Called with each round when it is done.
     """
-    schedule = StageSchedule(settings.stage_steps)
     with crew_of(Rower, names, settings) as crew:
         threads = max(crew.ask(name, "threads") for name in names)
         rounds = []
         for number in range(1, settings.rounds + 1):
-            position = schedule.at(number)
-            times = {name: crew.ask(name, "step", position.stage.value) for name in turned(names, number)}
-            rounds.append(Round(number, figure_of(position), number <= settings.warmup, times))
+            stage = stage_of(number, settings.stage_steps)
+            times = {name: crew.ask(name, "step", stage) for name in turned(names, number)}
+            figure = figure_of(number, settings.stage_steps)
+            rounds.append(Round(number, figure, number <= settings.warmup, times))
             progress(rounds[-1])
         summaries = {name: crew.ask(name, "finish") for name in names}
     return Run(threads, rounds, summaries)
 
 
-def figure_of(position: Position) -> str:
+def stage_of(number: int, stage_steps: int) -> str:
+    """Tell the stage of a step, which DPS is in and the other variants would be."""
+    return SUBNETWORK if (number - 1) // stage_steps % 2 else ACCUMULATE
+
+
+def figure_of(number: int, stage_steps: int) -> str:
     """Tell what a step counts for, one of `FIGURES`."""
-    selecting = position.stage.value == SUBNETWORK and position.step_in_stage == 1
-    return SELECTING if selecting else position.stage.value
+    stage = stage_of(number, stage_steps)
+    return SELECTING if stage == SUBNETWORK and (number - 1) % stage_steps == 0 else stage
 
 
 def turned(names: Sequence[str], by: int) -> list[str]:

@@ -28,14 +28,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.bert.modeling_bert import BertLayer
 
+from benchmarks.engine import offloaded_parameters, select
 from benchmarks.machine import describe_machine, list_versions, load
 from benchmarks.ratio import Spread, seconds, step_ratios
-from benchmarks.rounds import FIGURES, Round, Run, figure_of, turned
+from benchmarks.rounds import FIGURES, Round, Run, figure_of, stage_of, turned
 from benchmarks.settings import SIZES, Settings
 from benchmarks.traffic import traffic_of
 from benchmarks.worker import Trainee, quieten
-from peft_dps import StageSchedule, offloaded_parameters
-from peft_dps.selection.topk import select
 
 DENSITY = 0.3
 
@@ -167,15 +166,14 @@ def _work(
         for engine in engines
         for name, variant in variants_on(engine).items()
     }
-    schedule = StageSchedule(settings.stage_steps)
     rounds = []
     for number in range(1, settings.rounds + 1):
-        position, times = schedule.at(number), {}
+        stage, times = stage_of(number, settings.stage_steps), {}
         for name in turned(list(trainees), number):
             dist.barrier()
-            times[name] = trainees[name].step(position.stage.value)
-        rounds.append(Round(number, figure_of(position), number <= settings.warmup, times))
-    traffic = _count(trainees, settings, schedule)
+            times[name] = trainees[name].step(stage)
+        rounds.append(Round(number, figure_of(number, settings.stage_steps), number <= settings.warmup, times))
+    traffic = _count(trainees, settings)
     if rank == 0:
         summaries = {name: trainee.finish() for name, trainee in trainees.items()}
         connection.send(Measured(Run(torch.get_num_threads(), rounds, summaries), traffic))
@@ -184,15 +182,13 @@ def _work(
     os._exit(0)
 
 
-def _count(
-    trainees: dict[str, Trainee], settings: Settings, schedule: StageSchedule
-) -> dict[str, dict[str, dict[str, int]]]:
+def _count(trainees: dict[str, Trainee], settings: Settings) -> dict[str, dict[str, dict[str, int]]]:
     """Count what is communicated in one more cycle, whose times nobody takes."""
     traffic: dict[str, dict[str, dict[str, int]]] = {name: {} for name in trainees}
     for number in range(settings.rounds + 1, settings.rounds + 2 * settings.stage_steps + 1):
-        position = schedule.at(number)
+        stage, figure = stage_of(number, settings.stage_steps), figure_of(number, settings.stage_steps)
         for name, trainee in trainees.items():
-            traffic[name][figure_of(position)] = traffic_of(partial(trainee.step, position.stage.value))
+            traffic[name][figure] = traffic_of(partial(trainee.step, stage))
     return traffic
 
 

@@ -11,13 +11,12 @@ import torch
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.memory import rss, tensor_bytes
+from benchmarks.memory import tensor_bytes
 from benchmarks.models import make_batch
 from benchmarks.settings import OPTIMIZERS, Settings
 from benchmarks.variant import VARIANTS
-from peft_dps.compare.memory import peak_resident
-from peft_dps.training.status import status_of
-from peft_dps.tuner.adapter import find_subnetworks
+from peft_dps.compare.runs.dps import status_of
+from peft_dps.compare.runs.memory import peak_resident, resident
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Trainee:
     ) -> None:
         self.device = settings.device
         self.batch = make_batch(settings)
-        self.rss_before = rss()
+        self.rss_before = resident()
         self.model: nn.Module = wrap(VARIANTS[name].build(settings))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = make_optimizer(self.trained, settings)
@@ -113,7 +112,7 @@ class Trainee:
     def finish(self) -> Summary:
         """Return what is known at the end."""
         peak = peak_resident()  # first, since looking for moved entries takes memory
-        status = next((status_of(subnetwork) for subnetwork in find_subnetworks(self.model).values()), None)
+        status = status_of(self.model)
         return Summary(
             trained_entries=sum(parameter.numel() for parameter in self.trained),
             selected_fraction=None if status is None else status.selected_fraction,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from peft_dps.compare.plan import Plan, Settings
-from peft_dps.compare.results import append
-from peft_dps.compare.run import Candidate, Evaluation, Run, Selection, Span, Timing
+from peft_dps.compare.runs.plan import Plan
+from peft_dps.compare.runs.results import append
+from peft_dps.compare.runs.run import Candidate, Evaluation, Run, Selection, Timing
+from peft_dps.compare.settings import Settings
 
 SEEDS = (0, 1, 2, 3, 4)
 STEPS, STAGE_STEPS = 120, 12
@@ -37,8 +39,8 @@ MATRICES = (
     *("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
     *("intermediate.dense", "output.dense"),
 )
-WEIGHTS = [f"base_model.model.bert.encoder.layer.{layer}.{name}" for layer in range(6) for name in MATRICES]
-WEIGHTS += ["base_model.model.bert.pooler.dense", "base_model.model.classifier"]
+WEIGHTS = [f"bert.encoder.layer.{layer}.{name}" for layer in range(6) for name in MATRICES]
+WEIGHTS += ["bert.pooler.dense", "classifier"]
 
 
 def records() -> Iterator[Run | Timing]:
@@ -104,17 +106,14 @@ def _run(plan: Plan, metrics: list[str], domains: list[str], level: float, rng: 
         order=f"order{plan.seed}",
         losses=[float(loss) for loss in losses],
         evaluations=[
-            Evaluation(round(STEPS * f), float(seconds * f), 0.5, float(score))
-            for f, score in zip(fraction, curve, strict=True)
+            Evaluation(round(STEPS * f), 0.5, float(score)) for f, score in zip(fraction, curve, strict=True)
         ],
-        stages=list(_stages()) if is_dps else [],
         selections=list(_selections(plan, rng)) if is_dps else [],
+        fractions=_fractions(rng) if plan.method in ("dps-mix", "dps-dense-nodropout") else {},
         frozen_moved=False if is_dps else None,
-        entries=22_713_600,
         trainable=trainable,
         selected=15_100_000 if is_dps else None,
         seconds=float(seconds),
-        step_seconds=0.4 * step_time,
         peak_memory=int((memory + rng.normal(0, 4)) * 2**20),
         memory_kind="resident",
         file_size=trainable * 4,
@@ -124,21 +123,18 @@ def _run(plan: Plan, metrics: list[str], domains: list[str], level: float, rng: 
     )
 
 
-def _stages() -> Iterator[Span]:
-    for index, first in enumerate(range(1, STEPS, STAGE_STEPS)):
-        yield Span(("accumulate", "subnetwork")[index % 2], index // 2 + 1, first, first + STAGE_STEPS - 1)
-
-
 def _selections(plan: Plan, rng: np.random.Generator) -> Iterator[Selection]:
-    over_model = plan.method in ("dps-mix", "dps-dense-nodropout")  # one threshold over all weights
     for cycle in range(1, STEPS // (2 * STAGE_STEPS) + 1):
-        fraction, overlap = {}, {}
-        for index, name in enumerate(WEIGHTS):
-            layer, matrix = divmod(index, len(MATRICES))
-            uneven = 0.06 * layer * (1 - 0.1 * cycle) + 0.05 * matrix + rng.normal(0, 0.01)
-            share = float(np.clip(0.1 + uneven, 0.01, 0.95)) if over_model else 0.3
-            stays = 0.02 if plan.method == "random-mask" else 0.3 + 0.04 * layer + 0.02 * cycle + rng.normal(0, 0.01)
-            fraction[name] = share
-            random_overlap = share / (2 - share)
-            overlap[name] = float(min(0.99, random_overlap + (0 if plan.method == "random-mask" else 0.6 * stays)))
-        yield Selection(cycle, (2 * cycle - 1) * STAGE_STEPS + 1, fraction, overlap if cycle > 1 else {})
+        first = (2 * cycle - 1) * STAGE_STEPS + 1
+        selection = Selection(cycle, first, first + STAGE_STEPS - 1)
+        stays = 0.18 + (0 if plan.method == "random-mask" else 0.2 + 0.02 * cycle) + float(rng.normal(0, 0.01))
+        yield selection if cycle == 1 else replace(selection, overlap=[stays, stays - 0.05, stays + 0.1], chance=0.18)
+
+
+def _fractions(rng: np.random.Generator) -> dict[str, float]:
+    """Fractions of what one threshold over all weights selects."""
+    fractions = {}
+    for index, name in enumerate(WEIGHTS):
+        layer, matrix = divmod(index, len(MATRICES))
+        fractions[name] = float(np.clip(0.1 + 0.06 * layer + 0.05 * matrix + rng.normal(0, 0.01), 0.01, 0.95))
+    return fractions

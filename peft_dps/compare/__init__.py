@@ -6,31 +6,31 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from peft_dps.compare.choice import Choice
-    from peft_dps.compare.comparison import Comparison
-    from peft_dps.compare.methods import register_method
-    from peft_dps.compare.observer import Observer
-    from peft_dps.compare.own import OwnData
-    from peft_dps.compare.plan import Settings
-    from peft_dps.compare.report import write_report
-    from peft_dps.compare.results import read
-    from peft_dps.compare.runner import compare
-    from peft_dps.compare.task import build_task
-    from peft_dps.compare.tasks import register_task
+    from peft_dps.compare.data.task import build_task
+    from peft_dps.compare.data.tasks import register_task
+    from peft_dps.compare.data.user_data import OwnData
+    from peft_dps.compare.methods.choice import Choice
+    from peft_dps.compare.methods.table import register_method
+    from peft_dps.compare.report.report import write_report
+    from peft_dps.compare.runs.comparison import Comparison
+    from peft_dps.compare.runs.observer import Observer
+    from peft_dps.compare.runs.results import read
+    from peft_dps.compare.runs.runner import compare
+    from peft_dps.compare.settings import Settings
 
 # Imported when they are asked for: each part of the comparison needs other libraries, and a part may be all one needs.
 _MODULES = {
-    "Choice": "choice",
-    "Comparison": "comparison",
-    "Observer": "observer",
-    "OwnData": "own",
-    "Settings": "plan",
-    "build_task": "task",
-    "compare": "runner",
-    "read": "results",
-    "register_method": "methods",
-    "register_task": "tasks",
-    "write_report": "report",
+    "Choice": "methods.choice",
+    "Comparison": "runs.comparison",
+    "Observer": "runs.observer",
+    "OwnData": "data.user_data",
+    "Settings": "settings",
+    "build_task": "data.task",
+    "compare": "runs.runner",
+    "read": "runs.results",
+    "register_method": "methods.table",
+    "register_task": "data.tasks",
+    "write_report": "report.report",
 }
 
 __all__ = [

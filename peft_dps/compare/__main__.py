@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; see `peft_dps.compare.command.main`.
+    """Run a command; see `peft_dps.compare.cli.command.main`.
 
     Args:
         arguments: Command-line arguments; None for the process's own.
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 1 if the libraries of the extra are not installed.
     """
     try:
-        from peft_dps.compare.command import main as run
+        from peft_dps.compare.cli.command import main as run
     except ModuleNotFoundError as error:
         sys.stderr.write(
             f"Error: peft-dps needs the extra `compare`, and {error.name!r} is not installed. Install it: "

@@ -31,6 +31,16 @@ class DPSAdapter:
         """Tell what DPS is doing: cycle, stage, entries selected per layer, and whether a frozen entry moved."""
         return status_of(self._controller)
 
+    def masks(self) -> dict[str, torch.Tensor]:
+        """Return the masks that hold now.
+
+        Returns:
+            Per path of a layer, a bool tensor of the weight's shape (where FSDP2 has cut it, of this process's rows), True
+            where entries are updated. A layer of which all entries are updated has none.
+        """
+        weights = self._controller.existing
+        return {each.name: each.frozen.mask.keep.bool() for each in weights if each.frozen is not None}
+
     def set_total_steps(self, total_steps: int) -> None:
         """Begin a training of so many optimizer steps: a fractional `stage_steps` refers to them.
 

@@ -5,7 +5,7 @@ import torch
 from datasets import disable_progress_bars, enable_progress_bars
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from peft_dps.compare.corpora import Examples
+from peft_dps.compare.data.examples import Examples
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "a", "the", "film", "plot"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import peft_dps.compare as package
-from peft_dps.compare.specification import read_specification, to_comparison
+from peft_dps.compare.cli.specification import read_specification, to_comparison
 
 PAGE = (Path(__file__).parents[3] / "docs" / "compare.md").read_text(encoding="utf-8")
 
@@ -30,6 +30,6 @@ def test_what_the_page_shows_can_be_read(tmp_path):
 @pytest.fixture(autouse=True)
 def _forget():
     yield
-    from peft_dps.compare.methods import METHODS
+    from peft_dps.compare.methods.table import METHODS
 
     METHODS.pop("rslora", None)

@@ -1,0 +1,1 @@
+"""What is compared: fine-tuning methods."""

@@ -1,0 +1,1 @@
+"""What result files say: scores, costs, checks, figures, pages."""

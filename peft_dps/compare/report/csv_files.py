@@ -1,0 +1,121 @@
+"""The numbers of a report as CSV: floats with six decimals, what is not known as an empty cell."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+
+from peft_dps.compare.report.costs import costs_of
+from peft_dps.compare.report.experiment import Experiment, MethodRuns
+from peft_dps.compare.report.scores import method_scores, overall_scores
+
+Row = dict[str, object]
+
+
+def csv_files(experiments: Sequence[Experiment]) -> dict[str, str]:
+    """Return the text of every file by its name; scores as they are, not in points; bytes and seconds."""
+    return {
+        "scores.csv": to_csv(_score_rows(experiments)),
+        "costs.csv": to_csv(_cost_rows(experiments)),
+        "overall.csv": to_csv(_overall_rows(experiments)),
+        "runs.csv": to_csv(_run_rows(experiments)),
+    }
+
+
+def to_csv(rows: Iterable[Row]) -> str:
+    """Write rows of the same columns as CSV.
+
+    Args:
+        rows: Values by column.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for number, row in enumerate(rows):
+        if not number:
+            writer.writerow(row)
+        writer.writerow([_cell(value) for value in row.values()])
+    return text.getvalue()
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6f}"
+    return value
+
+
+def _columns(item: object, *names: str) -> Row:
+    """Columns from attributes; `column=attribute` where their names differ."""
+    pairs = [name.partition("=") for name in names]
+    return {column: getattr(item, attribute or column) for column, _, attribute in pairs}
+
+
+def _place(experiment: Experiment, method: MethodRuns) -> Row:
+    where = _columns(experiment, "task", "train_size", "model", "experiment=name")
+    return {**where, **_columns(method, "method=variant", "title")}
+
+
+def _score_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
+    """A row per experiment, test domain and method."""
+    for experiment in experiments:
+        for domain in experiment.domains:
+            for each in method_scores(experiment, domain):
+                low, high = each.interval or (None, None)
+                yield {
+                    **_place(experiment, each.method),
+                    "domain": domain,
+                    "in_domain": int(domain == experiment.domains[0]),
+                    "metric": experiment.metric,
+                    "finished": len(each.values),
+                    "failed": each.failed,
+                    "missing": len(each.missing),
+                    **_columns(each, "mean", "std=deviation", "max=best"),
+                    "low": low,
+                    "high": high,
+                    **_columns(each, "difference", "pairs", "p", "p_holm=corrected_p", "mean_rank=rank"),
+                }
+
+
+def _cost_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
+    """A row per experiment and method."""
+    columns = (
+        *("trainable", "selected", "step_ratio", "seconds", "steps_to_reference", "time_to_reference"),
+        *("reached", "runs", "peak_memory", "file_size"),
+    )
+    for experiment in experiments:
+        for each in costs_of(experiment):
+            yield {
+                **_place(experiment, each.method),
+                "learning_rates": " ".join(f"{rate:g}" for rate in each.learning_rates),
+                "precision": experiment.runs[0].plan.settings.precision,
+                **_columns(each, *columns),
+            }
+
+
+def _overall_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
+    """A row per method, over all experiments."""
+    columns = ("tasks=experiments", "mean_rank=rank", "difference", "better", "pairs", "p", "p_holm=corrected_p")
+    for each in overall_scores(experiments):
+        yield {
+            **_columns(each.method, "method=variant", "title"),
+            **_columns(each, *columns, "finished", "failed"),
+        }
+
+
+def _run_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
+    """A row per run and test domain, failed runs included."""
+    for experiment in experiments:
+        for each in experiment.methods:
+            for seed, run in sorted(each.runs.items()):
+                for domain in experiment.domains or (None,):
+                    yield {
+                        **_place(experiment, each),
+                        "domain": domain,
+                        "seed": seed,
+                        "learning_rate": f"{run.plan.learning_rate:g}",
+                        "score": None if domain is None else each.scores(domain)[seed],
+                        **_columns(run, "validation_score", "seconds", "peak_memory", "file_size"),
+                        "key": run.plan.key,
+                        "error": run.error,
+                    }

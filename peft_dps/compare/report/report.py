@@ -1,0 +1,150 @@
+"""The report of a comparison, from its result file alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft_dps.compare.data.examples import DataError
+from peft_dps.compare.methods.table import REFERENCE
+from peft_dps.compare.report.checks import checks
+from peft_dps.compare.report.csv_files import csv_files
+from peft_dps.compare.report.experiment import Experiment, experiments_of
+from peft_dps.compare.report.mask_plots import draw_overlap, draw_selection
+from peft_dps.compare.report.overview import overview_table
+from peft_dps.compare.report.page import Page, Picture, Section, to_html, to_markdown
+from peft_dps.compare.report.plots import draw_costs, draw_curves, draw_seeds
+from peft_dps.compare.report.style import Style, save, styles_of
+from peft_dps.compare.report.tables import cost_table, overall_table, score_table, setup_of
+from peft_dps.compare.runs.results import Results, merge, read
+
+FIGURES = "figures"
+PAGE = "report.html"
+_CAPTIONS = {
+    "costs": "Mean score against costs, with 95% intervals. No method is both cheaper and better than one on the "
+    "Pareto front.",
+    "seeds": "The score of every run. A thin line joins the runs of one seed; the bar below the points is the mean "
+    "with its 95% interval.",
+    "curves": "Training loss and validation score by step, means over the seeds. Shaded: SUBNETWORK, in which DPS "
+    "updates only the best-scored entries.",
+    "selection": "The fraction of each weight's entries in the last subnetwork, by matrix and layer, mean over the "
+    "seeds. Methods that select the same fraction of every weight, as their scope demands, are left out.",
+    "overlap": "How much of the mask stays from one cycle to the next: entries in both masks over entries in either, "
+    "with the least and the most of a weight. Dotted: what two independent random masks of the same sizes share.",
+}
+
+
+def write_report(source: Path | Sequence[Path], output: Path, reference: str = REFERENCE) -> list[Section]:
+    """Write tables, figures, a Markdown file and an HTML page. The same result files give the same tables.
+
+    Args:
+        source: The result file, or several: their runs are reported together, each once.
+        output: Folder to write to; files of an earlier report are replaced.
+        reference: The method that the others are tested against, with its options if it has any.
+
+    Returns:
+        The sections of the report.
+
+    Raises:
+        DataError: A file does not exist, or none holds a run to report.
+        ValueError: `reference` is another method than full fine-tuning, and no run is of it.
+        OSError: The folder cannot be written to.
+    """
+    sources = [source] if isinstance(source, Path) else list(source)
+    parts = [_read_results(path) for path in sources]
+    results = merge(parts)
+    experiments = experiments_of(results, reference)
+    if not experiments:
+        names = " and ".join(repr(str(path)) for path in sources)
+        raise DataError(f"There is no run to report in {names}, only {len(results.runs)} trial runs.")
+    if reference != REFERENCE and not any(experiment.reference for experiment in experiments):
+        known = sorted({run.plan.variant for run in results.reported})
+        raise ValueError(f"`reference` must be a method of the report, {', '.join(known)}, got {reference!r}.")
+    styles = styles_of(experiments)
+    (output / FIGURES).mkdir(parents=True, exist_ok=True)
+    for name, text in csv_files(experiments).items():
+        (output / name).write_text(text, encoding="utf-8")
+    sections = [_section(experiment, styles, output / FIGURES) for experiment in experiments]
+    if len(experiments) > 1:
+        sections.insert(0, Section("All tasks", "all-tasks-together", [overall_table(experiments)]))
+    page = Page(_origin(sources, results), _warnings(sources, parts), sections)
+    (output / "report.md").write_text(to_markdown(page, output), encoding="utf-8")
+    (output / PAGE).write_text(to_html(page), encoding="utf-8")
+    return sections
+
+
+def report_folder(sources: Sequence[Path]) -> Path:
+    """Return the folder that a report goes to unless told otherwise.
+
+    Args:
+        sources: The result files, one or more.
+
+    Returns:
+        Beside the first file; named after it, or "report" if there are several.
+    """
+    first = sources[0]
+    if len(sources) > 1:
+        return first.parent / "report"
+    return first.with_suffix("") if first.suffix else first.with_name(f"{first.name}-report")
+
+
+def _read_results(source: Path) -> Results:
+    if not source.is_file():
+        raise DataError(f"The result file {str(source)!r} does not exist. `peft-dps compare` makes one.")
+    return read(source)
+
+
+def _section(experiment: Experiment, styles: dict[str, Style], folder: Path) -> Section:
+    tables = [score_table(experiment, domain) for domain in experiment.domains]
+    return Section(
+        title=experiment.name,
+        slug=experiment.slug,
+        tables=[overview_table(experiment), *tables, cost_table(experiment)],
+        pictures=_pictures(experiment, styles, folder) if experiment.domains else [],
+        checks=checks(experiment),
+        setup=setup_of(experiment),
+    )
+
+
+def _pictures(experiment: Experiment, styles: dict[str, Style], folder: Path) -> list[Picture]:
+    drawn = {
+        "costs": draw_costs(experiment, styles),
+        "seeds": draw_seeds(experiment, styles),
+        "curves": draw_curves(experiment, styles),
+        "selection": draw_selection(experiment),
+        "overlap": draw_overlap(experiment, styles),
+    }
+    pictures = []
+    for name, figure in drawn.items():
+        if figure is not None:
+            path = folder / f"{experiment.slug}-{name}.png"
+            save(figure, path)
+            pictures.append(Picture(path, _CAPTIONS[name]))
+    return pictures
+
+
+def _origin(sources: Sequence[Path], results: Results) -> str:
+    files = " and ".join(
+        f"{path.name} (SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}...)" for path in sources
+    )
+    return (
+        f"Made from {files}: {len(results.reported)} runs to report, "
+        f"{len(results.runs) - len(results.reported)} to choose learning rates."
+    )
+
+
+def _warnings(sources: Sequence[Path], parts: Sequence[Results]) -> list[str]:
+    said = []
+    for path, part in zip(sources, parts, strict=True):
+        if part.damaged:
+            lines = ", ".join(map(str, part.damaged))
+            said.append(
+                f"Lines of {path.name} that hold no record were left out: {lines}. A run that was cut off while it "
+                "was written is lost."
+            )
+    keys = Counter(key for part in parts for key in part.runs)
+    if repeated := sum(times > 1 for times in keys.values()):
+        said.append(f"{repeated} runs are in more than one of the files; each counts once.")
+    return said

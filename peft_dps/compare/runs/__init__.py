@@ -1,0 +1,1 @@
+"""Trainings and step times: what is planned, run, measured and kept."""

@@ -1,0 +1,118 @@
+"""What to compare: methods x tasks x training sizes x seeds, and within which budget."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft_dps.compare.data.tasks import TASKS, Place
+from peft_dps.compare.data.user_data import OwnData
+from peft_dps.compare.methods.choice import Choice
+from peft_dps.compare.methods.table import REFERENCE
+from peft_dps.compare.settings import Settings, require_int
+
+EMBEDDED = "all-MiniLM-L6-v2"
+"""Name of the embedded model, which comes from the package index."""
+
+METHODS = (
+    "full",
+    "full-nodropout",
+    "lora",
+    "bitfit",
+    "houlsby",
+    "pfeiffer",
+    "dps-dense",
+    "dps-dense-nodropout",
+    "dps-mix",
+    "dps-mix-nodropout",
+    "random-mask",
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare.
+
+    Attributes:
+        output: The result file, one JSON line per run.
+        methods: The methods.
+        tasks: Names of tasks.
+        own: The user's own data, each a task.
+        model: Path or Hub id of the pretrained model, or `EMBEDDED`.
+        train_sizes: Training examples to draw; None for all.
+        seeds: One run for each.
+        tuning_seeds: With how many of the seeds, from the first on, a learning rate is tried before one is chosen.
+        settings: The budget.
+        jobs: Runs at the same time, each in a process of its own.
+        timing: Whether to measure step times interleaved in the end.
+        reference: Variant of the method that tables and report test the others against.
+        imports: Modules that register further methods or tasks.
+        place: Where tasks find their data.
+    """
+
+    output: Path
+    methods: Sequence[Choice] = tuple(map(Choice, METHODS))
+    tasks: Sequence[str] = ()
+    own: Sequence[OwnData] = ()
+    model: str = EMBEDDED
+    train_sizes: Sequence[int | None] = (None,)
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    tuning_seeds: int = 1
+    settings: Settings = field(default_factory=Settings)
+    jobs: int = 1
+    timing: bool = True
+    reference: str = REFERENCE
+    imports: Sequence[str] = ()
+    place: Place = field(default_factory=Place)
+
+    @property
+    def task_names(self) -> list[str]:
+        """All tasks, the user's own included."""
+        return [*self.tasks, *(data.title for data in self.own if data.title not in self.tasks)]
+
+    def check(self) -> None:
+        """Check what needs no data.
+
+        Raises:
+            ValueError: A field has a value that cannot work.
+        """
+        if not self.task_names:
+            raise ValueError("`tasks` must name a task, got none: give one, or your own `data`.")
+        if not self.methods:
+            raise ValueError("`methods` must name a method, got none.")
+        _require_different("data", [data.title for data in self.own])
+        _require_own_names(self.own, self.tasks)
+        for name in ("tasks", "train_sizes", "seeds"):
+            _require_different(name, getattr(self, name))
+        _require_different("methods", [(choice.method, sorted(choice.options.items())) for choice in self.methods])
+        for name in ("train_sizes", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` must name at least one, got none.")
+        variants = [choice.variant for choice in self.methods]
+        if self.reference not in (REFERENCE, *variants):
+            raise ValueError(f"`reference` must be among the methods, {', '.join(variants)}, got {self.reference!r}.")
+        require_int("jobs", self.jobs, 1)
+        require_int("tuning_seeds", self.tuning_seeds, 1)
+        for seed in self.seeds:
+            require_int("seeds", seed, 0)
+        for size in self.train_sizes:
+            if size is not None:
+                require_int("train_sizes", size, 2)
+        self.settings.check()
+
+
+def _require_own_names(own: Sequence[OwnData], tasks: Sequence[str]) -> None:
+    for data in own:
+        if data.title in TASKS and data.title in tasks:
+            raise ValueError(
+                f"`data` {data.source!r} must not be called as the task {data.title!r}, which is compared too: rename "
+                "the file, or give the data a `name` in a specification."
+            )
+
+
+def _require_different(name: str, values: Sequence[Any]) -> None:
+    if twice := [value for value, count in Counter(map(repr, values)).items() if count > 1]:
+        raise ValueError(f"`{name}` must all be different, got {', '.join(twice)} more than once.")

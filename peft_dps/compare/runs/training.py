@@ -1,0 +1,231 @@
+"""One training run with the HF Trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets.arrow_dataset import Dataset
+from datasets.utils.logging import disable_progress_bar
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.utils import logging as transformers_logging
+
+from peft_dps.compare.data.metrics import measure
+from peft_dps.compare.data.task import Task, tokenize
+from peft_dps.compare.methods.table import find_method
+from peft_dps.compare.runs.machine import hardware, versions
+from peft_dps.compare.runs.memory import PeakMemory
+from peft_dps.compare.runs.plan import Plan
+from peft_dps.compare.runs.pretrained import load_model, load_tokenizer
+from peft_dps.compare.runs.recorder import Recorder, Report, thinned
+from peft_dps.compare.runs.run import Candidate, Run
+from peft_dps.compare.settings import Settings
+
+
+def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[Candidate], report: Report) -> Run:
+    """Train as planned, and test on every domain of the task if the run is to be reported.
+
+    Args:
+        plan: What to train and how.
+        title: What tables call the method.
+        task: The task, with the training examples that the plan draws.
+        model_path: Where the pretrained model is loaded from.
+        candidates: The learning rates that were tried before.
+        report: Told of every step.
+
+    Returns:
+        The finished run.
+    """
+    quieten()
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    tokenizer = load_tokenizer(model_path)
+    data = tokenize(task.train, tokenizer, plan.settings.max_length)
+    memory = PeakMemory()
+    base = load_model(task, model_path, plan.seed, tokenizer, plan.settings.attention)
+    model, config = find_method(plan.method).apply(base, plan.options, plan.seed)
+    is_test = plan.phase == "test"
+    recorder = Recorder(task.metrics, plan.settings.evaluations if is_test else 1, report)
+    collator = _Collator(tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(plan, task, tokenizer, model, data, collator, recorder, folder)
+        trainer.train()
+        run = Run(
+            plan=plan,
+            title=title,
+            metrics=list(task.metrics),
+            validation=recorder.validation,
+            evaluations=recorder.evaluations,
+            seconds=recorder.seconds,
+            started=started,
+        )
+        if not is_test:
+            return run
+        run = replace(run, peak_memory=memory.peak, memory_kind=memory.kind)  # before anything else is held
+        scores = _test(trainer, task, tokenizer, plan.settings)
+        run = replace(run, scores=scores, file_size=_saved_size(model, folder), order=collator.fingerprint())
+    run = replace(run, candidates=candidates, config=config, examples=task.sizes)
+    return replace(_recorded(run, recorder, model), versions=versions(), hardware=hardware())
+
+
+def quieten() -> None:
+    """Keep the libraries' progress bars and notices out of ours."""
+    disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|datasets)\.")
+
+
+class _Trainer(Trainer):
+    """Looks at the validation split without touching the random numbers of dropout."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        return metrics
+
+
+class _Collator:
+    """Pads batches, and takes the fingerprint of the training examples as they come by."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._pad = DataCollatorWithPadding(tokenizer)
+        self._digest = hashlib.sha256()
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [feature.pop("row", None) for feature in features]
+        if rows[0] is not None:
+            self._digest.update(repr(rows).encode())
+        padded: dict[str, Any] = self._pad(features)
+        return padded
+
+    def fingerprint(self) -> str:
+        return self._digest.hexdigest()[:16]
+
+
+def _trainer(
+    plan: Plan,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    model: nn.Module,
+    data: Dataset,
+    collator: _Collator,
+    recorder: Recorder,
+    folder: str,
+) -> Trainer:
+    trainer = _Trainer(
+        model=model,
+        args=_arguments(plan, folder),
+        train_dataset=data.add_column("row", list(range(len(data)))),
+        eval_dataset=_by_length(tokenize(task.validation, tokenizer, plan.settings.max_length)),
+        data_collator=collator,
+        compute_metrics=_metrics(task),
+        callbacks=[recorder],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _arguments(plan: Plan, folder: str) -> TrainingArguments:
+    settings = plan.settings
+    return TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=2 * settings.batch_size,
+        num_train_epochs=settings.epochs,
+        learning_rate=plan.learning_rate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup,
+        train_sampling_strategy="random",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        bf16=settings.precision == "bf16",
+        use_cpu=not torch.accelerator.is_available(),  # only then does the Trainer take bf16 on a CPU
+        seed=plan.seed,
+        data_seed=plan.seed,
+    )
+
+
+def _recorded(run: Run, recorder: Recorder, model: nn.Module) -> Run:
+    """Add what a report shows of the course of the training and of DPS."""
+    losses, loss_steps = thinned(recorder.losses)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    run = replace(run, losses=losses, loss_steps=loss_steps, trainable=trainable)
+    status = recorder.status
+    if status is None:
+        return run
+    return replace(
+        run,
+        selections=recorder.selections,
+        fractions=recorder.fractions,
+        status=str(status),
+        frozen_moved=status.frozen_moved,
+        selected=None if status.selected is None else trainable - status.entries + status.selected,
+    )
+
+
+def _metrics(task: Task, merged: tuple[int, ...] | None = None) -> Callable[[EvalPrediction], dict[str, float]]:
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        outputs = prediction.predictions
+        outputs = outputs[0] if isinstance(outputs, tuple) else outputs
+        if task.is_regression:
+            return measure(task.metrics, np.squeeze(outputs, axis=-1), np.asarray(prediction.label_ids))
+        classes = np.argmax(outputs, axis=-1)
+        classes = classes if merged is None else np.asarray(merged)[classes]
+        return measure(task.metrics, classes, np.asarray(prediction.label_ids))
+
+    return compute
+
+
+def _test(
+    trainer: Trainer, task: Task, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> dict[str, dict[str, float]]:
+    scores = {}
+    for name, examples in task.tests.items():
+        trainer.compute_metrics = None  # by default it would know nothing of merged classes
+        data: Any = _by_length(tokenize(examples, tokenizer, settings.max_length))
+        prediction: Any = trainer.predict(data)
+        compute = _metrics(task, task.merged.get(name))
+        scores[name] = compute(EvalPrediction(prediction.predictions, prediction.label_ids))
+    return scores
+
+
+def _by_length(data: Dataset) -> Dataset:
+    lengths = [len(ids) for ids in data["input_ids"]]
+    sorted_data: Dataset = data.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+    return sorted_data
+
+
+def _saved_size(model: nn.Module, folder: str) -> int:
+    """Size of the weights that have to be kept: of a model trained in part, that part."""
+    save_pretrained: Any = model.save_pretrained  # of a PreTrainedModel and of a PeftModel alike
+    if isinstance(model, PreTrainedModel):
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        state = model.state_dict()
+        part = {name: tensor for name, tensor in state.items() if name in trained}
+        save_pretrained(folder, state_dict=part if len(trained) < len(list(model.parameters())) else None)
+    else:
+        save_pretrained(folder)
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))

@@ -10,14 +10,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from peft_dps.tuner.adapter import find_subnetworks
+from peft_dps.tuner.adapter import find_controllers
 
 KINDS = ("trained weights", "W0", "other weights", "gradients", "optimizer", "scores", "masks", "snapshots")
-# Where a tracked weight keeps what; anything else that it keeps counts as a snapshot.
+# Where the parts of a target weight keep what; anything else that they keep counts as a snapshot.
 _KINDS_OF_STATE = {
     "total": "scores",
-    "participation": "scores",
-    "keep": "masks",
+    "count": "scores",
     "mask": "masks",
     "columns": "masks",
 }
@@ -43,11 +42,12 @@ def tensor_bytes(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         found += [(_kind(name, parameter), parameter), ("gradients", parameter.grad)]
     found += [("optimizer", value) for state in optimizer.state.values() for value in state.values()]
-    for subnetwork in find_subnetworks(model).values():
-        for weight in subnetwork.weights:
+    for controller in find_controllers(model).values():
+        for weight in controller.weights:
             found += [
-                (_KINDS_OF_STATE.get(name.lstrip("_"), "snapshots"), tensor)
-                for name, value in vars(weight).items()
+                (_KINDS_OF_STATE.get(name, "snapshots"), tensor)
+                for part in (weight.gathered, weight.noise, weight.frozen, weight)
+                for name, value in getattr(part, "__dict__", {}).items()
                 for tensor in _tensors(value)
             ]
     sizes = dict.fromkeys(KINDS, 0)

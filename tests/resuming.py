@@ -17,7 +17,8 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from peft_dps import DPSConfig
-from peft_dps.tuner.adapter import find_subnetworks
+from peft_dps.tuner.adapter import find_controllers
+from tests.unit.conftest import keep_of
 
 OPTIMIZERS = {
     "adamw": lambda parameters: AdamW(parameters, lr=1e-2, weight_decay=0.1),
@@ -79,11 +80,12 @@ class Training:
     def everything(self) -> dict[str, torch.Tensor]:
         """Weights, and all that DPS holds, as bits."""
         state = {f"weights/{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for weight in find_subnetworks(self.model)["default"].weights:
-            for kind in ("total", "participation", "keep", "held", "snapshot", "checksum"):
-                tensor = getattr(weight, kind)
-                if tensor is not None and not (kind == "total" and self.plan.lean):  # a matter of when it is made
-                    state[f"{kind}/{weight.name}"] = tensor
+        for weight in find_controllers(self.model)["default"].weights:
+            held = {kind: getattr(weight.frozen, kind, None) for kind in ("held", "snapshot", "checksum")}
+            kept = {**held, "mask": keep_of(weight), "participation": getattr(weight.noise, "count", None)}
+            if not self.plan.lean:  # there it is a matter of when it is made
+                kept["total"] = getattr(weight.gathered, "total", None)
+            state |= {f"{kind}/{weight.name}": tensor for kind, tensor in kept.items() if tensor is not None}
         return {name: as_bits(tensor).clone() for name, tensor in state.items()}
 
     def save(self, folder: Path) -> None:

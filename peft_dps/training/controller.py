@@ -208,12 +208,12 @@ class Controller:
             if weight.exists():
                 weight.before_step()
 
-    def after_step(self, weights: Iterable[TargetWeight]) -> None:
+    def after_step(self, weights: Iterable[TargetWeight], optimizer: Optimizer) -> None:
         """Let the frozen policy undo what an optimizer has done to frozen entries."""
         self.clock.calls += 1
         for weight in weights:
             if weight.exists():
-                weight.after_step()
+                weight.after_step(optimizer)
 
     def _accept_changes(self, weights: Iterable[TargetWeight]) -> None:
         for weight in weights:

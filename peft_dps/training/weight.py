@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from peft_dps.errors import EngineError
 from peft_dps.masking.frozen import FrozenWeight
@@ -319,8 +320,9 @@ class TargetWeight:
         if self.frozen is not None:
             self._followed(self.frozen).mask_gradient_(self.gradient)
 
-    def after_step(self) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
         """Apply the frozen policy to what the optimizer has done."""
+        self.gathered.after_step(self, optimizer)
         if self.frozen is not None:
             self._followed(self.frozen).after_step(self.weight)
             self.version = self.parameter._version

@@ -418,11 +418,11 @@ def test_an_interrupt_while_frozen_bits_are_given_back_loses_none(make_model, ba
     train(model, optimizer, batches(3))
     before, give_back, calls = copies(model), TargetWeight.after_step, []
 
-    def interrupted(self):
+    def interrupted(self, optimizer):
         calls.append(self)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        give_back(self)
+        give_back(self, optimizer)
 
     monkeypatch.setattr(TargetWeight, "after_step", interrupted)
     backward(model, batches(1)[0])

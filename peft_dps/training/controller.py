@@ -255,8 +255,10 @@ class Controller:
                 f"A copy of a layer of adapter {self.adapter!r} computes a training forward, as torch.nn.DataParallel "
                 "makes them; DPS Mix cannot follow it. Use DistributedDataParallel, with one process per device."
             )
-        masked = self._prepared is not None and self._prepared.phase.masked
-        return self.recipe.noise.amplified(weight) if masked else self.recipe.noise.noisy(weight)
+        if self._prepared is None or not self._prepared.phase.masked:
+            return self.recipe.noise.noisy(weight)
+        weight.follow()
+        return self.recipe.noise.amplified(weight)
 
     def _prepare_forwards(self) -> None:
         """Get ready for the forwards of the next step: select its subnetwork, or draw its noise.

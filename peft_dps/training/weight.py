@@ -304,6 +304,11 @@ class TargetWeight:
         """Tell whether frozen entries have the bits of the snapshot for sure: nothing has touched them since."""
         return self.frozen is not None and self.frozen.holds_bits and self.version == self.parameter._version
 
+    def follow(self) -> None:
+        """Let what the mask that holds keeps of the weight follow it to another device."""
+        if self.frozen is not None:
+            self._followed(self.frozen)
+
     def count_participation(self) -> None:
         """Count the columns that took part in this step; all of them if the weight was read without noise."""
         columns = self.layout.columns

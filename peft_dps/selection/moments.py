@@ -43,23 +43,15 @@ class SecondMoment:
 
 
 def state_of_second_moment(optimizer: Optimizer, parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return what an optimizer keeps the second moment of a weight in.
-
-    Args:
-        optimizer: The optimizer.
-        parameter: The weight.
-
-    Returns:
-        The tensor, whatever it is like; None before the first step, and if there is none.
-    """
+    """Return what an optimizer keeps the second moment of a weight in, whatever it is like; None if nothing yet."""
     value = optimizer.state.get(parameter, {}).get(_key_of(optimizer))
     return value if isinstance(value, torch.Tensor) else None
 
 
 def _key_of(optimizer: Optimizer) -> str:
-    return (
-        "square_avg" if isinstance(optimizer, RMSprop) else "sum" if isinstance(optimizer, Adagrad) else "exp_avg_sq"
-    )
+    if isinstance(optimizer, RMSprop):
+        return "square_avg"
+    return "sum" if isinstance(optimizer, Adagrad) else "exp_avg_sq"
 
 
 def second_moments(optimizer: Optimizer, weights: Mapping[str, torch.Tensor]) -> dict[str, SecondMoment]:

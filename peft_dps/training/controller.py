@@ -165,9 +165,10 @@ class Controller:
         """Refuse a second optimizer of a step after a forward that noise was drawn for, of the next one."""
         if self.substitutes and self._prepared_for == self.clock.step:
             raise EngineError(
-                f"Adapter {self.adapter!r}: {type(optimizer).__name__} is another optimizer of step {self.clock.step}, "
-                "and there was a training forward since the first one. DPS Mix computes that with the noise of the "
-                "next step. Step all optimizers after the same forward and backward, or use `variant='dense'`."
+                f"Adapter {self.adapter!r}: {type(optimizer).__name__} is another optimizer of step "
+                f"{self.clock.step}, and there was a training forward since the first one. DPS Mix computes that with "
+                "the noise of the next step. Step all optimizers after the same forward and backward, or use "
+                "`variant='dense'`."
             )
 
     def _warn_of_no_forward(self, position: Position) -> None:

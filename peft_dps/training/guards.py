@@ -133,8 +133,8 @@ def refuse_unseen_steps(adapter: str, steps: int) -> None:
         EngineError: Always.
     """
     raise EngineError(
-        f"The Trainer has made {steps} steps, but DPS has seen none on adapter {adapter!r}. Its engine updates copies of "
-        f"the weights {_COPIES}; train with DDP or on one process."
+        f"The Trainer has made {steps} steps, but DPS has seen none on adapter {adapter!r}. Its engine updates copies "
+        f"of the weights {_COPIES}; train with DDP or on one process."
     )
 
 

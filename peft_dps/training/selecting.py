@@ -81,8 +81,8 @@ class Selector:
     def _check_ranks(self) -> None:
         if len({weight.ranks for weight in self._weights}) > 1:
             raise EngineError(
-                f"Adapter {self._adapter!r}: `scope='model'` ranks all weights together, but they are not all cut over "
-                "the same processes. Apply `fully_shard` to the whole model, on one mesh, or use `scope='tensor'`."
+                f"Adapter {self._adapter!r}: `scope='model'` ranks all weights together, but they are not all cut "
+                "over the same processes. Apply `fully_shard` to the whole model, on one mesh, or use `scope='tensor'`."
             )
 
     def _batches(self, weights: Sequence[TargetWeight]) -> list[list[TargetWeight]]:
@@ -213,6 +213,6 @@ def _named(name: str) -> Iterator[None]:
         yield
     except ScoreError as error:
         raise ScoreError(
-            f"The weight of {name!r}: {error} Look for NaN or inf in the gradients of this stage, or in what a score of "
-            "your own returns."
+            f"The weight of {name!r}: {error} Look for NaN or inf in the gradients of this stage, or in what a score "
+            "of your own returns."
         ) from error

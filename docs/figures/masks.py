@@ -49,15 +49,15 @@ def train(variant: str) -> tuple[torch.Tensor, torch.Tensor]:
     config = DPSConfig(target_modules=["0", "2"], variant=variant, density=DENSITY, stage_steps=STAGE_STEPS)
     model = get_peft_model(net, config)
     optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
-    weight = net[0].dps_subnetworks["default"].weights[0]
+    weight = net[0].dps_controllers["default"].weights[0]
     rows = []
     for inputs, labels in make_batches():
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(inputs), labels).backward()
-        if weight.columns is not None:
-            rows.append(weight.columns.clone())
+        if weight.noise.columns is not None:
+            rows.append(weight.noise.columns.clone())
         optimizer.step()
-    return weight.keep.bool(), torch.stack(rows) if rows else torch.empty(0, INPUTS)
+    return weight.frozen.mask.keep.bool(), torch.stack(rows) if rows else torch.empty(0, INPUTS)
 
 
 def draw(path: Path) -> None:

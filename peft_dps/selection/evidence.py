@@ -61,6 +61,9 @@ class Gathered:
         """Return the evidence, of the weight's shape and on its device; None where there is none to have."""
         return None
 
+    def after_step(self, weight: ObservedWeight, optimizer: Optimizer) -> None:
+        """Take note that an optimizer which has the weight has made a step, with a gradient of it or without."""
+
     def memory(self) -> torch.Tensor | None:
         """Return memory of the weight's shape that is free when the evidence has been used."""
         return None

@@ -1,4 +1,4 @@
-"""Evidence from the optimizer's second moment: nothing is added up, and what there is is looked up when it is needed."""
+"""Evidence from the optimizer's second moment: nothing is added up, and what there is is looked up when needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from peft_dps.errors import EngineError
 from peft_dps.selection.evidence import EVIDENCE, Evidence, Gathered, ObservedWeight
-from peft_dps.selection.moments import MomentScores, SecondMoment, second_moments
+from peft_dps.selection.moments import MomentScores, SecondMoment, second_moments, state_of_second_moment
 from peft_dps.tensors.state import SavedState, State
 
 
@@ -27,7 +27,7 @@ class MomentChange(Gathered):
         self.total: torch.Tensor | None = None
         self._decay: float | None = None  # of the steps of this phase
         self._optimizer: weakref.ref[Optimizer] | None = None
-        self._value: weakref.ref[torch.Tensor] | None = None  # the second moment at the latest step
+        self._value: weakref.ref[torch.Tensor] | None = None  # what kept the second moment after the latest step
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_optimizer": None, "_value": None}
@@ -50,28 +50,36 @@ class MomentChange(Gathered):
             self.moment = MomentScores(now.value, now.share)
         self.moment.count_step(now.decay)
         self._decay, self._optimizer = now.decay, weakref.ref(optimizer)
-        self._value = None if now.state is None else weakref.ref(now.state)
+        self._keep_track(now.state)
+
+    def after_step(self, weight: ObservedWeight, optimizer: Optimizer) -> None:
+        """Take note of the optimizer, and of what it keeps the second moment in."""
+        if self.moment is None:
+            return
+        self._optimizer = self._optimizer or weakref.ref(optimizer)  # it may have come since a state was loaded
+        if self._made_from() is optimizer:
+            self._keep_track(state_of_second_moment(optimizer, weight.parameter))
+
+    def _keep_track(self, state: torch.Tensor | None) -> None:
+        self._value = None if state is None else weakref.ref(state)
 
     def _require_same(self, now: SecondMoment, name: str, optimizer: Optimizer) -> None:
-        before = None if self._optimizer is None else self._optimizer()
-        if self._optimizer is not None and before is not optimizer:
-            what = "another optimizer has come"
-        elif self._value is not None and self._value() is not now.state:
-            what = "the optimizer's state was replaced, as loading one does,"
-        elif self._decay not in (None, now.decay):
-            what = f"the optimizer's decay went from {self._decay} to {now.decay}"
-        else:
-            return
-        raise EngineError(
-            f"`lean=True` takes the scores of {name!r} from its optimizer's second moment, and {what} in the middle of "
-            "an ACCUMULATE stage. Keep the optimizer as it is, or use `lean=False`. To go on after loading an "
-            "optimizer's state, load the training state of the same moment too (`load_dps_state`)."
-        )
+        if self._optimizer is not None and self._made_from() is not optimizer:
+            raise _changed(name, "another optimizer has come")
+        self._require_same_state(now, name)
+        if self._decay not in (None, now.decay):
+            raise _changed(name, f"the optimizer's decay went from {self._decay} to {now.decay}")
+
+    def _require_same_state(self, now: SecondMoment, name: str) -> None:
+        if self._value is not None and (now.state is None or self._value() is not now.state):
+            raise _changed(name, "the optimizer's state was replaced, as loading one does,")
 
     def settled(self, weight: ObservedWeight) -> MomentChange:
-        """Return the evidence, made now."""
+        """Return the evidence, made now; as it is where there is no optimizer any more to make it from."""
+        if self.moment is None or self._made_from() is None:
+            return self
         made = MomentChange()
-        made.total = None if self.is_empty else self.value(weight)
+        made.total = self.value(weight)
         return made
 
     def value(self, weight: ObservedWeight) -> torch.Tensor:
@@ -79,22 +87,25 @@ class MomentChange(Gathered):
         if self.total is not None:
             self.total = self.total.to(weight.weight.device)
             return self.total
-        memory = weight.take_memory(_wide(weight.weight))
         if self.moment is None:
-            return memory.zero_()
-        optimizer = None if self._optimizer is None else self._optimizer()
+            return weight.take_memory(_wide(weight.weight)).zero_()
+        optimizer = self._made_from()
         if optimizer is None:
             raise EngineError(
                 f"`lean=True` takes the scores of {weight.name!r} from its optimizer, which does not exist any more. "
                 "Keep the optimizer until the stage ends, or use `lean=False`."
             )
-        now = second_moments(optimizer, {weight.name: weight.parameter})[weight.name].value
-        if now is None:
+        now = second_moments(optimizer, {weight.name: weight.parameter})[weight.name]
+        self._require_same_state(now, weight.name)
+        if now.value is None:
             raise EngineError(
                 f"`lean=True` takes scores from the optimizer's second moment, and {type(optimizer).__name__} has "
                 f"none of {weight.name!r} after its steps. Use torch.optim.AdamW itself, or `lean=False`."
             )
-        return self.moment.scores(now, memory)
+        return self.moment.scores(now.value, weight.take_memory(_wide(weight.weight)))
+
+    def _made_from(self) -> Optimizer | None:
+        return None if self._optimizer is None else self._optimizer()
 
     def memory(self) -> torch.Tensor | None:
         """Return the memory of the evidence, if it was made."""
@@ -153,6 +164,14 @@ class SecondMoments(Evidence):
             )
             gathered._decay = facts.real("beta2")
         return gathered
+
+
+def _changed(name: str, what: str) -> EngineError:
+    return EngineError(
+        f"`lean=True` takes the scores of {name!r} from its optimizer's second moment, and {what} in the middle "
+        "of an ACCUMULATE stage. Keep the optimizer as it is, or use `lean=False`. To go on after loading an "
+        "optimizer's state, load the training state of the same moment too (`load_dps_state`)."
+    )
 
 
 def _wide(weight: torch.Tensor) -> torch.dtype:

@@ -42,6 +42,18 @@ class SecondMoment:
     state: torch.Tensor | None = None
 
 
+def state_of_second_moment(optimizer: Optimizer, parameter: torch.Tensor) -> torch.Tensor | None:
+    """Return what an optimizer keeps the second moment of a weight in, whatever it is like; None if nothing yet."""
+    value = optimizer.state.get(parameter, {}).get(_key_of(optimizer))
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _key_of(optimizer: Optimizer) -> str:
+    if isinstance(optimizer, RMSprop):
+        return "square_avg"
+    return "sum" if isinstance(optimizer, Adagrad) else "exp_avg_sq"
+
+
 def second_moments(optimizer: Optimizer, weights: Mapping[str, torch.Tensor]) -> dict[str, SecondMoment]:
     """Look up the second moments of weights.
 
@@ -58,14 +70,14 @@ def second_moments(optimizer: Optimizer, weights: Mapping[str, torch.Tensor]) ->
 
 def _second_moment(optimizer: Optimizer, group: dict[str, Any], parameter: torch.Tensor, name: str) -> SecondMoment:
     if isinstance(optimizer, RMSprop):
-        key, decay, share = "square_avg", group["alpha"], 1.0 - group["alpha"]
+        decay, share = group["alpha"], 1.0 - group["alpha"]
     elif isinstance(optimizer, Adagrad):
-        key, decay, share = "sum", 1.0, 1.0
+        decay, share = 1.0, 1.0
     else:
         decay = float(group.get("betas", (0.0, 1.0))[1])
-        key, share = "exp_avg_sq", 1.0 - decay
+        share = 1.0 - decay
     state, kind = optimizer.state.get(parameter, {}), type(optimizer).__name__
-    value = state.get(key)
+    value = state.get(_key_of(optimizer))
     if share <= 0.0 or (state and not _is_like(value, parameter)):
         raise EngineError(
             f"`lean=True` takes scores from the optimizer's second moment, and {kind} keeps none of {name!r} that DPS "

@@ -82,9 +82,10 @@ def register_score(name: str, *, evidence: str = "squared_gradient") -> Callable
     Raises:
         ConfigError: If the name is empty or taken by another function, or the score is no function.
     """
+    add = SCORES.register(name)
 
     def register(function: ScoreFunction) -> ScoreFunction:
-        SCORES.register(name)(function)
+        add(function)
         _EVIDENCE[name] = evidence
         return function
 

@@ -165,9 +165,10 @@ class Controller:
         """Refuse a second optimizer of a step after a forward that noise was drawn for, of the next one."""
         if self.substitutes and self._prepared_for == self.clock.step:
             raise EngineError(
-                f"Adapter {self.adapter!r}: {type(optimizer).__name__} is another optimizer of step {self.clock.step}, "
-                "and there was a training forward since the first one. DPS Mix computes that with the noise of the "
-                "next step. Step all optimizers after the same forward and backward, or use `variant='dense'`."
+                f"Adapter {self.adapter!r}: {type(optimizer).__name__} is another optimizer of step "
+                f"{self.clock.step}, and there was a training forward since the first one. DPS Mix computes that with "
+                "the noise of the next step. Step all optimizers after the same forward and backward, or use "
+                "`variant='dense'`."
             )
 
     def _warn_of_no_forward(self, position: Position) -> None:
@@ -208,12 +209,12 @@ class Controller:
             if weight.exists():
                 weight.before_step()
 
-    def after_step(self, weights: Iterable[TargetWeight]) -> None:
+    def after_step(self, weights: Iterable[TargetWeight], optimizer: Optimizer) -> None:
         """Let the frozen policy undo what an optimizer has done to frozen entries."""
         self.clock.calls += 1
         for weight in weights:
             if weight.exists():
-                weight.after_step()
+                weight.after_step(optimizer)
 
     def _accept_changes(self, weights: Iterable[TargetWeight]) -> None:
         for weight in weights:
@@ -255,8 +256,10 @@ class Controller:
                 f"A copy of a layer of adapter {self.adapter!r} computes a training forward, as torch.nn.DataParallel "
                 "makes them; DPS Mix cannot follow it. Use DistributedDataParallel, with one process per device."
             )
-        masked = self._prepared is not None and self._prepared.phase.masked
-        return self.recipe.noise.amplified(weight) if masked else self.recipe.noise.noisy(weight)
+        if self._prepared is None or not self._prepared.phase.masked:
+            return self.recipe.noise.noisy(weight)
+        weight.follow()
+        return self.recipe.noise.amplified(weight)
 
     def _prepare_forwards(self) -> None:
         """Get ready for the forwards of the next step: select its subnetwork, or draw its noise.

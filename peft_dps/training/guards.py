@@ -114,7 +114,7 @@ def check_observed(weights: Iterable[TargetWeight]) -> None:
     """
     for weight in weights:
         is_trained = weight.parameter.requires_grad  # else only who loads values changes it
-        if is_trained and weight.observed == 0 and weight.frozen is None and weight.was_changed():
+        if is_trained and weight.observed == 0 and weight.mask is None and weight.was_changed():
             raise EngineError(
                 f"The weight of {weight.name!r} was changed, but no optimizer step with its gradient was seen. Its "
                 "optimizer works on a copy (CPU offloading, sharding) or is no torch.optim.Optimizer; use one that "
@@ -133,8 +133,8 @@ def refuse_unseen_steps(adapter: str, steps: int) -> None:
         EngineError: Always.
     """
     raise EngineError(
-        f"The Trainer has made {steps} steps, but DPS has seen none on adapter {adapter!r}. Its engine updates copies of "
-        f"the weights {_COPIES}; train with DDP or on one process."
+        f"The Trainer has made {steps} steps, but DPS has seen none on adapter {adapter!r}. Its engine updates copies "
+        f"of the weights {_COPIES}; train with DDP or on one process."
     )
 
 

@@ -88,7 +88,7 @@ class _OpenStep:
 
     def hold(self) -> None:
         for controller, weights in self.work:
-            controller.after_step(weights)
+            controller.after_step(weights, self.optimizer)
 
     def covers(self, work: Work) -> bool:
         mine = {id(weight) for _, weights in self.work for weight in weights}

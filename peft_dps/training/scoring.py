@@ -30,13 +30,12 @@ def gather(
     """
     for weight in weights:
         weight.observed += 1
-    if not recipe.evidence.looks:
-        return True
-    if not recipe.evidence.gather(weights, optimizer, grad_scale):
-        return False
+    scored = recipe.evidence.gather(weights, optimizer, grad_scale)
     for weight in weights:
-        weight.count_participation()
-    return True
+        weight.drop_memory()  # evidence that did not take it has no need of it
+        if scored and recipe.evidence.looks:
+            weight.count_participation()
+    return scored
 
 
 def check_gathered(weights: Iterable[TargetWeight], recipe: Recipe, *, adapter: str, step: int, scored: int) -> None:
@@ -61,7 +60,7 @@ def check_gathered(weights: Iterable[TargetWeight], recipe: Recipe, *, adapter: 
             "this step. With `score_steps=0` call `model.score(batches)` before training."
         )
     for weight in weights:
-        if weight.observed > 0 and weight.gathered.is_empty and weight.frozen is None:
+        if weight.observed > 0 and weight.gathered.is_empty and weight.mask is None:
             raise ScoreError(
                 f"Adapter {adapter!r}: no gradient of {weight.name!r} in the ACCUMULATE stage that ended with step "
                 f"{step} was finite, so it has no scores. Look for the cause of NaN or inf in its gradients."

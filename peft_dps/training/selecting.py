@@ -20,6 +20,7 @@ from peft_dps.training.weight import TargetWeight
 
 logger = logging.getLogger(__name__)
 _SELECTING = "Selecting a subnetwork"
+_NAMED = 3  # weights that a warning names
 
 
 class Selector:
@@ -75,20 +76,13 @@ class Selector:
                 self._select_entries(batch)
         else:
             self._select_units(waiting)
-        if self._without_evidence:
-            logger.warning(
-                "Adapter %r: all scores of %s are 0 at step %d, so that the first of its units are selected. Its "
-                "gradients are 0, or so small that their squares are: use `score='absolute_gradient'`.",
-                self._adapter,
-                ", ".join(map(repr, self._without_evidence[:3])),
-                self._step,
-            )
+        self._warn_of_empty()
 
     def _check_ranks(self) -> None:
         if len({weight.ranks for weight in self._weights}) > 1:
             raise EngineError(
-                f"Adapter {self._adapter!r}: `scope='model'` ranks all weights together, but they are not all cut over "
-                "the same processes. Apply `fully_shard` to the whole model, on one mesh, or use `scope='tensor'`."
+                f"Adapter {self._adapter!r}: `scope='model'` ranks all weights together, but they are not all cut "
+                "over the same processes. Apply `fully_shard` to the whole model, on one mesh, or use `scope='tensor'`."
             )
 
     def _batches(self, weights: Sequence[TargetWeight]) -> list[list[TargetWeight]]:
@@ -195,6 +189,18 @@ class Selector:
             weight.name for weight, any_ in zip(weights, some.tolist(), strict=True) if not any_ and weight.observed
         ]
 
+    def _warn_of_empty(self) -> None:
+        names = ", ".join(map(repr, self._without_evidence[:_NAMED]))
+        more = len(self._without_evidence) - _NAMED
+        if names:
+            logger.warning(
+                "Adapter %r: all scores of %s are 0 at step %d, so that the first units of each are selected. The "
+                "gradients are 0, or so small that their squares are: use `score='absolute_gradient'`.",
+                self._adapter,
+                names if more <= 0 else f"{names} and {more} more",
+                self._step,
+            )
+
 
 def _at(scores: list[SortableScores], indices: list[int]) -> list[SortableScores]:
     return [scores[index] for index in indices]
@@ -207,6 +213,6 @@ def _named(name: str) -> Iterator[None]:
         yield
     except ScoreError as error:
         raise ScoreError(
-            f"The weight of {name!r}: {error} Look for NaN or inf in the gradients of this stage, or in what a score of "
-            "your own returns."
+            f"The weight of {name!r}: {error} Look for NaN or inf in the gradients of this stage, or in what a score "
+            "of your own returns."
         ) from error

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from peft_dps.errors import EngineError
 from peft_dps.masking.frozen import FrozenWeight
@@ -40,6 +41,7 @@ class TargetWeight:
         gathered: Evidence of this phase.
         noise: What noise keeps of it in this phase.
         frozen: What the mask that holds keeps of it; None where none holds.
+        masked_in: Number of the phase that the latest mask was selected for.
         observed: Steps of this phase, or the latest that gathered evidence, that brought it a gradient.
         selected: Entries selected at the latest selection; None before the first.
         version: Version counter of the weight when nothing but the optimizer was to change it any more.
@@ -205,7 +207,8 @@ class TargetWeight:
     def restart(self) -> None:
         """Forget everything, and begin a new training."""
         self.selected: int | None = None
-        self.masked_in: int | None = None  # number of the phase whose mask it has
+        self.masked_in: int | None = None
+        self._waiting: Mask | None = None  # selected, and not frozen with yet
         self.gathered: Gathered = self.recipe.evidence.begin()
         self.noise: WeightNoise = self.recipe.noise.begin()
         self.frozen: FrozenWeight | None = None
@@ -226,33 +229,43 @@ class TargetWeight:
         """Begin a phase in which no mask holds."""
         if self.frozen is not None:
             self._keep_memory(self.frozen.memory())
-        self.frozen = None
+        self.frozen = self._waiting = None
         self.see_version()
 
+    @property
+    def mask(self) -> Mask | None:
+        """Which entries are updated; None where no mask holds."""
+        return self._waiting if self.frozen is None else self.frozen.mask
+
     def freeze(self, mask: Mask, selected: int, phase: int) -> None:
-        """Begin a phase in which a mask holds, and drop the evidence.
+        """Begin a phase in which a mask holds, and drop the evidence, whose memory serves again.
+
+        If that fails midway, `refreeze` makes up for it.
 
         Args:
             mask: Which entries are updated.
             selected: How many entries of the whole weight are.
             phase: Number of the phase.
         """
+        self.thaw()
+        self._waiting, self.selected, self.masked_in = mask, selected, phase
         self.drop_evidence()
+        self.refreeze()
+
+    def refreeze(self) -> None:
+        """Let the frozen policy begin anew with the weight as it is, which may have changed since the selection."""
+        weight, mask, snapshot = self.weight, self.mask, None
+        if mask is None:
+            return
         if self.frozen is not None:
-            self._keep_memory(self.frozen.memory())
-        self.selected, self.masked_in = selected, phase
-        weight, snapshot = self.weight, None
+            self._keep_memory(self._followed(self.frozen).memory())
         if self.recipe.noise.substitutes:
             snapshot = self.take_memory(weight.dtype).copy_(weight)
         memory = self._fitting(weight.dtype)
         self.frozen = self.recipe.frozen(weight, mask, snapshot, memory)
-        self._spare = None
+        self._waiting = None
+        self.drop_memory()
         self.see_version()
-
-    def refreeze(self) -> None:
-        """Make anew what the mask that holds keeps of the weight, which may have changed since it was selected."""
-        if self.frozen is not None and self.selected is not None and self.masked_in is not None:
-            self.freeze(self.frozen.mask, self.selected, self.masked_in)
 
     def drop_evidence(self) -> None:
         """Forget what was gathered."""
@@ -265,6 +278,10 @@ class TargetWeight:
         memory = self._fitting(dtype)
         self._spare = None
         return torch.empty_like(self.weight.detach(), dtype=dtype) if memory is None else memory
+
+    def drop_memory(self) -> None:
+        """Free the memory of the phase before, if nothing has taken it."""
+        self._spare = None
 
     def _fitting(self, dtype: torch.dtype) -> torch.Tensor | None:
         weight, spare = self.weight.detach(), self._spare
@@ -287,6 +304,11 @@ class TargetWeight:
         """Tell whether frozen entries have the bits of the snapshot for sure: nothing has touched them since."""
         return self.frozen is not None and self.frozen.holds_bits and self.version == self.parameter._version
 
+    def follow(self) -> None:
+        """Let what the mask that holds keeps of the weight follow it to another device."""
+        if self.frozen is not None:
+            self._followed(self.frozen)
+
     def count_participation(self) -> None:
         """Count the columns that took part in this step; all of them if the weight was read without noise."""
         columns = self.layout.columns
@@ -303,8 +325,9 @@ class TargetWeight:
         if self.frozen is not None:
             self._followed(self.frozen).mask_gradient_(self.gradient)
 
-    def after_step(self) -> None:
+    def after_step(self, optimizer: Optimizer) -> None:
         """Apply the frozen policy to what the optimizer has done."""
+        self.gathered.after_step(self, optimizer)
         if self.frozen is not None:
             self._followed(self.frozen).after_step(self.weight)
             self.version = self.parameter._version

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from peft_dps.errors import EngineError
-from tests.unit.conftest import subnetwork_of, train, trainable, weights_of
+from tests.unit.conftest import controller_of, train, trainable, weights_of
 
 
 def backward(model, batch):
@@ -38,7 +38,7 @@ def test_closures_give_the_same_training_as_plain_steps(make_model, batches, as_
 def test_a_closure_without_gradients_is_no_step(make_model):
     model = make_model()
     AdamW(trainable(model)).step(lambda: torch.zeros(()))
-    assert subnetwork_of(model).step == 0
+    assert controller_of(model).clock.step == 0
 
 
 def test_a_closure_evaluated_twice_is_refused_while_scoring(make_model, batches):

@@ -14,13 +14,14 @@ from torch.optim import SGD, Adafactor, AdamW
 
 from peft_dps import DPSConfig, Stage, dps_adapter, register_score
 from peft_dps.errors import ConfigError, EngineError, ScheduleError, ScoreError
+from peft_dps.masking import frozen as frozen_module
+from peft_dps.masking.frozen import FrozenWeight
 from peft_dps.masking.mask import Mask
+from peft_dps.selection.schedule import Cycle
 from peft_dps.selection.scores import SCORES
-from peft_dps.training import weight as tracked_module
-from peft_dps.training.weight import TrackedWeight
 from peft_dps.tuner.adapter import find_trained
 from tests.reference import ReferenceDense
-from tests.unit.conftest import layers_of, subnetwork_of, train, trainable, weights_of
+from tests.unit.conftest import controller_of, keep_of, layers_of, train, trainable, weights_of
 
 OPTIMIZERS = {
     "sgd": lambda parameters: SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -100,13 +101,13 @@ def test_scope_model_selects_exactly_over_all_weights(make_model, batches):
 def test_state_of_a_stage_is_freed_before_the_next(make_model, batches):
     model = make_model()
     optimizer, data = AdamW(trainable(model)), batches(5)
-    weights = subnetwork_of(model).weights
+    weights = controller_of(model).weights
     train(model, optimizer, data[:2])
-    assert all(weight.total is not None and weight.keep is None and weight.held is None for weight in weights)
+    assert all(weight.gathered.total is not None and weight.frozen is None for weight in weights)
     train(model, optimizer, data[2:4])
-    assert all(weight.total is None and weight.keep is not None and weight.held is not None for weight in weights)
+    assert all(weight.gathered.total is None and weight.frozen.held is not None for weight in weights)
     train(model, optimizer, data[4:])
-    assert all(weight.total is not None and weight.keep is None and weight.held is None for weight in weights)
+    assert all(weight.gathered.total is not None and weight.frozen is None for weight in weights)
 
 
 def test_random_score_keeps_no_gradients_and_repeats(make_model, batches):
@@ -115,13 +116,13 @@ def test_random_score_keeps_no_gradients_and_repeats(make_model, batches):
         model = make_model(score="random", seed=3)
         optimizer = AdamW(trainable(model))
         train(model, optimizer, batches(2))
-        assert all(weight.total is None for weight in subnetwork_of(model).weights)
+        assert all(weight.gathered.memory() is None for weight in controller_of(model).weights)
         train(model, optimizer, batches(1))
-        chosen.append([weight.keep.clone() for weight in subnetwork_of(model).weights])
+        chosen.append([keep_of(weight).clone() for weight in controller_of(model).weights])
     other = make_model(score="random", seed=4)
     train(other, AdamW(trainable(other)), batches(3))
     assert all(torch.equal(a, b) for a, b in zip(*chosen, strict=True))
-    assert not torch.equal(chosen[0][0], subnetwork_of(other).weights[0].keep)
+    assert not torch.equal(chosen[0][0], keep_of(controller_of(other).weights[0]))
 
 
 def test_random_masks_differ_between_cycles_and_weights(make_model, batches):
@@ -129,8 +130,8 @@ def test_random_masks_differ_between_cycles_and_weights(make_model, batches):
     optimizer, seen = AdamW(trainable(model)), []
     for batch in batches(4):
         train(model, optimizer, [batch])
-        if subnetwork_of(model).stage is Stage.SUBNETWORK:
-            seen += [weight.keep.clone() for weight in subnetwork_of(model).weights[:2]]
+        if controller_of(model).stage is Stage.SUBNETWORK:
+            seen += [keep_of(weight).clone() for weight in controller_of(model).weights[:2]]
     assert len(seen) == 4
     assert not any(torch.equal(a, b) for index, a in enumerate(seen) for b in seen[index + 1 :])
 
@@ -147,7 +148,7 @@ def test_a_step_with_bad_gradients_is_counted_but_not_scored(make_model, batches
         with caplog.at_level(logging.WARNING):
             optimizer.step()
         optimizer.zero_grad()
-        totals.append([weight.total.clone() for weight in subnetwork_of(model).weights])
+        totals.append([weight.gathered.total.clone() for weight in controller_of(model).weights])
     assert all(torch.equal(a, b) for a, b in zip(totals[0], totals[1], strict=True))
     assert not torch.equal(totals[1][0], totals[2][0])
     status = model.dps_status()
@@ -176,7 +177,7 @@ def test_bad_gradients_of_frozen_entries_do_no_harm_in_subnetwork(make_model, ba
     nn.functional.cross_entropy(model(x), y).backward()
     weight, before = weights_of(model)[0], weights_of(model)[0].detach().clone()
     # Which entries will be frozen is known from the scores: the first weight's lower half.
-    total = subnetwork_of(model).weights[0].total.flatten()
+    total = controller_of(model).weights[0].gathered.total.flatten()
     frozen = torch.ones(weight.numel(), dtype=torch.bool)
     frozen[total.argsort(descending=True)[: weight.numel() // 2]] = False
     frozen = frozen.view(weight.shape)
@@ -301,8 +302,8 @@ def test_weights_loaded_in_subnetwork_are_kept(make_model, batches, caplog, froz
             weight.copy_(weight + 1.0)
     loaded = [weight.detach().clone() for weight in weights_of(model)]
     train(model, optimizer, batches(1))
-    for tracked, before in zip(subnetwork_of(model).weights, loaded, strict=True):
-        frozen_entries = ~tracked.keep.bool()
+    for tracked, before in zip(controller_of(model).weights, loaded, strict=True):
+        frozen_entries = ~keep_of(tracked).bool()
         assert torch.equal(tracked.weight[frozen_entries], before[frozen_entries])
     assert model.dps_status().frozen_moved
     # With "gradient" the optimizer itself moves frozen entries, so nothing tells who did it.
@@ -327,10 +328,10 @@ def test_status_tells_a_moved_frozen_entry(make_model, batches):
     for frozen in ("exact", "gradient"):
         model = make_model(frozen=frozen, density=0.5)
         train(model, SGD(trainable(model), lr=0.1), batches(3))
-        weight = subnetwork_of(model).weights[0]
+        weight = controller_of(model).weights[0]
         assert not model.dps_status().frozen_moved
         with torch.no_grad():
-            weight.weight.view(-1)[(weight.keep.view(-1) == 0).nonzero()[0]] += 1e-3
+            weight.weight.view(-1)[(keep_of(weight).view(-1) == 0).nonzero()[0]] += 1e-3
         assert model.dps_status().frozen_moved
 
 
@@ -352,11 +353,11 @@ def test_a_selection_that_was_interrupted_is_repeated_whole(make_model, batches,
     attempts = []
 
     @register_score("interrupted")
-    def interrupted(evidence):
+    def interrupted(context):
         attempts.append(1)
         if len(attempts) == 2:
             raise MemoryError
-        return evidence.squared_gradients
+        return context.evidence
 
     try:
         broken = make_model(scope=scope, score="interrupted", stage_steps=2)
@@ -368,11 +369,11 @@ def test_a_selection_that_was_interrupted_is_repeated_whole(make_model, batches,
             train(broken, ours, data[2:])
         train(broken, ours, data[2:])
         train(whole, theirs, data)
-        for one, two in zip(subnetwork_of(broken).weights, subnetwork_of(whole).weights, strict=True):
-            assert torch.equal(one.keep, two.keep)
+        for one, two in zip(controller_of(broken).weights, controller_of(whole).weights, strict=True):
+            assert torch.equal(keep_of(one), keep_of(two))
             assert torch.equal(one.weight, two.weight)
     finally:
-        del SCORES["interrupted"]
+        SCORES.unregister("interrupted")
 
 
 def test_another_dtype_in_the_middle_of_subnetwork_is_refused(make_model, batches):
@@ -403,13 +404,13 @@ def test_a_changed_frozen_entry_leaves_the_snapshot_of_updated_ones(make_model, 
     model = make_model(variant="mix", stage_steps=3)
     optimizer = SGD(trainable(model), lr=0.1)
     train(model, optimizer, batches(5))
-    tracked = subnetwork_of(model).weights[0]
-    before, updated = tracked.snapshot.clone(), tracked.keep.bool()
+    tracked = controller_of(model).weights[0]
+    before, updated = tracked.frozen.snapshot.clone(), keep_of(tracked).bool()
     with torch.no_grad():
         tracked.weight.view(-1)[(~updated).view(-1).nonzero()[0]] += 1.0
     train(model, optimizer, batches(1))
-    assert torch.equal(tracked.snapshot[updated], before[updated])
-    assert not torch.equal(tracked.snapshot[~updated], before[~updated])
+    assert torch.equal(tracked.frozen.snapshot[updated], before[updated])
+    assert not torch.equal(tracked.frozen.snapshot[~updated], before[~updated])
 
 
 def test_values_loaded_into_an_unused_layer_stay(make_model, batches):
@@ -420,8 +421,8 @@ def test_values_loaded_into_an_unused_layer_stay(make_model, batches):
         weights_of(model)[1].fill_(7.0)
     optimizer.zero_grad()
     layers_of(model)[0](batches(1)[0][0]).sum().backward()
-    subnetwork_of(model)._schedule = type(subnetwork_of(model).schedule)(10)  # stay in this stage
-    subnetwork_of(model).step = 10
+    clock = controller_of(model).clock
+    clock._resolved, clock.step = Cycle(10), 10  # stay in this stage
     optimizer.step()
     assert (weights_of(model)[1] == 7.0).all()
 
@@ -435,7 +436,7 @@ def test_large_half_precision_gradients_are_scored(make_net, batches):
     SGD([weight], lr=1e-6).step()
     status = model.dps_status()
     assert (status.steps, status.unscored_steps) == (1, 0)
-    assert subnetwork_of(model).weights[0].total.dtype is torch.float32
+    assert controller_of(model).weights[0].gathered.total.dtype is torch.float32
 
 
 def test_layers_that_are_gone_are_forgotten(make_model, batches):
@@ -458,7 +459,7 @@ def test_a_switch_without_memory_is_repeated_whole(make_model, batches, monkeypa
     ours, theirs = (AdamW(trainable(model), lr=1e-2, weight_decay=0.1) for model in (broken, whole))
     data = batches(4)
     train(broken, ours, data[:2])
-    place, name = (Mask, "of") if failing == "mask" else (TrackedWeight, "keep_frozen")
+    place, name = (Mask, "of") if failing == "mask" else (FrozenWeight, "__init__")
     working, calls = getattr(place, name), []
 
     def fails_at_the_second_weight(*args, **kwargs):
@@ -478,8 +479,8 @@ def test_a_switch_without_memory_is_repeated_whole(make_model, batches, monkeypa
     train(broken, ours, data[2:])
     train(whole, theirs, data[2:])
     assert not broken.dps_status().frozen_moved or frozen == "gradient"
-    for one, two in zip(subnetwork_of(broken).weights, subnetwork_of(whole).weights, strict=True):
-        assert torch.equal(one.keep, two.keep)
+    for one, two in zip(controller_of(broken).weights, controller_of(whole).weights, strict=True):
+        assert torch.equal(keep_of(one), keep_of(two))
         assert torch.equal(one.weight, two.weight)
 
 
@@ -494,12 +495,12 @@ def test_frozen_bits_that_could_not_be_copied_are_held_when_the_step_is_repeated
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracked_module, "hold_frozen", no_memory)
+        patch.setattr(frozen_module, "hold_frozen", no_memory)
         with pytest.raises(MemoryError):
             train(model, optimizer, data[2:3])
     train(model, optimizer, data[2:])
-    for weight, old in zip(subnetwork_of(model).weights, before, strict=True):
-        frozen = ~weight.keep.bool()
+    for weight, old in zip(controller_of(model).weights, before, strict=True):
+        frozen = ~keep_of(weight).bool()
         assert torch.equal(bits(weight.weight)[frozen], old[frozen])
 
 
@@ -520,17 +521,20 @@ def test_a_change_from_outside_is_told_once(make_model, batches, caplog):
 def test_scores_of_several_dtypes_cannot_be_ranked_together(make_net, batches):
     net = make_net()
     net.layers[1].double()
-    model = get_peft_model(net, DPSConfig(target_modules=["layers.0", "layers.1"], stage_steps=2, scope="model"))
-    weight = weights_of(model)[0]
-    weight.grad = torch.ones_like(weight)
-    model.peft_config["default"].density = 1.0
-    SGD([weight], lr=0.1).step()  # nothing is ranked
-    model.peft_config["default"].density = 0.5
-    model.set_dps_total_steps(8)
+    everything, half = (
+        get_peft_model(
+            copy.deepcopy(net), DPSConfig(target_modules=["layers.0", "layers.1"], scope="model", density=density)
+        )
+        for density in (1.0, 0.5)
+    )
+    for model in (everything, half):
+        model.set_dps_total_steps(40)
+        weights_of(model)[0].grad = torch.ones_like(weights_of(model)[0])
+    SGD(weights_of(everything)[:1], lr=0.1).step()  # nothing is ranked
     with pytest.raises(
         ConfigError, match=r"float32 for 'layers.0' and torch.float64 for 'layers.1'. Use `scope='tensor'`"
     ):
-        SGD([weight], lr=0.1).step()
+        SGD(weights_of(half)[:1], lr=0.1).step()
 
 
 class Towers(nn.Module):
@@ -539,7 +543,7 @@ class Towers(nn.Module):
         self.left, self.right = left, right
 
 
-def test_two_adapters_of_one_name_are_told_apart_or_refused(make_model, batches, tmp_path):
+def test_two_adapters_of_one_name_are_told_apart_or_refused(make_model, batches):
     towers = Towers(make_model(), make_model(net_seed=1))
     optimizer = SGD(trainable(towers), lr=0.1)
     for x, y in batches(3):
@@ -548,17 +552,17 @@ def test_two_adapters_of_one_name_are_told_apart_or_refused(make_model, batches,
         optimizer.step()
     assert [dps_adapter(tower).status().steps for tower in (towers.left, towers.right)] == [3, 3]
     message = r"Two DPS adapters of this model are called 'default': .*'left.base_model.model.layers.0'.*'right.base"
-    for ask in (dps_status, lambda model: dps_adapter(model).save_state(tmp_path / "state"), find_trained):
+    for ask in (dps_adapter, find_trained):
         with pytest.raises(ConfigError, match=message):
             ask(towers)
     towers.right.requires_grad_(False)
     assert list(find_trained(towers)) == ["default"]
 
 
-def test_what_keeps_the_subnetwork_of_a_deleted_adapter_keeps_it_out_of_the_new_one(make_model, batches):
+def test_what_keeps_the_controller_of_a_deleted_adapter_keeps_it_out_of_the_new_one(make_model, batches):
     model = make_model(stage_steps=2)
     train(model, AdamW(trainable(model), lr=1e-2), batches(3))
-    old = subnetwork_of(model)  # as a traceback would
+    old = controller_of(model)  # as a traceback would
     model.add_adapter("other", DPSConfig(target_modules=["layers.0", "layers.1"], stage_steps=10))
     model.set_adapter("other")
     model.delete_adapter("default")
@@ -566,7 +570,7 @@ def test_what_keeps_the_subnetwork_of_a_deleted_adapter_keeps_it_out_of_the_new_
     model.set_adapter("default")
     before = [bits(weight) for weight in weights_of(model)]
     train(model, AdamW(trainable(model), lr=1e-2), batches(1))
-    assert old.step == 3
+    assert old.clock.step == 3
     assert not any(weight.exists() for weight in old.weights)
     for weight, then in zip(weights_of(model), before, strict=True):
         assert (bits(weight) != then).all()
@@ -588,5 +592,7 @@ def test_a_new_training_keeps_no_memory_of_the_one_before(make_model, batches):
     model = make_model()
     train(model, AdamW(trainable(model), lr=1e-2), batches(3))
     model.set_dps_total_steps(10)
-    held = [value for weight in subnetwork_of(model).weights for value in vars(weight).values()]
-    assert not [value for value in held if isinstance(value, (torch.Tensor, Mask))]
+    weights = controller_of(model).weights
+    parts = [part for weight in weights for part in (weight, weight.gathered, weight.noise)]
+    held = [value for part in parts for value in vars(part).values()]
+    assert not [value for value in held if isinstance(value, (torch.Tensor, FrozenWeight))]

@@ -10,10 +10,11 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
-from peft_dps import Stage, bridge
+from peft_dps import Stage
 from peft_dps.errors import EngineError, ScoreError
-from peft_dps.training.weight import TrackedWeight
-from tests.unit.conftest import layers_of, subnetwork_of, train, trainable, weights_of
+from peft_dps.training import hooks
+from peft_dps.training.weight import TargetWeight
+from tests.unit.conftest import controller_of, keep_of, layers_of, train, trainable, weights_of
 
 DENSE_GRADIENT_OPTIMIZERS = sorted(
     name
@@ -44,8 +45,8 @@ def train_by_hand(model, data, through_data=False):
 
 
 def assert_frozen_bits_kept(model, before):
-    for weight, old in zip(subnetwork_of(model).weights, before, strict=True):
-        frozen = ~weight.keep.bool()
+    for weight, old in zip(controller_of(model).weights, before, strict=True):
+        frozen = ~keep_of(weight).bool()
         assert frozen.any()
         assert torch.equal(weight.weight.detach().view(torch.int32)[frozen], old.view(torch.int32)[frozen])
 
@@ -61,7 +62,7 @@ def test_no_frozen_entry_changes_a_bit_in_any_optimizer_of_torch(make_model, bat
     train(model, optimizer, data[:3])
     before = copies(model)
     train(model, optimizer, data[3:])
-    assert subnetwork_of(model).step == 6
+    assert controller_of(model).clock.step == 6
     assert_frozen_bits_kept(model, before)
     assert any(not torch.equal(a, b) for a, b in zip(before, weights_of(model), strict=True))
 
@@ -72,7 +73,7 @@ def test_gradient_policy_lets_momentum_and_decay_move_frozen_entries(make_model,
     train(model, optimizer, batches(2))
     before = copies(model)
     train(model, optimizer, batches(1))
-    frozen = ~subnetwork_of(model).weights[0].keep.bool()
+    frozen = ~keep_of(controller_of(model).weights[0]).bool()
     assert (weights_of(model)[0].grad[frozen] == 0).all()
     assert not torch.equal(weights_of(model)[0][frozen], before[0][frozen])
 
@@ -83,8 +84,8 @@ def test_gradient_accumulation_scores_the_sum_and_counts_one_step(make_model, ba
     for batch in batches(4):
         backward(model, batch)
     optimizer.step()
-    assert subnetwork_of(model).step == 1
-    assert torch.equal(subnetwork_of(model).weights[0].total, weights_of(model)[0].grad ** 2)
+    assert controller_of(model).clock.step == 1
+    assert torch.equal(controller_of(model).weights[0].gathered.total, weights_of(model)[0].grad ** 2)
 
 
 def test_clipping_comes_before_scoring(make_model, batches):
@@ -92,7 +93,7 @@ def test_clipping_comes_before_scoring(make_model, batches):
     backward(model, batches(1)[0])
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     SGD(trainable(model), lr=0.1).step()
-    total = sum(weight.total.sum() for weight in subnetwork_of(model).weights)
+    total = sum(weight.gathered.total.sum() for weight in controller_of(model).weights)
     assert 0 < total <= 1e-6
 
 
@@ -118,10 +119,10 @@ def test_nested_steps_are_one(make_model, batches):
         train(model, optimizer, batches(2))
         before = copies(model)
         train(model, optimizer, batches(2))
-        assert subnetwork_of(model).step == 4
-        assert subnetwork_of(model).weights[0].observed == 2
+        assert controller_of(model).clock.step == 4
+        assert controller_of(model).weights[0].observed == 2
         assert_frozen_bits_kept(model, before)
-        assert not bridge._open.steps
+        assert not hooks._open.steps
 
 
 def test_an_exception_in_a_step_loses_neither_count_nor_frozen_bits(make_model, batches):
@@ -147,9 +148,9 @@ def test_an_exception_in_a_step_loses_neither_count_nor_frozen_bits(make_model, 
         optimizer.step()
     optimizer.fail = False
     train(model, optimizer, batches(1))
-    assert subnetwork_of(model).step == 4
+    assert controller_of(model).clock.step == 4
     assert_frozen_bits_kept(model, before)
-    assert not bridge._open.steps
+    assert not hooks._open.steps
 
 
 def test_an_inner_step_that_raises_and_is_caught_does_not_confuse_the_outer(make_model, batches):
@@ -168,9 +169,9 @@ def test_an_inner_step_that_raises_and_is_caught_does_not_confuse_the_outer(make
     train(model, optimizer, batches(2))
     before = copies(model)
     train(model, optimizer, batches(2))
-    assert subnetwork_of(model).step == 4
+    assert controller_of(model).clock.step == 4
     assert_frozen_bits_kept(model, before)
-    assert not bridge._open.steps
+    assert not hooks._open.steps
 
 
 def test_several_optimizers_make_one_step(make_model, batches):
@@ -210,7 +211,7 @@ def test_skipped_and_foreign_steps_do_not_tick(make_model, make_net, batches):
     optimizer, foreign = AdamW(trainable(model)), AdamW(other.parameters())
     train(other, foreign, batches(3))
     optimizer.step()  # without gradients
-    assert subnetwork_of(model).step == 0
+    assert controller_of(model).clock.step == 0
 
 
 def test_making_optimizer_state_for_a_checkpoint_does_not_tick(make_model, batches):
@@ -220,10 +221,10 @@ def test_making_optimizer_state_for_a_checkpoint_does_not_tick(make_model, batch
     optimizer = AdamW(trainable(model))
     before = copies(model)
     assert get_optimizer_state_dict(model, optimizer)["state"]
-    assert subnetwork_of(model).step == 0
+    assert controller_of(model).clock.step == 0
     assert all(torch.equal(a, b) for a, b in zip(before, weights_of(model), strict=True))
     train(model, optimizer, batches(1))
-    assert subnetwork_of(model).step == 1
+    assert controller_of(model).clock.step == 1
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -241,8 +242,8 @@ def test_a_gradient_scaler_leaves_scores_unscaled(make_model, batches, fused, un
             scaler.unscale_(second)
         scaler.step(second)
         scaler.update()
-    for ours, expected in zip(subnetwork_of(scaled).weights, subnetwork_of(plain).weights, strict=True):
-        torch.testing.assert_close(ours.total, expected.total, rtol=1e-5, atol=0)
+    for ours, expected in zip(controller_of(scaled).weights, controller_of(plain).weights, strict=True):
+        torch.testing.assert_close(ours.gathered.total, expected.gathered.total, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -294,12 +295,12 @@ def test_two_threads_train_two_models(make_model, batches):
 
 
 def test_installing_twice_keeps_one_pair_of_hooks(make_model, batches):
-    bridge.install()
-    bridge.install()
+    hooks.install()
+    hooks.install()
     model = make_model()
     train(model, SGD(trainable(model), lr=0.1), batches(1))
-    assert subnetwork_of(model).step == 1
-    assert sum(hook is bridge.before_step for hook in _global_optimizer_pre_hooks.values()) == 1
+    assert controller_of(model).clock.step == 1
+    assert sum(hook is hooks.before_step for hook in _global_optimizer_pre_hooks.values()) == 1
 
 
 @pytest.mark.parametrize("through_data", [False, True])
@@ -328,7 +329,7 @@ def test_forwards_without_steps_are_no_alarm(make_model, batches):
     with torch.no_grad():
         for x, _ in batches(6):
             model(x)
-    assert subnetwork_of(model).stage is None
+    assert controller_of(model).stage is None
 
 
 def test_stages_alternate_over_cycles(make_model, batches):
@@ -382,18 +383,18 @@ def test_parameters_that_join_an_optimizer_later_are_found(make_model, batches):
     train(model, optimizer, batches(1))
     optimizer.add_param_group({"params": weights_of(model)[1:]})
     train(model, optimizer, batches(1))
-    assert [weight.observed for weight in subnetwork_of(model).weights] == [2, 1]
+    assert [weight.observed for weight in controller_of(model).weights] == [2, 1]
 
 
 def test_an_optimizer_keeps_no_model_alive(make_model, batches):
     model, other = make_model(), make_model()
     optimizer = SGD([*trainable(model), *trainable(other)], lr=0.1)
     train(model, optimizer, batches(1))
-    gone = weakref.ref(subnetwork_of(other))
+    gone = weakref.ref(controller_of(other))
     del other
     assert gone() is None
     train(model, optimizer, batches(1))
-    assert subnetwork_of(model).step == 2
+    assert controller_of(model).clock.step == 2
 
 
 @pytest.mark.refuses(
@@ -415,21 +416,21 @@ def test_an_interrupt_while_frozen_bits_are_given_back_loses_none(make_model, ba
     model = make_model(**fields)
     optimizer = AdamW(trainable(model), lr=1e-2, weight_decay=0.5)
     train(model, optimizer, batches(3))
-    before, hold, calls = copies(model), TrackedWeight.hold, []
+    before, give_back, calls = copies(model), TargetWeight.after_step, []
 
-    def interrupted(self, *, exact):
+    def interrupted(self, optimizer):
         calls.append(self)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        hold(self, exact=exact)
+        give_back(self, optimizer)
 
-    monkeypatch.setattr(TrackedWeight, "hold", interrupted)
+    monkeypatch.setattr(TargetWeight, "after_step", interrupted)
     backward(model, batches(1)[0])
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
-    stack = bridge._stack()
-    bridge._close_abandoned(stack)  # as the next step does
-    assert not bridge._open.steps
+    stack = hooks._stack()
+    hooks._close_abandoned(stack)  # as the next step does
+    assert not hooks._open.steps
     assert_frozen_bits_kept(model, before)
     assert not model.dps_status().frozen_moved
     assert not caplog.text
@@ -444,9 +445,9 @@ def test_any_later_step_lets_go_of_what_a_failed_one_held(make_model, make_net, 
     backward(model, batches(1)[0])
     with pytest.raises(MemoryError):
         Failing(trainable(model)).step()
-    assert bridge._open.steps
+    assert hooks._open.steps
     SGD(other.parameters(), lr=0.1).step()
-    assert not bridge._open.steps
+    assert not hooks._open.steps
 
 
 @pytest.mark.parametrize("lean", [False, True])
@@ -487,11 +488,11 @@ def test_a_bad_step_of_several_optimizers_is_counted_and_told_once(make_model, b
             if number > 0:
                 optimizer.step()
             else:
-                bridge.before_step(optimizer, (optimizer,), {})
-                bridge._open.steps.clear()
+                hooks.before_step(optimizer, (optimizer,), {})
+                hooks._open.steps.clear()
     status = model.dps_status()
     assert (status.steps, status.unscored_steps) == (3, 1)
-    assert subnetwork_of(model).scored_steps == 2
+    assert controller_of(model).clock.scored_steps == 2
     assert caplog.text.count("are not finite") == 1
 
 
@@ -504,8 +505,8 @@ def test_a_weight_whose_gradients_were_never_finite_is_named(make_model, batches
         weights_of(model)[1].grad.fill_(torch.inf)
         for optimizer in optimizers:
             if optimizer.param_groups[0]["params"][0] is weights_of(model)[1]:
-                bridge.before_step(optimizer, (optimizer,), {})
-                bridge._open.steps.clear()
+                hooks.before_step(optimizer, (optimizer,), {})
+                hooks._open.steps.clear()
             else:
                 optimizer.step()
     backward(model, batches(1)[0])
@@ -531,8 +532,8 @@ def test_a_step_inside_another_one_on_other_weights_is_part_of_it(make_model, ba
             each.zero_grad()
             backward(each, batch)
             optimizer.step()
-    assert subnetwork_of(model).step == 6
-    for one, two in zip(subnetwork_of(model).weights, subnetwork_of(twin).weights, strict=True):
+    assert controller_of(model).clock.step == 6
+    for one, two in zip(controller_of(model).weights, controller_of(twin).weights, strict=True):
         assert one.selected == two.selected
         assert torch.equal(one.weight, two.weight)
 

@@ -15,9 +15,9 @@ from peft_dps import DPSConfig, Stage
 from peft_dps.errors import EngineError
 from peft_dps.masking.effective import AmplifiedWeight, NoisyWeight, effective_linear
 from peft_dps.masking.mask import Mask
-from peft_dps.masking.noise import ColumnNoise
+from peft_dps.masking.noise import ColumnNoise, Participation
 from tests.reference import ReferenceMix
-from tests.unit.conftest import layers_of, subnetwork_of, train, trainable, weights_of
+from tests.unit.conftest import controller_of, keep_of, layers_of, train, trainable, weights_of
 
 CPU = torch.device("cpu")
 
@@ -34,10 +34,10 @@ def test_training_follows_the_reference(make_model, make_net, batches, frozen, s
     sizes = (12, 7, 9, 3)
     model = mix(make_model, sizes=sizes, participation_decay=decay, seed=5, **fields)
     plain = make_net(sizes=sizes)
-    noise = ColumnNoise(5, sizes[:-1], 0.6)
+    noise = ColumnNoise(0.6, 5)
     reference = ReferenceMix(
         [layer.weight for layer in plain.layers],
-        draw=lambda step: [row.float() for row in noise.draw(step, CPU)],
+        draw=lambda step: [row.float() for row in noise.draw(step, sizes[:-1], CPU)],
         decay=decay,
         **fields,
     )
@@ -53,36 +53,39 @@ def test_training_follows_the_reference(make_model, make_net, batches, frozen, s
         theirs.step()
         reference.after_step()
         for tracked, layer, mask in zip(
-            subnetwork_of(model).weights, plain.layers, reference.masks or [None] * 3, strict=True
+            controller_of(model).weights, plain.layers, reference.masks or [None] * 3, strict=True
         ):
             torch.testing.assert_close(tracked.weight.detach(), layer.weight.detach(), rtol=0, atol=1e-6)
-            if tracked.keep is not None:
-                assert torch.equal(tracked.keep.bool(), mask)
+            if keep_of(tracked) is not None:
+                assert torch.equal(keep_of(tracked).bool(), mask)
 
 
 @pytest.mark.parametrize(("stage_steps", "decays"), [(49, False), (50, True)])
 def test_decay_starts_at_fifty_steps(make_model, batches, monkeypatch, stage_steps, decays):
-    from peft_dps import ranking
+    relax, relaxed = Participation.relax_, []
 
-    seen = []
-    original = ranking.relax_by_participation_
-    monkeypatch.setattr(
-        ranking,
-        "relax_by_participation_",
-        lambda *args, decay: seen.append(decay) or original(*args, decay=decay),
-    )
+    def watched(self, evidence, weight, steps):
+        gathered, times = evidence.clone(), self.count
+        relax(self, evidence, weight, steps)
+        factor = torch.exp(-times / stage_steps) if decays else 1.0
+        relaxed.append((evidence.clone(), gathered / times.clamp(min=1) * factor))
+
+    monkeypatch.setattr(Participation, "relax_", watched)
     model = mix(make_model, stage_steps=stage_steps)
-    train(model, SGD(trainable(model), lr=0.1), batches(stage_steps + 1))
-    assert seen == [decays] * 2
+    train(model, SGD(trainable(model), lr=0.1), batches(stage_steps))
+    model(batches(1)[0][0])  # selects
+    assert len(relaxed) == 2
+    for ours, expected in relaxed:
+        torch.testing.assert_close(ours, expected)
 
 
 def test_the_mean_of_the_effective_weight_is_the_weight():
     weight, base = torch.randn(5, 40, dtype=torch.float64), torch.randn(5, 40, dtype=torch.float64)
     draws, density = 20_000, 0.7
-    noise = ColumnNoise(0, [40], density)
+    noise = ColumnNoise(density)
     total = torch.zeros_like(weight)
     for step in range(draws):
-        columns = noise.draw(step, CPU)[0].double()
+        columns = noise.draw(step, [40], CPU)[0].double()
         total += NoisyWeight(base, columns, density).of(weight)
     # The variance of b / density is (1 - density) / density; 200 means stay within 4.5 standard errors but for
     # about one run in 700, and this one is seeded.
@@ -91,8 +94,8 @@ def test_the_mean_of_the_effective_weight_is_the_weight():
 
 
 def test_noise_is_fair_and_independent_over_columns_weights_steps_and_seeds():
-    noise = ColumnNoise(0, [300, 300], 0.7)
-    rows = torch.stack([torch.cat(noise.draw(step, CPU)).float() for step in range(2000)])
+    noise = ColumnNoise(0.7)
+    rows = torch.stack([torch.cat(noise.draw(step, [300, 300], CPU)).float() for step in range(2000)])
     assert abs(rows.mean().item() - 0.7) < 0.002
     correlation = torch.corrcoef(rows.T)
     correlation.fill_diagonal_(0)
@@ -100,7 +103,7 @@ def test_noise_is_fair_and_independent_over_columns_weights_steps_and_seeds():
     assert correlation.abs().max() < 5.5 * 2000**-0.5
     follow = ((rows[1:] - 0.7) * (rows[:-1] - 0.7)).mean(0) / 0.21
     assert follow.abs().max() < 5 * 2000**-0.5
-    other = torch.cat(ColumnNoise(1, [300, 300], 0.7).draw(0, CPU)).float()
+    other = torch.cat(ColumnNoise(0.7, 1).draw(0, [300, 300], CPU)).float()
     assert (other != rows[0]).float().mean() == pytest.approx(0.42, abs=0.08)
 
 
@@ -213,7 +216,7 @@ def test_nothing_of_a_weights_size_is_kept_for_backward_but_the_weight_itself(ma
         assert {t.data_ptr() for t in kept if t.numel() >= 64 * 64} == weights
         del loss
         train(model, optimizer, [(x, torch.zeros(4, dtype=torch.long))])
-    assert subnetwork_of(model).stage is Stage.SUBNETWORK
+    assert controller_of(model).stage is Stage.SUBNETWORK
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -273,9 +276,9 @@ def test_several_forwards_of_a_step_share_the_noise_and_count_once(make_model, b
         for part in (slice(0, 4), slice(4, 8)):
             (nn.functional.cross_entropy(split(x[part]), y[part]) / 2).backward()
         second.step()
-    for one, two in zip(subnetwork_of(whole).weights, subnetwork_of(split).weights, strict=True):
-        assert torch.equal(one.participation, two.participation)
-        assert one.participation.max() <= 3
+    for one, two in zip(controller_of(whole).weights, controller_of(split).weights, strict=True):
+        assert torch.equal(one.noise.count, two.noise.count)
+        assert one.noise.count.max() <= 3
         torch.testing.assert_close(one.weight, two.weight, rtol=0, atol=1e-6)
 
 
@@ -338,17 +341,13 @@ def test_conv1d_draws_noise_over_its_inputs(batches):
     layer = model.base_model.model.layer
     optimizer = SGD(trainable(model), lr=0.1)
     model(batches(1)[0][0]).square().mean().backward()
-    row = subnetwork_of_layer(layer).weights[0].columns
+    row = layer.dps_controllers["default"].weights[0].noise.columns
     assert row.shape == (12,)
     assert (layer.dps_weight["default"].grad[~row] == 0).all()
     optimizer.step()
     train_on = [(x, y) for x, y in batches(3)]
     train(model, optimizer, train_on)
     assert not model.dps_status().frozen_moved
-
-
-def subnetwork_of_layer(layer):
-    return layer.dps_controllers["default"]
 
 
 def test_modules_that_read_the_weight_see_the_noise():
@@ -375,18 +374,18 @@ def test_modules_that_read_the_weight_see_the_noise():
 def test_a_frozen_entry_changed_from_outside_is_not_amplified(make_model, batches):
     model = mix(make_model)
     train(model, SGD(trainable(model), lr=0.1), batches(5))
-    tracked = subnetwork_of(model).weights[0]
-    layer, frozen = layers_of(model)[0], tracked.keep == 0
+    tracked = controller_of(model).weights[0]
+    layer, frozen = layers_of(model)[0], keep_of(tracked) == 0
     with torch.no_grad():
         tracked.weight[frozen] += 1.0
-    before = tracked.snapshot[frozen]
+    before = tracked.frozen.snapshot[frozen]
     assert frozen.any()
     assert torch.equal(layer.train().weight[frozen], before)
     assert torch.equal(layer(torch.eye(layer.in_features)).t()[frozen], before + layer.bias[frozen.nonzero()[:, 0]])
 
 
 def noise_row(layer):
-    return ColumnNoise(0, [8], 0.5).draw(1, CPU)[0]
+    return ColumnNoise(0.5).draw(1, [8], CPU)[0]
 
 
 def test_density_one_is_bitwise_plain_fine_tuning(make_model, make_net, batches):
@@ -402,23 +401,21 @@ def test_a_step_without_a_training_forward_counts_every_column(make_model, batch
     model = mix(make_model, stage_steps=5)
     optimizer = SGD(trainable(model), lr=0.1)
     train(model, optimizer, batches(1))
-    before = [weight.participation.clone() for weight in subnetwork_of(model).weights]
+    before = [weight.noise.count.clone() for weight in controller_of(model).weights]
     model.eval()
     train(model, optimizer, batches(1))
-    for weight, counts in zip(subnetwork_of(model).weights, before, strict=True):
-        assert torch.equal(weight.participation, counts + 1)
+    for weight, counts in zip(controller_of(model).weights, before, strict=True):
+        assert torch.equal(weight.noise.count, counts + 1)
 
 
 def test_a_snapshot_is_the_only_copy_in_subnetwork(make_model, batches):
     for frozen in ("exact", "gradient"):
         model = mix(make_model, frozen=frozen)
         train(model, SGD(trainable(model), lr=0.1), batches(4))
-        for weight in subnetwork_of(model).weights:
-            assert weight.snapshot is not None
-            assert weight.held is None
-            assert weight.total is None
-            assert weight.participation is None
-            assert weight.columns is None
+        for weight in controller_of(model).weights:
+            parts = (weight, weight.gathered, weight.noise, weight.frozen)
+            kept = [value for part in parts for value in vars(part).values() if isinstance(value, torch.Tensor)]
+            assert [each for each in kept if each.dim() > 0] == [weight.frozen.snapshot]
 
 
 def test_the_papers_settings_put_everything_under_training(make_net):
@@ -460,12 +457,12 @@ def test_a_forward_after_a_stage_leaves_its_status_true(make_model, batches):
     train(model, SGD(trainable(model), lr=0.1), batches(4))
     x, _ = batches(1)[0]
     model(x)  # of the next ACCUMULATE stage already: noisy
-    assert subnetwork_of(model).weights[0].columns is not None
+    assert controller_of(model).weights[0].noise.columns is not None
     assert model.dps_status().stage is Stage.SUBNETWORK
     assert not model.dps_status().frozen_moved
-    weight = subnetwork_of(model).weights[0]
+    weight = controller_of(model).weights[0]
     with torch.no_grad():
-        weight.weight.view(-1)[(weight.keep.view(-1) == 0).nonzero()[0]] += 1e-3
+        weight.weight.view(-1)[(keep_of(weight).view(-1) == 0).nonzero()[0]] += 1e-3
     assert model.dps_status().frozen_moved
 
 
@@ -474,7 +471,7 @@ def test_a_layer_in_eval_mode_counts_every_column(make_model, batches):
     optimizer = SGD(trainable(model), lr=0.1)
     layers_of(model)[0].eval()
     train(model, optimizer, batches(6))
-    first, second = (weight.participation for weight in subnetwork_of(model).weights)
+    first, second = (weight.noise.count for weight in controller_of(model).weights)
     assert torch.equal(first, torch.full_like(first, 6.0))
     assert (second < 6).any()
 
@@ -511,14 +508,13 @@ def test_a_forward_between_two_optimizers_of_a_step(make_model, batches, variant
         alternate()
 
 
-def test_noise_follows_the_density_of_the_config(make_model, batches):
-    model = mix(make_model, density=1e-6, stage_steps=20)
-    optimizer = SGD(trainable(model), lr=0.1)
-    train(model, optimizer, batches(1))
-    model.peft_config["default"].density = 1 - 1e-6
-    train(model, optimizer, batches(1))
-    for weight in subnetwork_of(model).weights:
-        assert torch.equal(weight.participation, torch.ones_like(weight.participation))
+@pytest.mark.parametrize(("density", "times"), [(1e-6, 0.0), (1 - 1e-6, 1.0)])
+def test_noise_has_the_density_with_which_the_training_began(make_model, batches, density, times):
+    model = mix(make_model, density=density, stage_steps=20)
+    model.peft_config["default"].density = 1 - density  # of whatever is made with the config from now on
+    train(model, SGD(trainable(model), lr=0.1), batches(1))
+    for weight in controller_of(model).weights:
+        assert torch.equal(weight.noise.count, torch.full_like(weight.noise.count, times))
 
 
 @pytest.mark.parametrize("frozen", ["exact", "gradient"])

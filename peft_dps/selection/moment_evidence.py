@@ -1,4 +1,4 @@
-"""Evidence from the optimizer's second moment: nothing is added up, and what there is is looked up when it is needed."""
+"""Evidence from the optimizer's second moment: nothing is added up, and what there is is looked up when needed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class MomentChange(Gathered):
         self._value = None if now.state is None else weakref.ref(now.state)
 
     def _require_same(self, now: SecondMoment, name: str, optimizer: Optimizer) -> None:
-        before = None if self._optimizer is None else self._optimizer()
+        before = self._made_from()
         if self._optimizer is not None and before is not optimizer:
             what = "another optimizer has come"
         elif self._value is not None and self._value() is not now.state:
@@ -63,15 +63,17 @@ class MomentChange(Gathered):
         else:
             return
         raise EngineError(
-            f"`lean=True` takes the scores of {name!r} from its optimizer's second moment, and {what} in the middle of "
-            "an ACCUMULATE stage. Keep the optimizer as it is, or use `lean=False`. To go on after loading an "
+            f"`lean=True` takes the scores of {name!r} from its optimizer's second moment, and {what} in the middle "
+            "of an ACCUMULATE stage. Keep the optimizer as it is, or use `lean=False`. To go on after loading an "
             "optimizer's state, load the training state of the same moment too (`load_dps_state`)."
         )
 
     def settled(self, weight: ObservedWeight) -> MomentChange:
-        """Return the evidence, made now."""
+        """Return the evidence, made now; as it is where there is no optimizer any more to make it from."""
+        if self.moment is None or self._made_from() is None:
+            return self
         made = MomentChange()
-        made.total = None if self.is_empty else self.value(weight)
+        made.total = self.value(weight)
         return made
 
     def value(self, weight: ObservedWeight) -> torch.Tensor:
@@ -82,7 +84,7 @@ class MomentChange(Gathered):
         memory = weight.take_memory(_wide(weight.weight))
         if self.moment is None:
             return memory.zero_()
-        optimizer = None if self._optimizer is None else self._optimizer()
+        optimizer = self._made_from()
         if optimizer is None:
             raise EngineError(
                 f"`lean=True` takes the scores of {weight.name!r} from its optimizer, which does not exist any more. "
@@ -95,6 +97,9 @@ class MomentChange(Gathered):
                 f"none of {weight.name!r} after its steps. Use torch.optim.AdamW itself, or `lean=False`."
             )
         return self.moment.scores(now, memory)
+
+    def _made_from(self) -> Optimizer | None:
+        return None if self._optimizer is None else self._optimizer()
 
     def memory(self) -> torch.Tensor | None:
         """Return the memory of the evidence, if it was made."""

@@ -1,7 +1,7 @@
 """Training states for other rows: read from what other processes have saved of theirs, or one process of all.
 
-torch.distributed.checkpoint finds which rows are in which file. Its own files hold a pickle, which is nothing to load from
-strangers; its reader of safetensors does not, and the files of a training state are such.
+torch.distributed.checkpoint finds which rows are in which file. Its own files hold a pickle, which is nothing to load
+from strangers; its reader of safetensors does not, and the files of a training state are such.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ def state_of(controller: Controller) -> dict[str, Any]:
         controller: What drives the adapter's training.
 
     Returns:
-        `"header"`: plain values, fit for JSON. `"tensors"`: a flat dict, by `"<path of the layer>.<what>"`. The tensors
-        are those in use, as in torch's state dicts: copy what has to outlive the next step.
+        `"header"`: plain values, fit for JSON. `"tensors"`: a flat dict, by `"<path of the layer>.<what>"`. They are
+        those in use, as in torch's state dicts: copy what has to outlive the next step.
     """
     tensors: dict[str, torch.Tensor] = {}
     weights: dict[str, dict[str, Any]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,8 @@ class State:
 
     Attributes:
         facts: Plain values, fit for JSON. Of a weight that is cut over processes, True on one counts for all.
-        tensors: Tensors with as many rows as the weight, which are cut with it. They are those in use: copy what has to
-            outlive the next step.
+        tensors: Tensors with as many rows as the weight, which are cut with it. They are those in use: copy what has
+            to outlive the next step.
         whole: Tensors that are the same on all processes.
     """
 
@@ -132,11 +133,20 @@ class SavedState:
             )
         return tensor
 
-    def amounts(self, name: str, shape: torch.Size | tuple[int, ...], *dtypes: torch.dtype) -> torch.Tensor:
-        """Take a tensor without NaN and negative numbers."""
+    def amounts(
+        self, name: str, shape: torch.Size | tuple[int, ...], *dtypes: torch.dtype, at_most: float = math.inf
+    ) -> torch.Tensor:
+        """Take a tensor without NaN and negative numbers.
+
+        Args:
+            name: Its name.
+            shape: The shape that it has to have.
+            *dtypes: The dtypes that it may have.
+            at_most: The largest value that makes sense.
+        """
         tensor = self.tensor(name, shape, *dtypes)
-        if not bool((tensor >= 0).all()):
-            raise self.damaged(f"its tensor {name!r} has values that are negative or NaN")
+        if not bool(((tensor >= 0) & (tensor <= at_most)).all()):
+            raise self.damaged(f"its tensor {name!r} has values that are negative, NaN or above {at_most}")
         return tensor
 
     def finish(self) -> None:

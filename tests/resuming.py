@@ -17,7 +17,8 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from peft_dps import DPSConfig
-from peft_dps.tuner.adapter import find_subnetworks
+from peft_dps.training.weight import TargetWeight
+from peft_dps.tuner.adapter import find_controllers
 
 OPTIMIZERS = {
     "adamw": lambda parameters: AdamW(parameters, lr=1e-2, weight_decay=0.1),
@@ -40,6 +41,9 @@ class Plan:
     stage_steps: int = 3
     steps: int = 14
     lean: bool = False
+    granularity: str = "entry"
+    schedule: str = "cycle"
+    evidence: str | None = None
 
 
 class Training:
@@ -50,7 +54,10 @@ class Training:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(12, 17), nn.Dropout(0.1), nn.Tanh(), nn.Linear(17, 3))
         names = ("variant", "frozen", "scope", "score", "score_dtype", "density", "stage_steps", "lean")
-        config = DPSConfig(target_modules=["0", "3"], **{name: getattr(plan, name) for name in names})
+        names += ("granularity", "schedule", "evidence")
+        config = DPSConfig(
+            target_modules=["0", "3"], score_steps=plan.stage_steps, **{name: getattr(plan, name) for name in names}
+        )
         self.model = get_peft_model(net, config).train()
         self.optimizer = OPTIMIZERS[plan.optimizer]([p for p in self.model.parameters() if p.requires_grad])
         self.forward: nn.Module = self.model  # or what wraps it
@@ -79,10 +86,9 @@ class Training:
     def everything(self) -> dict[str, torch.Tensor]:
         """Weights, and all that DPS holds, as bits."""
         state = {f"weights/{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for weight in find_subnetworks(self.model)["default"].weights:
-            for kind in ("total", "participation", "keep", "held", "snapshot", "checksum"):
-                tensor = getattr(weight, kind)
-                if tensor is not None and not (kind == "total" and self.plan.lean):  # a matter of when it is made
+        for weight in find_controllers(self.model)["default"].weights:
+            for kind, tensor in held_by(weight).items():
+                if not (kind == "total" and self.plan.lean):  # a matter of when it is made
                     state[f"{kind}/{weight.name}"] = tensor
         return {name: as_bits(tensor).clone() for name, tensor in state.items()}
 
@@ -105,6 +111,18 @@ class Training:
         training.model.load_dps_state(folder / "dps.safetensors")
         torch.set_rng_state(rest["random"])
         return training
+
+
+def held_by(weight: TargetWeight) -> dict[str, torch.Tensor]:
+    """All that the phase keeps of a weight."""
+    frozen = weight.frozen
+    held = {
+        "total": getattr(weight.gathered, "total", None),
+        "participation": getattr(weight.noise, "count", None),
+        "keep": None if frozen is None else frozen.mask.keep,
+        **{kind: getattr(frozen, kind, None) for kind in ("held", "snapshot", "checksum")},
+    }
+    return {kind: tensor for kind, tensor in held.items() if tensor is not None}
 
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:

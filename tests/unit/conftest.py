@@ -8,6 +8,8 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_dps import DPSConfig
+from peft_dps.training.controller import Controller
+from peft_dps.training.weight import TargetWeight
 
 
 class Net(nn.Module):
@@ -75,8 +77,16 @@ def weights_of(model: nn.Module, adapter: str = "default") -> list[nn.Parameter]
     return [layer.dps_weight[adapter] for layer in layers_of(model)]
 
 
-def subnetwork_of(model: nn.Module, adapter: str = "default"):
+def controller_of(model: nn.Module, adapter: str = "default") -> Controller:
     return layers_of(model)[0].dps_controllers[adapter]
+
+
+subnetwork_of = controller_of
+
+
+def keep_of(weight: TargetWeight) -> torch.Tensor | None:
+    """The mask that holds, in bytes; None where none does."""
+    return None if weight.frozen is None else weight.frozen.mask.keep
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches) -> None:

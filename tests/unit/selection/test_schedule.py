@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_dps.errors import ConfigError, ScheduleError
-from peft_dps.selection.schedule import ACCUMULATE, SCHEDULES, SUBNETWORK, Cycle, Once, Position, ScheduleSettings, Stage
+from peft_dps.selection.schedule import (
+    ACCUMULATE,
+    SCHEDULES,
+    SUBNETWORK,
+    Cycle,
+    Once,
+    Position,
+    ScheduleSettings,
+    Stage,
+)
 
 lengths = st.integers(1, 10_000)
 steps = st.integers(1, 10**9)

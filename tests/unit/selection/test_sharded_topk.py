@@ -69,9 +69,7 @@ def select_on(size: int, weights: list[torch.Tensor], density: float, *, togethe
     parts = [cut(weight, size) for weight in weights]
     problems, counts = ranked(weights, density, together=together)
     results = group.run(
-        lambda rank: select_sharded(
-            [SortableScores.of(part[rank.rank]) for part in parts], problems, counts, rank
-        )
+        lambda rank: select_sharded([SortableScores.of(part[rank.rank]) for part in parts], problems, counts, rank)
     )
     masks = [torch.cat([masks[index] for masks, _ in results]) for index in range(len(weights))]
     assert len({tuple(selected) for _, selected in results}) == 1

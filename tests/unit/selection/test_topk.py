@@ -193,7 +193,11 @@ def test_other_dtypes_are_refused_by_name(dtype):
 
 def test_different_dtypes_cannot_be_ranked_together():
     scores = [SortableScores.of(torch.ones(2, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
-    for rank in (lambda: topk.select(scores, 2), lambda: select_within(scores, [1, 1], 2), lambda: check_one_dtype(scores)):
+    for rank in (
+        lambda: topk.select(scores, 2),
+        lambda: select_within(scores, [1, 1], 2),
+        lambda: check_one_dtype(scores),
+    ):
         with pytest.raises(ScoreError, match=r"one dtype, got torch\.float32, torch\.float64"):
             rank()
 

@@ -148,15 +148,16 @@ class SecondMoments(Evidence):
         gathered = self.begin()
         if "total" in saved:
             gathered.total = saved.amounts("total", weight.shape, _wide(weight)).to(weight.device, copy=True)
-        facts = saved.facts("moment", optional=True)
+        facts = saved.facts("moment")
         if facts is not None:
             before = None
             if "moment" in saved:
                 before = saved.amounts("moment", weight.shape, torch.float32, torch.float64)
             gathered.moment = MomentScores(
-                before, facts.real("share"), facts.real("decay"), facts.number("steps", at_least=1)
+                before, facts.share("share", positive=True), facts.share("decay"), facts.number("steps", at_least=1)
             )
-            gathered._decay = facts.real("beta2")
+            gathered._decay = facts.share("beta2")
+            facts.finish()
         return gathered
 
 

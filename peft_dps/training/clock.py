@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from peft_dps.errors import ConfigError
+from peft_dps.errors import ConfigError, ScheduleError
 from peft_dps.selection.schedule import Phase, Position, Schedule
 from peft_dps.tensors.state import SavedState
 
@@ -131,23 +131,10 @@ class Clock:
         clock.scored_steps, clock.unscored_steps = saved.number("scored_steps"), saved.number("unscored_steps")
         clock._in_round = set(saved.names("in_round"))
         clock.entered = saved.number("entered", optional=True)
-        lengths = saved.plain("schedule", optional=True)
-        if not clock._in_round <= names:
-            raise saved.damaged(f"`in_round` names {sorted(clock._in_round - names)}, which are no weights of it")
-        if lengths is not None:
-            try:
-                clock._resolved = self.schedule.load(lengths).resolve(None)
-            except (ConfigError, TypeError) as error:
-                raise saved.damaged(f"`schedule` is {lengths!r} ({error})") from error
-            clock.position = clock._resolved.at(clock.step) if clock.step else None
-        possible: set[int | None] = {None} if clock.step == 0 else set()
-        if clock._resolved is not None:
-            around = [clock.position, clock.coming()]
-            possible |= {position.number for position in around if position is not None}
-        if clock.entered not in possible:
-            raise saved.damaged(f"`entered` is {clock.entered!r} at step {clock.step}, where it is one of {possible}")
-        if clock.scored_steps > clock.step and clock.step:
-            raise saved.damaged(f"`scored_steps` is {clock.scored_steps} at step {clock.step}")
+        if saved.fact("schedule") is not None:
+            clock._resolved = self._read_schedule(saved, saved.table("schedule"))
+        saved.finish()
+        clock._check(saved, names)
         if self.total_steps and before and before != self.total_steps:
             logger.warning(
                 "Adapter %r: the training was to have %d steps when its state was saved, and now has %d. It goes on "
@@ -156,6 +143,36 @@ class Clock:
                 before,
                 self.total_steps,
                 clock.step,
-                lengths,
+                saved.fact("schedule"),
             )
         return clock
+
+    def _read_schedule(self, saved: SavedState, lengths: dict[str, Any]) -> Schedule:
+        try:
+            schedule = self.schedule.load(lengths).resolve(None)
+        except (ConfigError, ScheduleError, TypeError) as error:
+            raise saved.damaged(f"`schedule` is {lengths!r} ({error})") from error
+        try:
+            expected = self.schedule.resolve(None)
+        except ScheduleError:  # its lengths depend on the number of steps, which was another one once
+            expected = schedule
+        if schedule != expected or schedule.state() != lengths:
+            raise saved.damaged(f"`schedule` is {lengths!r}, and this training's is {expected.state()!r}")
+        return schedule
+
+    def _check(self, saved: SavedState, names: set[str]) -> None:
+        """Find the position, and check that the rest of a saved clock goes with it."""
+        step, known = self.step, self._resolved is not None
+        if step and not known:
+            raise saved.damaged(f"`schedule` is None at step {step}")
+        self.position = self.resolved.at(step) if step else None
+        around = [self.position, self.coming() if known else None]
+        possible = {None if position is None else position.number for position in around}
+        if self.entered not in (possible - {None} if step else possible):
+            raise saved.damaged(f"`entered` is {self.entered!r} at step {step}, which is in another phase")
+        if self.position is not None and self.position.phase.gathers and self.scored_steps > self.position.step:
+            raise saved.damaged(
+                f"`scored_steps` is {self.scored_steps} at step {step}, which is step {self.position.step} of its phase"
+            )
+        if not self._in_round <= (names if step else set()):
+            raise saved.damaged(f"`in_round` is {sorted(self._in_round)}, which are no weights of this step")

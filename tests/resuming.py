@@ -120,7 +120,10 @@ def held_by(weight: TargetWeight) -> dict[str, torch.Tensor]:
         "total": getattr(weight.gathered, "total", None),
         "participation": getattr(weight.noise, "count", None),
         "keep": None if frozen is None else frozen.mask.keep,
-        **{kind: getattr(frozen, kind, None) for kind in ("held", "snapshot", "checksum")},
+        "held": getattr(frozen, "held", None),
+        "snapshot": getattr(frozen, "snapshot", None),
+        # The optimizer may move what the policy "gradient" freezes, and a resumed training adds it up anew.
+        "checksum": getattr(frozen, "checksum", None) if getattr(frozen, "holds_bits", False) else None,
     }
     return {kind: tensor for kind, tensor in held.items() if tensor is not None}
 

@@ -57,13 +57,13 @@ def reshard(controller: Controller, sources: Sequence[StateFile], world: list[Ra
         StateError: If the sources do not fit together, are damaged, or are those of other weights.
     """
     weights = controller.existing
-    with together(world, LOADING, StateError), damage_told(controller.adapter):
+    with together(world, LOADING, StateError), damage_told(f"adapter {controller.adapter!r}"):
         header = sources[0].header
         check_header(controller, header)
         for weight in weights:
             _check_cover(weight, [source.header["weights"][weight.name] for source in sources])
     _check_values(weights, sources, world)
-    with together(world, LOADING, StateError), damage_told(controller.adapter):
+    with together(world, LOADING, StateError), damage_told(f"adapter {controller.adapter!r}"):
         for source in sources:
             if any(_overlaps(weight, source.header["weights"][weight.name]) for weight in weights):
                 source.check()

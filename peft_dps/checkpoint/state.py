@@ -56,7 +56,7 @@ def state_of(controller: Controller) -> dict[str, Any]:
         "format": FORMAT,
         "adapter": controller.adapter,
         "settings": controller.recipe.settings,
-        "clock": controller.clock.state(),
+        "clock": controller.clock.state(set(weights)),
         "weights": weights,
     }
     return {"header": header, "tensors": tensors}
@@ -82,13 +82,12 @@ def load_state(controller: Controller, state: Mapping[str, Any]) -> None:
     with together(world, LOADING, StateError), damage_told(whose):
         header, tensors = state["header"], dict(state["tensors"])
         check_header(controller, header)
-        clock = controller.clock.read(SavedState(whose, header["clock"], {}), {weight.name for weight in weights})
-        phase, number = clock.entered_phase, clock.entered or 0
+        clock = controller.clock.read(SavedState(whose, header, {}).part("clock"), {weight.name for weight in weights})
         parts = []
         for weight in weights:
             with damage_told(repr(weight.name)):
                 own = _saved(weight, header["weights"][weight.name], tensors)
-                parts.append(read_state(weight, own, number, masked=phase is not None and phase.masked))
+                parts.append(read_state(weight, own, clock))
         if tensors:
             raise StateError(
                 f"The training state of {whose} has tensors that nothing needs: {sorted(map(str, tensors))}."
@@ -112,7 +111,7 @@ def _saved(weight: TargetWeight, entry: Any, tensors: dict[str, Any]) -> SavedSt
             )
     if saved.fact("values") != values_of(weight):
         raise StateError(OTHER_VALUES.format(weight.name))
-    facts, own = saved.fact("facts"), {}
+    facts, own = saved.table("facts"), {}
     for kind, expected in {**saved.table("rows"), **saved.table("whole")}.items():
         key = f"{weight.name}.{kind}"
         if not isinstance(tensors.get(key), torch.Tensor):
@@ -184,7 +183,7 @@ def check_header(controller: Controller, header: Mapping[str, Any]) -> None:
             f"The training state is that of adapter {header['adapter']!r}, not of {adapter!r}. Load it into the "
             "adapter of that name (`adapter_name=`)."
         )
-    _check_settings(controller, SavedState(f"adapter {adapter!r}", saved.table("settings"), {}))
+    _check_settings(controller, saved.part("settings"))
     entries = set(saved.table("weights"))
     if names != entries:
         missing, unknown = sorted(names - entries), sorted(map(str, entries - names))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 
@@ -157,6 +158,8 @@ class SecondMoments(Evidence):
                 before, facts.share("share", positive=True), facts.share("decay"), facts.number("steps", at_least=1)
             )
             gathered._decay = facts.share("beta2")
+            if not math.isclose(gathered.moment.decay, gathered._decay**gathered.moment.steps, rel_tol=1e-6):
+                raise facts.damaged("`decay` is not what `steps` steps make of `beta2`")
             facts.finish()
         return gathered
 

@@ -79,7 +79,9 @@ class SavedState:
         """
         value = self.fact(name)
         if type(value) not in (int, float) or not 0 <= value <= 1 or (positive and value == 0):
-            raise self.damaged(f"`{name}` is {value!r}, and has to be a number {'above' if positive else 'from'} 0 to 1")
+            raise self.damaged(
+                f"`{name}` is {value!r}, and has to be a number {'above' if positive else 'from'} 0 to 1"
+            )
         return float(value)
 
     def flag(self, name: str) -> bool:
@@ -98,8 +100,11 @@ class SavedState:
 
     def facts(self, name: str) -> SavedState | None:
         """Return the plain values of a part, or None if there is none."""
-        value = self.fact(name)
-        return None if value is None else SavedState(self.whose, self.table(name), {})
+        return None if self.fact(name) is None else self.part(name)
+
+    def part(self, name: str) -> SavedState:
+        """Return the plain values of a part."""
+        return SavedState(f"{self.whose} (`{name}`)", self.table(name), {})
 
     def table(self, name: str) -> dict[str, Any]:
         """Return a dict of plain values, unchecked."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -73,6 +74,12 @@ class Clock:
         at = coming if self.position is None or coming.number == self.entered else self.position
         return at.phase
 
+    @property
+    def most_steps(self) -> float:
+        """How many steps may have been looked at: any number before training, if evidence is gathered then."""
+        before_training = not self.is_resolved or not self.resolved.at(1).phase.gathers
+        return math.inf if before_training else self.step
+
     def joins(self, names: Iterable[str]) -> bool:
         """Tell whether a call with the weights of these names belongs to the latest step, and begins no new one."""
         return bool(self._in_round) and self._in_round.isdisjoint(names)
@@ -103,8 +110,12 @@ class Clock:
             self.step,
         )
 
-    def state(self) -> dict[str, Any]:
-        """Return how far the training is, in plain values."""
+    def state(self, names: set[str]) -> dict[str, Any]:
+        """Return how far the training is, in plain values.
+
+        Args:
+            names: Names of the adapter's weights that still exist.
+        """
         return {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -112,7 +123,7 @@ class Clock:
             "entered": self.entered,
             "scored_steps": self.scored_steps,
             "unscored_steps": self.unscored_steps,
-            "in_round": sorted(self._in_round),
+            "in_round": sorted(self._in_round & names),
         }
 
     def read(self, saved: SavedState, names: set[str]) -> Clock:
@@ -169,10 +180,14 @@ class Clock:
         around = [self.position, self.coming() if known else None]
         possible = {None if position is None else position.number for position in around}
         if self.entered not in (possible - {None} if step else possible):
-            raise saved.damaged(f"`entered` is {self.entered!r} at step {step}, which is in another phase")
+            lengths = self.resolved.state() if known else None
+            raise saved.damaged(f"`entered` is {self.entered!r} at step {step}, and `schedule` is {lengths!r}")
         if self.position is not None and self.position.phase.gathers and self.scored_steps > self.position.step:
             raise saved.damaged(
-                f"`scored_steps` is {self.scored_steps} at step {step}, which is step {self.position.step} of its phase"
+                f"`scored_steps` is {self.scored_steps} at step {step}, which is step {self.position.step} of a phase"
             )
+        for name, count in (("scored_steps", self.scored_steps), ("unscored_steps", self.unscored_steps)):
+            if count > self.most_steps:
+                raise saved.damaged(f"`{name}` is {count} at step {step}")
         if not self._in_round <= (names if step else set()):
             raise saved.damaged(f"`in_round` is {sorted(self._in_round)}, which are no weights of this step")

@@ -9,6 +9,7 @@ from peft_dps.masking.frozen import FrozenWeight, load_frozen
 from peft_dps.masking.noise import WeightNoise
 from peft_dps.selection.evidence import Gathered
 from peft_dps.tensors.state import SavedState, State
+from peft_dps.training.clock import Clock
 from peft_dps.training.weight import TargetWeight
 
 
@@ -71,28 +72,30 @@ class SavedWeight:
         weight.masked_in = None if self.frozen is None else self.phase
 
 
-def read_state(weight: TargetWeight, saved: SavedState, phase: int, *, masked: bool) -> SavedWeight:
+def read_state(weight: TargetWeight, saved: SavedState, clock: Clock) -> SavedWeight:
     """Read what was saved of a weight, which has the values that it had then.
 
     Args:
         weight: The weight.
         saved: What `state_of` returned.
-        phase: Number of the phase.
-        masked: Whether a mask holds in it.
+        clock: The clock of the same moment.
 
     Raises:
         StateError: If it is incomplete or makes no sense.
     """
     recipe, values = weight.recipe, weight.weight
     observed, selected = saved.number("observed"), saved.number("selected", optional=True)
+    if observed > clock.most_steps:
+        raise saved.damaged(f"`observed` is {observed} at step {clock.step}")
     if selected is not None and selected > weight.entries:
         raise saved.damaged(f"`selected` is {selected}, of {weight.entries} entries")
     gathered = recipe.evidence.load(saved, values)
     noise = recipe.noise.load(saved, weight.layout, values.device)
-    has_mask, frozen = saved.flag("masked"), None
-    if has_mask != (masked and not recipe.budget.takes_all):
-        raise saved.damaged(f"`masked` is {has_mask}, in a phase {'with' if masked else 'without'} a mask")
-    if has_mask:
+    phase, frozen = clock.entered_phase, None
+    masked = phase is not None and phase.masked and not recipe.budget.takes_all
+    if saved.flag("masked") is not masked:
+        raise saved.damaged(f"`masked` is {not masked} at step {clock.step}")
+    if masked:
         frozen = load_frozen(recipe.frozen, saved, values, with_snapshot=recipe.noise.substitutes)
     saved.finish()
-    return SavedWeight(weight, gathered, noise, frozen, observed, selected, phase)
+    return SavedWeight(weight, gathered, noise, frozen, observed, selected, clock.entered or 0)

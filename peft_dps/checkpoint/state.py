@@ -133,7 +133,15 @@ def damage_told(whose: str) -> Iterator[None]:
     """
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
         if isinstance(error, StateError):
             raise
         raise StateError(f"The training state of {whose} is damaged, or is none: {error!r}.") from error

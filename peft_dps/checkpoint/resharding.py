@@ -149,9 +149,7 @@ def _check_alike(weight: TargetWeight, found: Sequence[Mapping[str, Any]]) -> No
     for facts in found:
         told = [_common(each) for each in (facts, found[0])]
         if told[0] != told[1]:
-            raise StateError(
-                f"The training state of {weight.name!r} is damaged: its parts tell {told[0]} and {told[1]}."
-            )
+            raise StateError(f"The training state of {weight.name!r} is damaged: parts tell {told[0]} and {told[1]}.")
 
 
 def _common(facts: Mapping[str, Any]) -> list[Any]:

@@ -22,6 +22,7 @@ from peft_dps.training.resume import state_of as state_of_weight
 from peft_dps.training.weight import TargetWeight
 
 FORMAT = 2
+_OF_MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, AssertionError)
 LOADING = "Loading the training state"
 OTHER_VALUES = (
     "The values of the weight of {!r} are not those with which the training state was saved. Load the adapter's "
@@ -133,15 +134,7 @@ def damage_told(whose: str) -> Iterator[None]:
     """
     try:
         yield
-    except (
-        LookupError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        ArithmeticError,
-        RuntimeError,
-        AssertionError,
-    ) as error:
+    except _OF_MALFORMED as error:
         if isinstance(error, StateError):
             raise
         raise StateError(f"The training state of {whose} is damaged, or is none: {error!r}.") from error

@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from peft_dps import DPSConfig
-from peft_dps.tuner.adapter import find_subnetworks
-from tests.resuming import as_bits
+from peft_dps.tuner.adapter import find_controllers
+from tests.resuming import as_bits, held_by
 
 
 class Sentences(Dataset):
@@ -45,10 +45,8 @@ class Trace(TrainerCallback):
 
 def everything(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     held = {f"weights/{name}": parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for weight in find_subnetworks(model)["default"].weights:
-        for kind in ("total", "participation", "keep", "held", "snapshot", "checksum"):
-            if getattr(weight, kind) is not None:
-                held[f"{kind}/{weight.name}"] = getattr(weight, kind)
+    for weight in find_controllers(model)["default"].weights:
+        held.update({f"{kind}/{weight.name}": tensor for kind, tensor in held_by(weight).items()})
     return {name: as_bits(tensor).clone() for name, tensor in held.items()}
 
 

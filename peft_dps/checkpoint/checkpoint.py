@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from peft_dps.checkpoint import file as statefile
+from peft_dps.checkpoint.file import check_path, write
+from peft_dps.checkpoint.parts import drop_part, find_save, write_index, write_part
 from peft_dps.checkpoint.resharding import fits, reshard
 from peft_dps.checkpoint.state import LOADING, damage_told, load_state, state_of
 from peft_dps.errors import StateError
@@ -38,17 +39,26 @@ def save(controller: Controller, path: str | os.PathLike[str]) -> str:
     """
     world = processes_of(controller)
     if not world:
-        return statefile.write(path, state_of(controller))
+        return write(path, state_of(controller))
     ranks = world[0]
     _check_path(ranks, Path(path))
     name = f"{common_number(ranks):016x}"
-    with together(world, _SAVING, StateError):
+    try:
+        return _save_parts(controller, path, name, ranks)
+    except BaseException:
+        drop_part(path, name, ranks.rank, ranks.size)
+        raise
+
+
+def _save_parts(controller: Controller, path: str | os.PathLike[str], name: str, ranks: Ranks) -> str:
+    with together([ranks], _SAVING, StateError):
+        check_path(Path(path))
         state = state_of(controller)
-        statefile.write_part(path, state, name, ranks.rank, ranks.size)
+        write_part(path, state, name, ranks.rank, ranks.size)
     digest = ""
-    with together(world, _SAVING, StateError):
+    with together([ranks], _SAVING, StateError):
         if ranks.rank == 0:
-            digest = statefile.write_index(path, state["header"], name, ranks.size)
+            digest = write_index(path, state["header"], name, ranks.size)
     return digest
 
 
@@ -66,15 +76,15 @@ def load(controller: Controller, path: str | os.PathLike[str]) -> None:
         StateError: If it is missing or damaged, or not that of this adapter, these settings and these weights.
     """
     world = processes_of(controller)
-    with together(world, LOADING, StateError), damage_told(controller.adapter):
-        saved = statefile.find_save(path)
+    with together(world, LOADING, StateError), damage_told(f"adapter {controller.adapter!r}"):
+        saved = find_save(path)
         state = None
         if len(saved.paths) == (world[0].size if world else 1):
             own = saved.part(world[0].rank if world else 0)
             state = own.read() if fits(controller, own.header) else None
     cut_otherwise = [ranks.any(state is None) for ranks in world]
     if state is None or any(cut_otherwise):
-        with together(world, LOADING, StateError), damage_told(controller.adapter):
+        with together(world, LOADING, StateError), damage_told(f"adapter {controller.adapter!r}"):
             sources = [saved.part(rank) for rank in range(len(saved.paths))]
         state = reshard(controller, sources, world)
     load_state(controller, state)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -21,7 +19,6 @@ from peft_dps.errors import StateError
 
 _HEADER, _DIGEST = "peft_dps", "sha256"
 _OFFSETS = "DCP_SHARDING_INFO"  # by which torch.distributed.checkpoint finds which rows of what a file holds
-_MOST_PROCESSES = 10**5  # as many as names of parts have digits for
 
 
 def path_in(folder: str | os.PathLike[str], adapter: str) -> Path:
@@ -35,7 +32,7 @@ def path_in(folder: str | os.PathLike[str], adapter: str) -> Path:
 
 
 def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> str:
-    """Write a training state. A process that is killed meanwhile leaves what was there before.
+    """Write a training state. What was there before stays until all is written, and also if that fails.
 
     Args:
         path: Name of the file; its folder exists.
@@ -48,19 +45,34 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> str:
         StateError: If there is a folder of that name.
     """
     path = Path(path)
-    if path.is_dir():
-        raise StateError(f"`path` must be the name of a file, and '{path}' is a folder. Name a file in it.")
+    check_path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state["tensors"].items()}
     header = json.dumps(state["header"])
     digest = _digest(header, tensors)
+    labels = {_HEADER: header, _DIGEST: digest, _OFFSETS: json.dumps(_offsets(state["header"], tensors))}
     part = path.with_name(f".{path.name}.part")
-    save_file(
-        tensors, part, {_HEADER: header, _DIGEST: digest, _OFFSETS: json.dumps(_offsets(state["header"], tensors))}
-    )
-    _flush(part)
-    part.replace(path)
+    try:
+        save_file(tensors, part, labels)
+        _flush(part)
+        part.replace(path)
+    except BaseException:  # a full disk, or an interrupt
+        part.unlink(missing_ok=True)
+        raise
     _flush(path.parent)
     return digest
+
+
+def check_path(path: Path) -> None:
+    """Check that a file can be of that name.
+
+    Args:
+        path: The name.
+
+    Raises:
+        StateError: If there is a folder of that name.
+    """
+    if path.is_dir():
+        raise StateError(f"`path` must be the name of a file, and '{path}' is a folder. Name a file in it.")
 
 
 def _offsets(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -70,99 +82,6 @@ def _offsets(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     return {
         name: {"saved_offsets": [rows.get(name, 0), *[0] * (tensor.dim() - 1)]} for name, tensor in tensors.items()
     }
-
-
-def write_part(path: str | os.PathLike[str], state: Mapping[str, Any], save: str, rank: int, size: int) -> None:
-    """Write the training state of one process of several, beside what earlier saves have left there.
-
-    Args:
-        path: Name that stands for the files of all processes.
-        state: What `state_of` returned on this process.
-        save: Name of the save, which no other has, 16 hexadecimal digits.
-        rank: The process.
-        size: How many there are.
-    """
-    write(part_of(Path(path), save, rank, size), {**state, "header": {**state["header"], "save": save}})
-
-
-def write_index(path: str | os.PathLike[str], header: Mapping[str, Any], save: str, size: int) -> str:
-    """Make the parts of a save the training state at `path`, when all are written, and delete those of earlier ones.
-
-    Args:
-        path: Name that stands for the files of all processes.
-        header: That of any part.
-        save: Name of the save.
-        size: How many processes there are.
-
-    Returns:
-        Digest of the index, by which the state can be told from others.
-    """
-    path = Path(path)
-    index = {**header, "weights": {}, "save": save, "size": size}
-    digest = write(path, {"header": index, "tensors": {}})
-    own = re.compile(rf"\.?{re.escape(path.stem)}\.([0-9a-f]{{16}})-\d+-of-\d+{re.escape(path.suffix)}(\.part)?")
-    for entry in path.parent.iterdir():
-        found = own.fullmatch(entry.name)
-        if found and found[1] != save:
-            entry.unlink(missing_ok=True)
-    return digest
-
-
-def part_of(path: Path, save: str, rank: int, size: int) -> Path:
-    """Return where the training state of one process of several lies.
-
-    Args:
-        path: Name that stands for the files of all processes.
-        save: Name of the save, 16 hexadecimal digits.
-        rank: The process.
-        size: How many there are.
-    """
-    return path.with_name(f"{path.stem}.{save}-{rank:05d}-of-{size:05d}{path.suffix}")
-
-
-@dataclass(frozen=True)
-class Save:
-    """The files of one save.
-
-    Attributes:
-        name: Name of the save; None if one process has saved.
-        paths: Its files, in the order of the processes.
-    """
-
-    name: str | None
-    paths: list[Path]
-
-    def part(self, rank: int) -> StateFile:
-        """Open the file of a process.
-
-        Raises:
-            StateError: If it is missing, damaged, or of another save.
-        """
-        part = StateFile(self.paths[rank])
-        if part.header.get("save") != self.name:
-            raise StateError(
-                f"'{part.path}' is of another save than the files beside it. Resume from another checkpoint."
-            )
-        return part
-
-
-def find_save(path: str | os.PathLike[str]) -> Save:
-    """Find the files of a training state.
-
-    Args:
-        path: Where it was saved.
-
-    Raises:
-        StateError: If there is no state, or it is damaged, or names no files.
-    """
-    path = Path(path)
-    header = StateFile(path).header
-    if "size" not in header:
-        return Save(header.get("save"), [path])
-    save, size = str(header.get("save")), header["size"]
-    if not (re.fullmatch("[0-9a-f]{16}", save) and isinstance(size, int) and 0 < size <= _MOST_PROCESSES):
-        raise StateError(f"The training state at '{path}' names no files: `save` is {save!r}, `size` {size!r}.")
-    return Save(save, [part_of(path, save, rank, size) for rank in range(size)])
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -194,10 +113,10 @@ class StateFile:
         self.path = Path(path)
         with self._open() as file:
             self._header, self._written = _labels(path, file.metadata())
-        try:
-            self.header: dict[str, Any] = json.loads(self._header)
-        except (ValueError, RecursionError) as error:
-            raise self._damaged() from error
+            self._places = file.metadata().get(_OFFSETS)
+        self.header: dict[str, Any] = self._parsed(self._header)
+        if not isinstance(self.header, dict):
+            raise self._damaged()
 
     def read(self) -> dict[str, Any]:
         """Read everything, as `state_of` returned it."""
@@ -208,12 +127,15 @@ class StateFile:
         return {"header": self.header, "tensors": tensors}
 
     def check(self) -> None:
-        """Compare the contents with their digest, one tensor at a time."""
+        """Compare the contents with their digest, one tensor at a time, and the places of rows with the header."""
+        empty = {}
         with self._open() as file:
             digest = hashlib.sha256(self._header.encode())
             for name in sorted(file.keys()):
-                _add(digest, name, file.get_tensor(name))
-        if digest.hexdigest() != self._written:
+                tensor = file.get_tensor(name)
+                _add(digest, name, tensor)
+                empty[name] = tensor.to("meta")
+        if digest.hexdigest() != self._written or self._parsed(self._places) != _offsets(self.header, empty):
             raise self._damaged()
 
     def kind_of(self, name: str) -> tuple[torch.dtype, torch.Size]:
@@ -234,6 +156,12 @@ class StateFile:
                 f"The training state at '{self.path}' is cut off or damaged ({error}). Resume from an earlier "
                 "checkpoint."
             ) from error
+
+    def _parsed(self, text: str | None) -> Any:
+        try:
+            return json.loads(text or "")
+        except (ValueError, RecursionError) as error:
+            raise self._damaged() from error
 
     def _damaged(self) -> StateError:
         return StateError(f"The training state at '{self.path}' is damaged. Resume from an earlier checkpoint.")

@@ -1,7 +1,7 @@
 """Training states for other rows: read from what other processes have saved of theirs, or one process of all.
 
-torch.distributed.checkpoint finds which rows are in which file. Its own files hold a pickle, which is nothing to load from
-strangers; its reader of safetensors does not, and the files of a training state are such.
+torch.distributed.checkpoint finds which rows are in which file. Its own files hold a pickle, which is nothing to load
+from strangers; its reader of safetensors does not, and the files of a training state are such.
 """
 
 from __future__ import annotations
@@ -57,13 +57,18 @@ def reshard(controller: Controller, sources: Sequence[StateFile], world: list[Ra
         StateError: If the sources do not fit together, are damaged, or are those of other weights.
     """
     weights = controller.existing
-    with together(world, LOADING, StateError), damage_told(controller.adapter):
+    with together(world, LOADING, StateError), damage_told(f"adapter {controller.adapter!r}"):
         header = sources[0].header
-        check_header(controller, header)
+        for source in sources:
+            check_header(controller, source.header)
+            if source.header["clock"] != header["clock"]:
+                raise StateError(f"'{source.path}' is of another step than the files beside it. It is damaged.")
         for weight in weights:
-            _check_cover(weight, [source.header["weights"][weight.name] for source in sources])
+            found = [source.header["weights"][weight.name] for source in sources]
+            _check_cover(weight, found)
+            _check_alike(weight, found)
     _check_values(weights, sources, world)
-    with together(world, LOADING, StateError), damage_told(controller.adapter):
+    with together(world, LOADING, StateError), damage_told(f"adapter {controller.adapter!r}"):
         for source in sources:
             if any(_overlaps(weight, source.header["weights"][weight.name]) for weight in weights):
                 source.check()
@@ -107,10 +112,19 @@ class _Only(FileSystem):
     """A file system with some files."""
 
     def __init__(self, paths: list[Path]) -> None:
-        self._paths = [str(path) for path in paths]
+        self._paths = [_Name(path) for path in paths]
 
     def ls(self, path: Any) -> list[str]:
-        return self._paths
+        return list(self._paths)
+
+
+class _Name(str):
+    """The name of a file of safetensors, which the reader knows by its ending, and users need not call it so."""
+
+    __slots__ = ()
+
+    def endswith(self, *_: Any) -> bool:
+        return True
 
 
 def _check_cover(weight: TargetWeight, found: Sequence[Mapping[str, Any]]) -> None:
@@ -130,11 +144,24 @@ def _check_cover(weight: TargetWeight, found: Sequence[Mapping[str, Any]]) -> No
         row += by_first[row]
 
 
+def _check_alike(weight: TargetWeight, found: Sequence[Mapping[str, Any]]) -> None:
+    """Check that all sources tell the same of a weight, but for what may be so in some of its rows alone."""
+    for facts in found:
+        told = [_common(each) for each in (facts, found[0])]
+        if told[0] != told[1]:
+            raise StateError(f"The training state of {weight.name!r} is damaged: parts tell {told[0]} and {told[1]}.")
+
+
+def _common(facts: Mapping[str, Any]) -> list[Any]:
+    plain = {name: type(value) if isinstance(value, bool) else value for name, value in facts["facts"].items()}
+    return [plain, sorted(facts["rows"]), sorted(facts["whole"])]
+
+
 def _check_values(weights: Sequence[TargetWeight], sources: Sequence[StateFile], world: list[Ranks]) -> None:
     """Check that the weights are those of the state: checksums of parts add up to the same, however they are cut."""
     own = torch.tensor([values_of(weight) for weight in weights])
     sums = {ranks: ranks.sum(own) for ranks in distinct(weight.ranks for weight in weights)}
-    with together(world, LOADING, StateError):
+    with together(world, LOADING, StateError), damage_told("the weights"):
         for index, weight in enumerate(weights):
             facts = [source.header["weights"][weight.name] for source in sources]
             saved = sum({each["offset"][0]: each["values"] for each in facts if each["shape"][0] > 0}.values())

@@ -6,7 +6,7 @@ It is the sum of what the objects of the phase hold, and says of which weights a
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,11 +17,12 @@ from peft_dps.masking.frozen_bits import checksum
 from peft_dps.tensors.shards import Ranks, together, world_of
 from peft_dps.tensors.state import SavedState
 from peft_dps.training.controller import Controller
-from peft_dps.training.resume import read_state
+from peft_dps.training.resume import SavedWeight, read_state
 from peft_dps.training.resume import state_of as state_of_weight
 from peft_dps.training.weight import TargetWeight
 
 FORMAT = 2
+_OF_MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, AssertionError)
 LOADING = "Loading the training state"
 OTHER_VALUES = (
     "The values of the weight of {!r} are not those with which the training state was saved. Load the adapter's "
@@ -36,8 +37,8 @@ def state_of(controller: Controller) -> dict[str, Any]:
         controller: What drives the adapter's training.
 
     Returns:
-        `"header"`: plain values, fit for JSON. `"tensors"`: a flat dict, by `"<path of the layer>.<what>"`. The tensors
-        are those in use, as in torch's state dicts: copy what has to outlive the next step.
+        `"header"`: plain values, fit for JSON. `"tensors"`: a flat dict, by `"<path of the layer>.<what>"`. They are
+        those in use, as in torch's state dicts: copy what has to outlive the next step.
     """
     tensors: dict[str, torch.Tensor] = {}
     weights: dict[str, dict[str, Any]] = {}
@@ -56,7 +57,7 @@ def state_of(controller: Controller) -> dict[str, Any]:
         "format": FORMAT,
         "adapter": controller.adapter,
         "settings": controller.recipe.settings,
-        "clock": controller.clock.state(),
+        "clock": controller.clock.state(set(weights)),
         "weights": weights,
     }
     return {"header": header, "tensors": tensors}
@@ -77,62 +78,66 @@ def load_state(controller: Controller, state: Mapping[str, Any]) -> None:
         StateError: If the state is not complete, or not that of this adapter, these settings and these weights; or if
             that is so on another process.
     """
-    weights = controller.existing
+    whose, weights = f"adapter {controller.adapter!r}", controller.existing
     world = world_of(weight.ranks for weight in weights)
-    with together(world, LOADING, StateError), damage_told(controller.adapter):
+    with together(world, LOADING, StateError), damage_told(whose):
         header, tensors = state["header"], dict(state["tensors"])
         check_header(controller, header)
-        saved = SavedState(f"adapter {controller.adapter!r}", header["clock"], {})
-        clock = controller.clock.read(saved, {weight.name for weight in weights})
-        phase = clock.entered_phase
-        takes: list[Callable[[], None]] = []
+        clock = controller.clock.read(SavedState(whose, header, {}).part("clock"), {weight.name for weight in weights})
+        parts = []
         for weight in weights:
-            own = _saved(weight, header["weights"][weight.name], tensors)
-            takes.append(read_state(weight, own, clock.entered or 0, masked=phase is not None and phase.masked))
+            with damage_told(repr(weight.name)):
+                own = _saved(weight, header["weights"][weight.name], tensors)
+                parts.append(read_state(weight, own, clock))
         if tensors:
-            raise saved.damaged(f"it has tensors that nothing needs: {sorted(map(str, tensors))}")
-    for ranks in world:
-        _check_same_save(ranks, header)
-    controller.take_clock(clock)
-    for take in takes:
-        take()
-
-
-def _saved(weight: TargetWeight, facts: Mapping[str, Any], tensors: dict[str, Any]) -> SavedState:
-    """Return what was saved of one weight, and take its tensors out; its place, values and tensors are as they were."""
-    for name, now in place_of(weight).items():
-        if facts[name] != now:
             raise StateError(
-                f"The training state of {weight.name!r} is that of a weight with {name} {facts[name]}, and this one "
+                f"The training state of {whose} has tensors that nothing needs: {sorted(map(str, tensors))}."
+            )
+    _check_whole(world, header, parts)
+    controller.take_clock(clock)
+    for part in parts:
+        part.take()
+
+
+def _saved(weight: TargetWeight, entry: Any, tensors: dict[str, Any]) -> SavedState:
+    """Return what was saved of a weight, and take its tensors out; its place, values and tensors are as they were."""
+    saved = SavedState(repr(weight.name), entry, {})
+    for name, now in place_of(weight).items():
+        before = saved.fact(name)
+        if before != now:
+            raise StateError(
+                f"The training state of {weight.name!r} is that of a weight with {name} {before}, and this one "
                 f"has {now}. Resume with the same model and dtype, and the same sharding too where it was not "
                 "`save_dps_state` that saved."
             )
-    if facts["values"] != values_of(weight):
+    if saved.fact("values") != values_of(weight):
         raise StateError(OTHER_VALUES.format(weight.name))
-    own = {}
-    for kind, expected in {**facts["rows"], **facts["whole"]}.items():
+    facts, own = saved.table("facts"), {}
+    for kind, expected in {**saved.table("rows"), **saved.table("whole")}.items():
         key = f"{weight.name}.{kind}"
         if not isinstance(tensors.get(key), torch.Tensor):
             raise StateError(f"The training state lacks the tensor {key!r}. It is damaged.")
         own[kind] = tensors.pop(key)
-        if checksum(own[kind]) != expected:
-            raise StateError(f"The tensor {key!r} of the training state is not the one that was saved. It is damaged.")
-    return SavedState(repr(weight.name), facts["facts"], own)
+        with damage_told(repr(key)):
+            if checksum(own[kind]) != expected:
+                raise StateError(f"The tensor {key!r} of the training state is not the one that was saved.")
+    saved.finish()
+    return SavedState(repr(weight.name), facts, own)
 
 
 @contextmanager
-def damage_told(adapter: str) -> Iterator[None]:
+def damage_told(whose: str) -> Iterator[None]:
     """Turn what a malformed state brings about into an error that says so.
 
     Args:
-        adapter: Name of the adapter.
+        whose: What errors call it.
     """
     try:
         yield
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+    except _OF_MALFORMED as error:
         if isinstance(error, StateError):
             raise
-        raise StateError(f"The training state for adapter {adapter!r} is damaged, or is none: {error!r}.") from error
+        raise StateError(f"The training state of {whose} is damaged, or is none: {error!r}.") from error
 
 
 def place_of(weight: TargetWeight) -> dict[str, Any]:
@@ -168,36 +173,58 @@ def check_header(controller: Controller, header: Mapping[str, Any]) -> None:
         StateError: If it is not.
     """
     adapter, names = controller.adapter, {weight.name for weight in controller.existing}
-    if header["format"] != FORMAT:
+    saved = SavedState(f"adapter {adapter!r}", header, {})
+    if saved.fact("format") != FORMAT:
         raise StateError(
             f"The training state has format {header['format']!r}, and this version of peft_dps reads format {FORMAT}. "
             "Resume with the version that saved it."
         )
-    if header["adapter"] != adapter:
+    if saved.fact("adapter") != adapter:
         raise StateError(
             f"The training state is that of adapter {header['adapter']!r}, not of {adapter!r}. Load it into the "
             "adapter of that name (`adapter_name=`)."
         )
-    for name, now in controller.recipe.settings.items():
-        before = header["settings"].get(name)
-        if before != now:
-            raise StateError(
-                f"The training of adapter {adapter!r} was begun with `{name}={before!r}`, and its config now has "
-                f"{now!r}. Scores and masks would not fit. Resume with `{name}={before!r}`, or begin a new training "
-                "from these weights, without the training state."
-            )
-    if names != set(header["weights"]):
-        missing, unknown = sorted(names - set(header["weights"])), sorted(set(header["weights"]) - names)
+    _check_settings(controller, saved.part("settings"))
+    entries = set(saved.table("weights"))
+    if names != entries:
+        missing, unknown = sorted(names - entries), sorted(map(str, entries - names))
         raise StateError(
             f"The training state is that of other layers than adapter {adapter!r} trains: it lacks {missing} and has "
             f"{unknown} besides. Use the same model and the same `target_modules`."
         )
+    saved.table("clock")
+    if "save" in header:  # where several processes have saved
+        saved.fact("save")
+    saved.finish()
 
 
-def _check_same_save(ranks: Ranks, header: Mapping[str, Any]) -> None:
-    moment = zlib.crc32(repr((header.get("save"), sorted(header["clock"].items()))).encode())
-    if bool((ranks.gather(torch.tensor([moment])) != moment).any()):
+def _check_settings(controller: Controller, saved: SavedState) -> None:
+    for name, now in controller.recipe.settings.items():
+        before = saved.fact(name)
+        if before != now or isinstance(before, bool) is not isinstance(now, bool):
+            raise StateError(
+                f"The training of adapter {controller.adapter!r} was begun with `{name}={before!r}`, and its config "
+                f"now has {now!r}. Scores and masks would not fit. Resume with `{name}={before!r}`, or begin a new "
+                "training from these weights, without the training state."
+            )
+    saved.finish()
+
+
+def _check_whole(world: Sequence[Ranks], header: Mapping[str, Any], parts: Sequence[SavedWeight]) -> None:
+    """Check that the parts on all processes are of one save, and their masks together as large as was selected."""
+    facts = (header.get("save"), sorted(header["clock"].items()), [part.selected for part in parts])
+    own = torch.tensor([zlib.crc32(repr(facts).encode()), *(part.kept for part in parts)])
+    found = [ranks.gather(own) for ranks in world] or [own.unsqueeze(0)]
+    if bool((found[0][:, 0] != own[0]).any()):
         raise StateError(
             f"The processes were given training states of adapter {header['adapter']!r} from different saves. Give "
             "each its own of the same save."
         )
+    for part, kept in zip(parts, found[0][:, 1:].sum(0).tolist(), strict=True):
+        ranks = part.weight.ranks
+        copies = len(found[0]) // (1 if ranks is None else ranks.size)
+        if part.frozen is not None and kept != copies * (part.selected or 0):
+            raise StateError(
+                f"The training state of {part.weight.name!r} is damaged: its mask holds {kept // copies} entries, and "
+                f"`selected` is {part.selected}."
+            )

@@ -13,7 +13,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from peft_dps.checkpoint import checkpoint
+from peft_dps.checkpoint import checkpoint, parts
 from peft_dps.checkpoint import file as statefile
 from peft_dps.checkpoint.state import state_of
 from peft_dps.errors import EngineError, StateError
@@ -97,7 +97,7 @@ class PartsSaver:
         """Make the parts that the processes have written one training state."""
         path, part = self._paths(adapter)
         size = self._ranks.size
-        missing = [rank for rank in range(size) if not statefile.part_of(path, self._save, rank, size).exists()]
+        missing = [rank for rank in range(size) if not parts.part_of(path, self._save, rank, size).exists()]
         if missing:
             raise EngineError(
                 f"The training state of the sharded adapter {adapter!r} is not complete: in '{path.parent}' there is "
@@ -105,7 +105,7 @@ class PartsSaver:
                 "the Trainer saves. Or save with Accelerate or in a loop of your own, and train with "
                 "`save_only_model=True`."
             )
-        return statefile.write_index(path, statefile.StateFile(part).header, self._save, size)
+        return parts.write_index(path, statefile.StateFile(part).header, self._save, size)
 
     def close(self) -> None:
         """Write no more."""
@@ -118,14 +118,14 @@ class PartsSaver:
 
     def _paths(self, adapter: str) -> tuple[Path, Path]:
         path = statefile.path_in(checkpoint_folder(self._args, self._state), adapter)
-        return path, statefile.part_of(path, self._save, self._ranks.rank, self._ranks.size)
+        return path, parts.part_of(path, self._save, self._ranks.rank, self._ranks.size)
 
     def _write_parts(self, optimizer: Any) -> None:
         # It communicates nothing: who else asks for the optimizer's state may do so on one process.
         for adapter, controller in self._sharded.items():
             path, part = self._paths(adapter)
             if path.parent.is_dir() and not part.exists() and not self._args.save_only_model:
-                statefile.write_part(path, state_of(controller), self._save, self._ranks.rank, self._ranks.size)
+                parts.write_part(path, state_of(controller), self._save, self._ranks.rank, self._ranks.size)
 
 
 def warn_of_incomplete_checkpoint(output_dir: Path) -> None:

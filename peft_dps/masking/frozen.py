@@ -86,8 +86,8 @@ class FrozenWeight:
         """
         if self.dtype != weight.dtype:
             raise EngineError(
-                f"The weight of {name!r} went from {self.dtype} to {weight.dtype} in the middle of a SUBNETWORK stage. "
-                "Convert the model before training, or begin anew with `set_dps_total_steps`."
+                f"The weight of {name!r} went from {self.dtype} to {weight.dtype} in the middle of a SUBNETWORK "
+                "stage. Convert the model before training, or begin anew with `set_dps_total_steps`."
             )
         if self.mask.device != weight.device:
             self.mask = self.mask.to(weight.device)

@@ -18,6 +18,7 @@ from peft_dps.tensors.state import SavedState, State
 
 _RESOLUTION_BITS = 53
 _WORD = 1 << 64
+_MOST_STEPS = 1 << 24  # up to which fp32 counts
 DECAY_FROM_STEPS = 50  # shorter stages do not count participation finely enough for the decay, in the released code
 
 
@@ -207,7 +208,8 @@ class ColumnNoise(Noise):
         """Return the participation that a saved state holds."""
         noise = Participation(self.decay)
         if "participation" in saved and layout.columns is not None:
-            noise.count = saved.amounts("participation", (layout.columns.count,), torch.float32).to(device, copy=True)
+            count = saved.amounts("participation", (layout.columns.count,), torch.float32, at_most=_MOST_STEPS)
+            noise.count = count.to(device, copy=True)
         return noise
 
     def __getstate__(self) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Sequence
 
@@ -107,6 +108,9 @@ class MomentChange(Gathered):
     def _made_from(self) -> Optimizer | None:
         return None if self._optimizer is None else self._optimizer()
 
+    def _made_from(self) -> Optimizer | None:
+        return None if self._optimizer is None else self._optimizer()
+
     def memory(self) -> torch.Tensor | None:
         """Return the memory of the evidence, if it was made."""
         return self.total
@@ -154,15 +158,18 @@ class SecondMoments(Evidence):
         gathered = self.begin()
         if "total" in saved:
             gathered.total = saved.amounts("total", weight.shape, _wide(weight)).to(weight.device, copy=True)
-        facts = saved.facts("moment", optional=True)
+        facts = saved.facts("moment")
         if facts is not None:
             before = None
             if "moment" in saved:
                 before = saved.amounts("moment", weight.shape, torch.float32, torch.float64)
             gathered.moment = MomentScores(
-                before, facts.real("share"), facts.real("decay"), facts.number("steps", at_least=1)
+                before, facts.share("share", positive=True), facts.share("decay"), facts.number("steps", at_least=1)
             )
-            gathered._decay = facts.real("beta2")
+            gathered._decay = facts.share("beta2")
+            if not math.isclose(gathered.moment.decay, gathered._decay**gathered.moment.steps, rel_tol=1e-6):
+                raise facts.damaged("`decay` is not what `steps` steps make of `beta2`")
+            facts.finish()
         return gathered
 
 

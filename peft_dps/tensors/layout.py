@@ -64,7 +64,7 @@ class Units:
             first: The first of these rows.
 
         Returns:
-            `[count]`, fp64, 0 for units of which the part has nothing. Those of all parts add up to those of the whole.
+            `[count]`, fp64, 0 for units of which the part has nothing. Those of all parts add up to the whole's.
         """
         total = part.new_zeros((self._leads, *self.inner), dtype=torch.float64)
         spanned = [axis for axis, length in enumerate(self.inner, 1) if length == 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,8 @@ class State:
 
     Attributes:
         facts: Plain values, fit for JSON. Of a weight that is cut over processes, True on one counts for all.
-        tensors: Tensors with as many rows as the weight, which are cut with it. They are those in use: copy what has to
-            outlive the next step.
+        tensors: Tensors with as many rows as the weight, which are cut with it. They are those in use: copy what has
+            to outlive the next step.
         whole: Tensors that are the same on all processes.
     """
 
@@ -39,10 +40,20 @@ class SavedState:
         tensors: Its tensors.
     """
 
-    def __init__(self, whose: str, facts: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    def __init__(self, whose: str, facts: Any, tensors: Mapping[str, Any]) -> None:
         self.whose = whose
+        if not isinstance(facts, Mapping):
+            raise self.damaged(f"it is {facts!r}, and has to be a table")
         self._facts = facts
+        self._unread = set(facts)
         self._tensors = dict(tensors)
+
+    def fact(self, name: str) -> Any:
+        """Return a plain value, unchecked."""
+        if name not in self._facts:
+            raise self.damaged(f"it lacks {name!r}")
+        self._unread.discard(name)
+        return self._facts[name]
 
     def number(self, name: str, *, at_least: int = 0, optional: bool = False) -> Any:
         """Return a whole number.
@@ -52,61 +63,52 @@ class SavedState:
             at_least: The smallest that makes sense.
             optional: Whether None is allowed.
         """
-        value = self._fact(name)
+        value = self.fact(name)
         if optional and value is None:
             return None
         if type(value) is not int or value < at_least:
             raise self.damaged(f"`{name}` is {value!r}, and has to be a whole number of at least {at_least}")
         return value
 
-    def real(self, name: str) -> float:
-        """Return a number that is not negative."""
-        value = self._fact(name)
-        if type(value) not in (int, float) or not 0.0 <= value < float("inf"):
-            raise self.damaged(f"`{name}` is {value!r}, and has to be a number of at least 0")
+    def share(self, name: str, *, positive: bool = False) -> float:
+        """Return a number from 0 to 1.
+
+        Args:
+            name: Its name.
+            positive: Whether 0 is refused.
+        """
+        value = self.fact(name)
+        if type(value) not in (int, float) or not 0 <= value <= 1 or (positive and value == 0):
+            raise self.damaged(
+                f"`{name}` is {value!r}, and has to be a number {'above' if positive else 'from'} 0 to 1"
+            )
         return float(value)
 
     def flag(self, name: str) -> bool:
         """Return True or False."""
-        value = self._fact(name)
+        value = self.fact(name)
         if not isinstance(value, bool):
             raise self.damaged(f"`{name}` is {value!r}, and has to be True or False")
         return value
 
-    def choice(self, name: str, choices: tuple[Any, ...]) -> Any:
-        """Return one of some values."""
-        value = self._fact(name)
-        if isinstance(value, (list, dict)) or value not in choices:
-            raise self.damaged(f"`{name}` is {value!r}, and has to be one of {', '.join(map(repr, choices))}")
-        return value
-
     def names(self, name: str) -> list[str]:
         """Return a list of names."""
-        value = self._fact(name)
+        value = self.fact(name)
         if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
             raise self.damaged(f"`{name}` is {value!r}, and has to be a list of names")
         return value
 
-    def facts(self, name: str, *, optional: bool = False) -> SavedState | None:
-        """Return the plain values of a part.
+    def facts(self, name: str) -> SavedState | None:
+        """Return the plain values of a part, or None if there is none."""
+        return None if self.fact(name) is None else self.part(name)
 
-        Args:
-            name: Name of the part.
-            optional: Whether None is allowed.
-        """
-        value = self.plain(name, optional=optional)
-        return None if value is None else SavedState(self.whose, value, {})
+    def part(self, name: str) -> SavedState:
+        """Return the plain values of a part."""
+        return SavedState(f"{self.whose} (`{name}`)", self.table(name), {})
 
-    def plain(self, name: str, *, optional: bool = False) -> dict[str, Any] | None:
-        """Return a dict of plain values, unchecked.
-
-        Args:
-            name: Its name.
-            optional: Whether None is allowed.
-        """
-        value = self._fact(name)
-        if optional and value is None:
-            return None
+    def table(self, name: str) -> dict[str, Any]:
+        """Return a dict of plain values, unchecked."""
+        value = self.fact(name)
         if not isinstance(value, dict):
             raise self.damaged(f"`{name}` is {value!r}, and has to be a table")
         return value
@@ -132,23 +134,29 @@ class SavedState:
             )
         return tensor
 
-    def amounts(self, name: str, shape: torch.Size | tuple[int, ...], *dtypes: torch.dtype) -> torch.Tensor:
-        """Take a tensor without NaN and negative numbers."""
+    def amounts(
+        self, name: str, shape: torch.Size | tuple[int, ...], *dtypes: torch.dtype, at_most: float = math.inf
+    ) -> torch.Tensor:
+        """Take a tensor without NaN and negative numbers.
+
+        Args:
+            name: Its name.
+            shape: The shape that it has to have.
+            *dtypes: The dtypes that it may have.
+            at_most: The largest value that makes sense.
+        """
         tensor = self.tensor(name, shape, *dtypes)
-        if not bool((tensor >= 0).all()):
-            raise self.damaged(f"its tensor {name!r} has values that are negative or NaN")
+        if not bool(((tensor >= 0) & (tensor <= at_most)).all()):
+            raise self.damaged(f"its tensor {name!r} has values that are negative, NaN or above {at_most}")
         return tensor
 
     def finish(self) -> None:
-        """Make sure that every tensor was taken."""
+        """Make sure that every value was asked for, and every tensor taken."""
+        if self._unread:
+            raise self.damaged(f"it has values that nothing needs: {sorted(map(str, self._unread))}")
         if self._tensors:
-            raise self.damaged(f"it has tensors that nothing needs: {sorted(self._tensors)}")
+            raise self.damaged(f"it has tensors that nothing needs: {sorted(map(str, self._tensors))}")
 
     def damaged(self, what: str) -> StateError:
         """Make the error that says what is wrong."""
         return StateError(f"The training state of {self.whose} is damaged: {what}.")
-
-    def _fact(self, name: str) -> Any:
-        if name not in self._facts:
-            raise self.damaged(f"it lacks {name!r}")
-        return self._facts[name]

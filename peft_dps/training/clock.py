@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from typing import Any
 
-from peft_dps.errors import ConfigError
+from peft_dps.errors import ConfigError, ScheduleError
 from peft_dps.selection.schedule import Phase, Position, Schedule
 from peft_dps.tensors.state import SavedState
 
@@ -73,6 +74,12 @@ class Clock:
         at = coming if self.position is None or coming.number == self.entered else self.position
         return at.phase
 
+    @property
+    def most_steps(self) -> float:
+        """How many steps may have been looked at: any number before training, if evidence is gathered then."""
+        before_training = not self.is_resolved or not self.resolved.at(1).phase.gathers
+        return math.inf if before_training else self.step
+
     def joins(self, names: Iterable[str]) -> bool:
         """Tell whether a call with the weights of these names belongs to the latest step, and begins no new one."""
         return bool(self._in_round) and self._in_round.isdisjoint(names)
@@ -103,8 +110,12 @@ class Clock:
             self.step,
         )
 
-    def state(self) -> dict[str, Any]:
-        """Return how far the training is, in plain values."""
+    def state(self, names: set[str]) -> dict[str, Any]:
+        """Return how far the training is, in plain values.
+
+        Args:
+            names: Names of the adapter's weights that still exist.
+        """
         return {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -112,7 +123,7 @@ class Clock:
             "entered": self.entered,
             "scored_steps": self.scored_steps,
             "unscored_steps": self.unscored_steps,
-            "in_round": sorted(self._in_round),
+            "in_round": sorted(self._in_round & names),
         }
 
     def read(self, saved: SavedState, names: set[str]) -> Clock:
@@ -131,23 +142,10 @@ class Clock:
         clock.scored_steps, clock.unscored_steps = saved.number("scored_steps"), saved.number("unscored_steps")
         clock._in_round = set(saved.names("in_round"))
         clock.entered = saved.number("entered", optional=True)
-        lengths = saved.plain("schedule", optional=True)
-        if not clock._in_round <= names:
-            raise saved.damaged(f"`in_round` names {sorted(clock._in_round - names)}, which are no weights of it")
-        if lengths is not None:
-            try:
-                clock._resolved = self.schedule.load(lengths).resolve(None)
-            except (ConfigError, TypeError) as error:
-                raise saved.damaged(f"`schedule` is {lengths!r} ({error})") from error
-            clock.position = clock._resolved.at(clock.step) if clock.step else None
-        possible: set[int | None] = {None} if clock.step == 0 else set()
-        if clock._resolved is not None:
-            around = [clock.position, clock.coming()]
-            possible |= {position.number for position in around if position is not None}
-        if clock.entered not in possible:
-            raise saved.damaged(f"`entered` is {clock.entered!r} at step {clock.step}, where it is one of {possible}")
-        if clock.scored_steps > clock.step and clock.step:
-            raise saved.damaged(f"`scored_steps` is {clock.scored_steps} at step {clock.step}")
+        if saved.fact("schedule") is not None:
+            clock._resolved = self._read_schedule(saved, saved.table("schedule"))
+        saved.finish()
+        clock._check(saved, names)
         if self.total_steps and before and before != self.total_steps:
             logger.warning(
                 "Adapter %r: the training was to have %d steps when its state was saved, and now has %d. It goes on "
@@ -156,6 +154,40 @@ class Clock:
                 before,
                 self.total_steps,
                 clock.step,
-                lengths,
+                saved.fact("schedule"),
             )
         return clock
+
+    def _read_schedule(self, saved: SavedState, lengths: dict[str, Any]) -> Schedule:
+        try:
+            schedule = self.schedule.load(lengths).resolve(None)
+        except (ConfigError, ScheduleError, TypeError) as error:
+            raise saved.damaged(f"`schedule` is {lengths!r} ({error})") from error
+        try:
+            expected = self.schedule.resolve(None)
+        except ScheduleError:  # its lengths depend on the number of steps, which was another one once
+            expected = schedule
+        if schedule != expected or schedule.state() != lengths:
+            raise saved.damaged(f"`schedule` is {lengths!r}, and this training's is {expected.state()!r}")
+        return schedule
+
+    def _check(self, saved: SavedState, names: set[str]) -> None:
+        """Find the position, and check that the rest of a saved clock goes with it."""
+        step, known = self.step, self._resolved is not None
+        if step and not known:
+            raise saved.damaged(f"`schedule` is None at step {step}")
+        self.position = self.resolved.at(step) if step else None
+        around = [self.position, self.coming() if known else None]
+        possible = {None if position is None else position.number for position in around}
+        if self.entered not in (possible - {None} if step else possible):
+            lengths = self.resolved.state() if known else None
+            raise saved.damaged(f"`entered` is {self.entered!r} at step {step}, and `schedule` is {lengths!r}")
+        if self.position is not None and self.position.phase.gathers and self.scored_steps > self.position.step:
+            raise saved.damaged(
+                f"`scored_steps` is {self.scored_steps} at step {step}, which is step {self.position.step} of a phase"
+            )
+        for name, count in (("scored_steps", self.scored_steps), ("unscored_steps", self.unscored_steps)):
+            if count > self.most_steps:
+                raise saved.damaged(f"`{name}` is {count} at step {step}")
+        if not self._in_round <= (names if step else set()):
+            raise saved.damaged(f"`in_round` is {sorted(self._in_round)}, which are no weights of this step")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from dataclasses import dataclass
 
-from peft_dps.masking.frozen import load_frozen
+from peft_dps.masking.frozen import FrozenWeight, load_frozen
+from peft_dps.masking.noise import WeightNoise
+from peft_dps.selection.evidence import Gathered
 from peft_dps.tensors.state import SavedState, State
+from peft_dps.training.clock import Clock
 from peft_dps.training.weight import TargetWeight
 
 
@@ -33,40 +36,66 @@ def state_of(weight: TargetWeight, *, ends: bool) -> State:
     return own if weight.frozen is None else own | weight.frozen.state(weight.weight)
 
 
-def read_state(weight: TargetWeight, saved: SavedState, phase: int, *, masked: bool) -> Callable[[], None]:
-    """Check what was saved of a weight, which has the values that it had then.
+@dataclass(frozen=True)
+class SavedWeight:
+    """What was saved of a weight, read and checked.
+
+    Attributes:
+        weight: The weight.
+        gathered: Evidence of the phase.
+        noise: What noise keeps of it.
+        frozen: What the mask that holds keeps of it; None where none holds.
+        observed: Steps that brought it a gradient.
+        selected: Entries selected at the latest selection.
+        phase: Number of the phase.
+    """
+
+    weight: TargetWeight
+    gathered: Gathered
+    noise: WeightNoise
+    frozen: FrozenWeight | None
+    observed: int
+    selected: int | None
+    phase: int
+
+    @property
+    def kept(self) -> int:
+        """Entries that the mask holds here; 0 where none holds."""
+        return 0 if self.frozen is None else int(self.frozen.mask.keep.count_nonzero())
+
+    def take(self) -> None:
+        """Make it the weight's own. This cannot fail."""
+        weight = self.weight
+        weight.restart()
+        weight.gathered, weight.noise, weight.frozen = self.gathered, self.noise, self.frozen
+        weight.observed, weight.selected = self.observed, self.selected
+        weight.masked_in = None if self.frozen is None else self.phase
+
+
+def read_state(weight: TargetWeight, saved: SavedState, clock: Clock) -> SavedWeight:
+    """Read what was saved of a weight, which has the values that it had then.
 
     Args:
         weight: The weight.
         saved: What `state_of` returned.
-        phase: Number of the phase.
-        masked: Whether a mask holds in it.
-
-    Returns:
-        What makes it the weight's own, and cannot fail.
+        clock: The clock of the same moment.
 
     Raises:
         StateError: If it is incomplete or makes no sense.
     """
     recipe, values = weight.recipe, weight.weight
     observed, selected = saved.number("observed"), saved.number("selected", optional=True)
+    if observed > clock.most_steps:
+        raise saved.damaged(f"`observed` is {observed} at step {clock.step}")
     if selected is not None and selected > weight.entries:
-        raise saved.damaged(f"`selected` is {selected} of {weight.entries} entries")
+        raise saved.damaged(f"`selected` is {selected}, of {weight.entries} entries")
     gathered = recipe.evidence.load(saved, values)
     noise = recipe.noise.load(saved, weight.layout, values.device)
-    has_mask, frozen = saved.flag("masked"), None
-    if has_mask != (masked and not recipe.budget.takes_all):
-        raise saved.damaged("it has a mask in a phase without one, or none in a phase with one")
-    if has_mask:
+    phase, frozen = clock.entered_phase, None
+    masked = phase is not None and phase.masked and not recipe.budget.takes_all
+    if saved.flag("masked") is not masked:
+        raise saved.damaged(f"`masked` is {not masked} at step {clock.step}")
+    if masked:
         frozen = load_frozen(recipe.frozen, saved, values, with_snapshot=recipe.noise.substitutes)
-        if weight.sharding is None and int(frozen.mask.keep.count_nonzero()) != selected:
-            raise saved.damaged(f"its mask does not hold as many entries as `selected` says, {selected}")
     saved.finish()
-
-    def take() -> None:
-        weight.restart()
-        weight.gathered, weight.noise, weight.frozen = gathered, noise, frozen
-        weight.observed, weight.selected = observed, selected
-        weight.masked_in = phase if has_mask else None
-
-    return take
+    return SavedWeight(weight, gathered, noise, frozen, observed, selected, clock.entered or 0)

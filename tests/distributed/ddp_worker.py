@@ -25,7 +25,7 @@ def make_model(variant: str) -> nn.Module:
 def state_of(model: nn.Module) -> list[torch.Tensor]:
     layers = [model.base_model.model[index] for index in (0, 2)]
     weights = layers[0].dps_controllers["default"].weights
-    return [*(weight.weight.detach() for weight in weights), *(weight.keep.float() for weight in weights)]
+    return [*(weight.weight.detach() for weight in weights), *(weight.frozen.mask.keep.float() for weight in weights)]
 
 
 def a_difference_is_named(model: nn.Module, rank: int) -> None:

@@ -35,6 +35,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from benchmarks.traffic import Collectives
 from peft_dps import dps_adapter
 from peft_dps.errors import EngineError
+from tests.unit.conftest import keep_of
 
 MIX = {"variant": "mix"}
 
@@ -64,7 +65,7 @@ def state_dicts_make_no_steps_and_load(fields: dict, full: bool) -> None:
     assert model.dps_status().steps == 5
     for name, tensor in whole_state(model).items():
         assert dist.get_rank() > 0 or torch.equal(tensor, before[name]), name
-    keeps = [weight.keep for weight in tracked(model)]
+    keeps = [keep_of(weight) for weight in tracked(model)]
     loaded = [weight.weight.clone() for weight in tracked(model)]
     steps(model, optimizer, batches(1))
     for weight, keep, tensor in zip(tracked(model), keeps, loaded, strict=True):
@@ -93,7 +94,7 @@ def mixed_precision_keeps_whole_precision_in_the_shards() -> None:
         optimizer = optimizer_of(model)
         data = [(x.float(), y.float()) for x, y in batches(6)]
         steps(model, optimizer, data[:3])
-        assert all(weight.total.dtype is torch.float32 for weight in tracked(model))
+        assert all(weight.gathered.total.dtype is torch.float32 for weight in tracked(model))
         before = [weight.weight.clone() for weight in tracked(model)]
         steps(model, optimizer, data[3:])
         assert model.dps_status().selected == sum(-(-weight.entries * 4 // 10) for weight in tracked(model))
@@ -101,8 +102,8 @@ def mixed_precision_keeps_whole_precision_in_the_shards() -> None:
         for weight, tensor in zip(tracked(model), before, strict=True):
             assert weight.weight.dtype is torch.float32
             moved = weight.weight != tensor
-            assert not moved[weight.keep == 0].any()
-            assert moved[weight.keep != 0].all()
+            assert not moved[keep_of(weight) == 0].any()
+            assert moved[keep_of(weight) != 0].all()
 
 
 def replicas_are_compared() -> None:
@@ -111,7 +112,7 @@ def replicas_are_compared() -> None:
     steps(model, optimizer_of(model), batches(4))
     dps_adapter(model).check_ranks_agree()
     if dist.get_rank() == 1:
-        tracked(model)[1].mask.packed[0] ^= 1
+        tracked(model)[1].frozen.mask.packed[0] ^= 1
     try:
         dps_adapter(model).check_ranks_agree()
     except EngineError as error:
@@ -145,8 +146,9 @@ def dense_communicates_one_number_a_step_and_counts_at_the_switch() -> None:
         extra.append(rest)
     agreement = [("allreduce_.default", 4)]
     histograms = [("allreduce_.default", 4 * 256 * 8)] * 8  # 4 weights; fp64 scores have 4 digits of 2 halves
+    any_scores = [("allreduce_.default", 4 * 4)]  # whether all scores of a weight are 0
     assert extra[:3] == [agreement] * 3, extra
-    assert sorted(extra[3]) == sorted(agreement * 2 + histograms), extra[3]
+    assert sorted(extra[3]) == sorted(agreement * 2 + histograms + any_scores), extra[3]
     assert extra[4:] == [[], []], extra
 
 

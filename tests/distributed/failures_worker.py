@@ -15,16 +15,16 @@ from peft_dps import register_score
 from peft_dps.errors import EngineError, ScoreError
 
 
-@register_score("nan_on_rank_1", uses_gradients=False)
-def nan_on_rank_1(evidence):
-    return torch.full(evidence.weight.shape, float("nan") if dist.get_rank() == 1 else 1.0)
+@register_score("nan_on_rank_1", evidence="none")
+def nan_on_rank_1(context):
+    return torch.full(context.weight.shape, float("nan") if dist.get_rank() == 1 else 1.0)
 
 
-@register_score("raises_on_rank_1", uses_gradients=False)
-def raises_on_rank_1(evidence):
+@register_score("raises_on_rank_1", evidence="none")
+def raises_on_rank_1(context):
     if dist.get_rank() == 1:
         raise KeyError("no score")
-    return torch.ones(evidence.weight.shape)
+    return torch.ones(context.weight.shape)
 
 
 def backward(model: nn.Module, index: int = 0) -> None:
@@ -51,14 +51,14 @@ def a_bad_gradient_in_one_shard_is_not_scored_on_any_rank() -> None:
     model = shard(make_model({}), mesh=mesh_of(2))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     steps(model, optimizer, 1)
-    before = [weight.total.clone() for weight in tracked(model)]
+    before = [weight.gathered.total.clone() for weight in tracked(model)]
     backward(model, 1)
     if dist.get_rank() == 1:
         tracked(model)[0].gradient[0, 0] = float("inf")
     optimizer.step()
     optimizer.zero_grad()
     assert model.dps_status().unscored_steps == 1
-    assert all(torch.equal(weight.total, total) for weight, total in zip(tracked(model), before, strict=True))
+    assert all(torch.equal(weight.gathered.total, total) for weight, total in zip(tracked(model), before, strict=True))
     with torch.no_grad():
         tracked(model)[0].weight.clamp_(-1, 1)  # or the loss is NaN from now on
     steps(model, optimizer, 2)
@@ -74,7 +74,7 @@ def a_bad_score_on_one_rank_is_an_error_on_all() -> None:
             expected = kind if dist.get_rank() == 1 else EngineError
             text = caught(expected, lambda model=model, optimizer=optimizer: steps(model, optimizer, 2))
             assert dist.get_rank() == 1 or "on another process" in text
-            assert all(weight.keep is None for weight in tracked(model))
+            assert all(weight.frozen is None for weight in tracked(model))
 
 
 def weights_cut_along_columns_are_refused() -> None:

@@ -19,10 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dps import DPSConfig, offloaded_parameters
 from peft_dps.tuner.adapter import find_controllers
-from tests.resuming import as_bits
+from tests.resuming import as_bits, held_by
+from tests.unit.conftest import keep_of
 
 LAYERS = ("0", "2", "4", "6")
-KINDS = ("total", "participation", "keep", "held", "snapshot")
 
 
 class Net(nn.Sequential):
@@ -128,7 +128,8 @@ def tracked(model: nn.Module) -> list[Any]:
 def whole_keeps(model: nn.Module) -> list[torch.Tensor | None]:
     """The masks, collected from all ranks."""
     return [
-        None if weight.keep is None else weight.sharding.whole_of(weight.keep).clone() for weight in tracked(model)
+        None if (keep := keep_of(weight)) is None else weight.sharding.whole_of(keep).clone()
+        for weight in tracked(model)
     ]
 
 
@@ -140,9 +141,8 @@ def everything(model: nn.Module) -> dict[str, torch.Tensor]:
     """Weights, and all that DPS holds, as bits and whole, whatever they are cut into."""
     held = dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
     for weight in tracked(model):
-        for kind in KINDS:
-            tensor = getattr(weight, kind)
-            if tensor is not None:
+        for kind, tensor in held_by(weight).items():
+            if kind != "checksum":  # of the rows that are here
                 cut = weight.sharding is not None and kind != "participation"
                 held[f"{kind}/{weight.name}"] = weight.sharding.whole_of(tensor) if cut else tensor
     return {name: as_bits(tensor).contiguous().clone() for name, tensor in held.items()}
@@ -164,9 +164,10 @@ def compare(sharded: nn.Module, alone: nn.Module) -> None:
         name: layer.selected for name, layer in expected.layers.items()
     }
     for keep, weight in zip(keeps, tracked(alone), strict=True):
-        assert (keep is None) == (weight.keep is None)
+        expected_keep = keep_of(weight)
+        assert (keep is None) == (expected_keep is None)
         if keep is not None:
-            assert torch.equal(keep, weight.keep), weight.name
+            assert torch.equal(keep, expected_keep), weight.name
 
 
 def run(settings: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from peft_dps import dps_adapter
-from peft_dps.checkpoint import file as statefile
+from peft_dps.checkpoint.parts import find_save
 from tests.distributed.fsdp_worker import batches, everything, make_model, optimizer_of, train_alone
 from tests.launching import torchrun
 from tests.resuming import assert_same
@@ -151,12 +151,12 @@ def test_replicas_of_shards_resume_bitwise(tmp_path):
 def test_a_process_killed_while_it_saves_leaves_the_previous_state(folder, tmp_path):
     shutil.copytree(folder / "two" / "3", tmp_path / "two" / "3")
     place = tmp_path / "two" / "3"
-    before = statefile.find_save(place / "dps.safetensors")
+    before = find_save(place / "dps.safetensors")
     said = torchrun(WORKER, str(tmp_path), "die_in_a_save=two", fails=True)
     assert "Signal 9" in said
     left = {entry.name for entry in place.glob("*dps.*")} - {path.name for path in before.paths}
     assert any(name.endswith(".part") for name in left), left  # it was killed in the middle
-    assert statefile.find_save(place / "dps.safetensors") == before
+    assert find_save(place / "dps.safetensors") == before
     put_together(place, PLANS[3], PLANS[3]["stop"])
 
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import os
+import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -8,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from peft_dps import dps_adapter, statefile
+from peft_dps import dps_adapter
+from peft_dps.checkpoint import file as statefile
 from peft_dps.errors import StateError
 from tests.resuming import Plan, Training, assert_same
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -87,7 +92,8 @@ def test_a_failed_write_leaves_the_previous_file(training, path, monkeypatch):
             with pytest.raises(OSError, match="No space left"):
                 dps_adapter(training.model).save_state(path)
         assert path.read_bytes() == before
-    dps_adapter(training.model).save_state(path)  # takes the place of what the failed ones left
+        assert [entry.name for entry in path.parent.iterdir()] == ["state"]
+    dps_adapter(training.model).save_state(path)
     assert path.read_bytes() != before
     assert [entry.name for entry in path.parent.iterdir()] == ["state"]
 
@@ -116,7 +122,7 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_file(tmp_path):
         done = [int(process.stdout.readline()) for _ in range(20)]
         process.kill()  # wherever it is by now
     assert process.returncode == -signal.SIGKILL
-    assert statefile.read(tmp_path / "state")["header"]["progress"]["step"] >= done[-1]
+    assert statefile.read(tmp_path / "state")["header"]["clock"]["step"] >= done[-1]
 
 
 # What a save does to the disk; the process dies before it, after half of it, or after it.
@@ -170,7 +176,7 @@ def test_a_save_killed_at_each_point_leaves_the_previous_state_or_the_new_one(tm
     assert run.stdout.count(f"{int(signal.SIGKILL)} ") == 2 * len(POINTS), run.stdout + run.stderr
     for folder in tmp_path.iterdir():
         variant, point = folder.name.split(", ")
-        step = statefile.read(folder / "dps.safetensors")["header"]["progress"]["step"]
+        step = statefile.read(folder / "dps.safetensors")["header"]["clock"]["step"]
         assert step == (5 if point == "before flushing the folder" else 4)
         if step == 4:  # the weights beside it are those of step 4 too
             resumed = Training.resumed(folder)
@@ -178,53 +184,124 @@ def test_a_save_killed_at_each_point_leaves_the_previous_state_or_the_new_one(tm
             assert_same(resumed.everything(), whole[variant].everything())
 
 
-def test_parts_belong_together_when_their_index_is_there(training, tmp_path):
-    path, state = tmp_path / "state.x", training.model.dps_state_dict()
-    first, second = "0" * 16, "f" * 16
-    for rank in range(2):
-        statefile.write_part(path, state, first, rank, 2)
-    with pytest.raises(StateError, match="no training state at"):
-        statefile.find_save(path)
-    statefile.write_index(path, state["header"], first, 2)
-    statefile.write_part(path, state, second, 0, 3)  # a save that is cut off
-    (tmp_path / f".state.{second}-00001-of-00003.x.part").touch()
-    (tmp_path / f"state.y.{first}-00000-of-00002.x").touch()  # of another name
-    before = statefile.find_save(path)
-    assert before.name == first
-    assert [before.part(rank).read()["header"]["save"] for rank in range(2)] == [first] * 2
-
-    third = "a" * 16
-    statefile.write_part(path, state, third, 0, 1)
-    statefile.write_index(path, state["header"], third, 1)
-    names = {entry.name for entry in tmp_path.iterdir()}
-    assert names == {"state.x", f"state.{third}-00000-of-00001.x", f"state.y.{first}-00000-of-00002.x"}
-    statefile.find_save(path).paths[0].write_bytes(path.read_bytes())
-    assert statefile.find_save(path).part(0).header["size"] == 1
-    with pytest.raises(StateError, match="is of another save"):
-        statefile.Save(first, [path]).part(0)
-
-
-@pytest.mark.parametrize(
-    ("save", "size"),
-    [("../../elsewhere", 1), ("0" * 15, 1), (None, 1), ("0" * 16, 0), ("0" * 16, 10**9), ("0" * 16, "2")],
-)
-def test_an_index_of_no_files_is_refused(training, path, save, size):
-    header = {**training.model.dps_state_dict()["header"], "weights": {}, "save": save, "size": size}
-    statefile.write(path, {"header": header, "tensors": {}})
-    with pytest.raises(StateError, match="names no files"):
-        statefile.find_save(path)
-
-
 def test_pieces_are_read_and_checked_one_by_one(training, path):
     file, state = statefile.StateFile(path), training.model.dps_state_dict()
     name = next(name for name in state["tensors"] if name.endswith("mask"))
-    assert torch.equal(file.rows(name, 1, 3), state["tensors"][name][1:3])
-    assert torch.equal(file.rows(name), state["tensors"][name])
+    assert file.kind_of(name) == (torch.uint8, state["tensors"][name].shape)
     file.check()
     with pytest.raises(StateError, match="cut off or damaged"):
-        file.rows("nothing")
+        file.kind_of("nothing")
     whole = bytearray(path.read_bytes())
     whole[-3] ^= 4
     path.write_bytes(whole)
     with pytest.raises(StateError, match="is damaged"):
         file.check()
+
+
+# ---- Damage and failures --------------------------------------------------------------------------------------------
+
+
+def rewritten(path, header=None, metadata=None, tensors=None):
+    """Write a file of a training state anew, with a digest that fits."""
+    state = statefile.read(path)
+    header = json.dumps(state["header"]) if header is None else header
+    tensors = state["tensors"] if tensors is None else tensors
+    with safe_open(path, framework="pt") as file:
+        labels = file.metadata()
+    labels |= {"peft_dps": header, "sha256": statefile._digest(header, tensors)}
+    save_file(tensors, path, {**labels, **(metadata or {})})
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *("[" * 100_000 + "]" * 100_000, '{"weights":' * 50_000 + "1" + "}" * 50_000),
+        *("", "{", "[]", "3", "null", '"x"', '{"clock": NaN}'),
+        *('{"size": 1}', '{"size": true, "save": "0000000000000000"}'),
+    ],
+    ids=lambda header: header[:12],
+)
+def test_a_header_that_is_none_is_refused(training, path, header):
+    before = training.everything()
+    rewritten(path, header)
+    with pytest.raises(StateError, match="training state"):
+        dps_adapter(training.model).load_state(path)
+    assert_same(training.everything(), before)
+
+
+@pytest.mark.parametrize("offsets", ["[" * 100_000 + "]" * 100_000, "{}", "[]", "null", "x", '{"0.mask": 3}'])
+def test_places_of_rows_that_make_no_sense_are_refused(training, path, offsets):
+    rewritten(path, metadata={"DCP_SHARDING_INFO": offsets})
+    with pytest.raises(StateError, match="is damaged"):
+        statefile.StateFile(path).check()
+
+
+def test_no_file_is_unpickled(training, path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("something is unpickled")
+
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, refuse)
+    dps_adapter(training.model).load_state(path)
+    path.write_bytes(EVIL)
+    with pytest.raises(StateError, match="cut off or damaged"):
+        dps_adapter(training.model).load_state(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return (pytest.fail, ("unpickled",))
+
+
+EVIL = pickle.dumps(Evil())
+
+
+@pytest.mark.parametrize("name", ["", ".", "folder"])
+def test_a_folder_is_no_file_to_save_to(training, tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    before = {entry.name for entry in tmp_path.iterdir()}, {entry.name for entry in tmp_path.parent.iterdir()}
+    with pytest.raises(StateError, match=r"`path` must be the name of a file, and .* is a folder"):
+        training.model.save_dps_state(tmp_path / name)
+    assert before == (
+        {entry.name for entry in tmp_path.iterdir()},
+        {entry.name for entry in tmp_path.parent.iterdir()},
+    )
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize("point", ["half written", "before flushing", "before renaming"])
+def test_a_save_that_fails_midway_leaves_the_earlier_file_and_no_part(training, path, monkeypatch, point, error):
+    def fail(*_, **__):
+        raise error
+
+    def half(tensors, part, metadata, save=save_file):
+        save(tensors, part, metadata)
+        os.truncate(part, part.stat().st_size // 2)
+        fail()
+
+    before = path.read_bytes()
+    training.run(5)
+    target = {"half written": (statefile, "save_file", half), "before flushing": (statefile, "_flush", fail)}
+    monkeypatch.setattr(*target.get(point, (Path, "replace", fail)))
+    with pytest.raises(type(error)):
+        training.model.save_dps_state(path)
+    monkeypatch.undo()
+    assert [entry.name for entry in path.parent.iterdir()] == ["state"]
+    assert path.read_bytes() == before
+    assert statefile.read(path)["header"]["clock"]["step"] == 4
+    training.model.save_dps_state(path)
+    assert statefile.read(path)["header"]["clock"]["step"] == 5
+
+
+def test_a_file_that_may_grow_no_further_is_left_out(training, path):
+    """As on a full disk: the system refuses to write."""
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    training.run(5)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises((OSError, SafetensorError)):
+            training.model.save_dps_state(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [entry.name for entry in path.parent.iterdir()] == ["state"]
+    assert path.read_bytes() == before

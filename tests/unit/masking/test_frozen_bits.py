@@ -53,7 +53,7 @@ def masked(request):
     return lambda selected: Mask.of(selected.clone(), in_bits=request.param)
 
 
-@pytest.fixture(params=[8, 1 << 19], ids=["many pieces", "one piece"], autouse=True)
+@pytest.fixture(params=[16, 1 << 19], ids=["many pieces", "one piece"], autouse=True)
 def _piece(request, monkeypatch):
     monkeypatch.setattr(masks, "_CPU_CHUNK", request.param)
 

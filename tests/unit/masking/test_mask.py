@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft_dps.masking.bits import pack
 
 from peft_dps.masking import mask as masks
 from peft_dps.masking.mask import Mask
@@ -24,7 +23,54 @@ def test_a_mask_is_minus_one_where_updated_and_zero_elsewhere(shape, in_bits):
     assert mask.keep.dtype is torch.int8
     assert mask.keep.shape == selected.shape
     assert torch.equal(mask.keep, -selected.to(torch.int8))
-    assert torch.equal(mask.bits, pack(selected))
+
+
+def in_octets(flags: list[bool]) -> list[int]:
+    """Eight entries a byte, the first in the lowest bit."""
+    return [sum(flag << place for place, flag in enumerate(flags[at : at + 8])) for at in range(0, len(flags), 8)]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (8,), (3, 5), (4, 8), (0, 3), (2, 3, 5)], ids=str)
+def test_bits_are_eight_entries_a_byte(shape):
+    selected = selection(*shape)
+    assert Mask.of(selected.clone(), in_bits=True).packed.tolist() == in_octets(selected.flatten().tolist())
+
+
+@given(st.integers(0, 70), st.integers(0, 2**32))
+def test_bits_lose_nothing(entries, seed):
+    selected = torch.rand(entries, generator=torch.Generator().manual_seed(seed)) < 0.5
+    mask = Mask.of(selected.clone(), in_bits=True)
+    assert mask.packed.numel() == -(-entries // 8)
+    assert torch.equal(mask.keep.bool(), selected)
+
+
+def test_bits_are_the_same_in_pieces():
+    selected = torch.rand(1100, 1000) < 0.3
+    assert torch.equal(Mask.of(selected.clone(), in_bits=True).keep.bool(), selected)
+
+
+@both
+@pytest.mark.parametrize("shape", [(1,), (7,), (8,), (3, 5), (4, 8), (0, 3), (0, 8), (4, 2, 4), (2, 3, 5)], ids=str)
+def test_what_is_saved_of_a_mask_can_be_cut_by_rows(shape, in_bits):
+    selected = selection(*shape)
+    state = Mask.of(selected.clone(), in_bits=in_bits).state()
+    assert state.dtype is torch.uint8
+    assert tuple(state.shape) == Mask.state_shape(selected.shape)
+    for rows in (slice(None), slice(0, 1), slice(1, None), slice(0, 0)):
+        part = selected[rows]
+        assert torch.equal(Mask.load(state[rows], part.shape).keep, -part.to(torch.int8))
+
+
+def test_what_is_saved_of_a_mask_is_bits_where_rows_fill_whole_bytes():
+    assert Mask.state_shape(torch.Size([16, 4, 4])) == (16, 2)
+    assert Mask.state_shape(torch.Size([16, 12])) == (16, 12)
+
+
+@both
+def test_what_is_loaded_is_saved_as_the_same(in_bits):
+    for shape in ((5, 16), (5, 6)):
+        state = Mask.of(selection(*shape), in_bits=in_bits).state()
+        assert torch.equal(Mask.load(state, torch.Size(shape)).state(), state)
 
 
 def test_a_cpu_keeps_bits():

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_dps.errors import ConfigError, ScheduleError
-from peft_dps.selection.schedule import Position, Stage, StageSchedule
+from peft_dps.selection.schedule import (
+    ACCUMULATE,
+    SCHEDULES,
+    SUBNETWORK,
+    Cycle,
+    Once,
+    Position,
+    ScheduleSettings,
+    Stage,
+)
 
 lengths = st.integers(1, 10_000)
 steps = st.integers(1, 10**9)
@@ -16,34 +25,35 @@ steps = st.integers(1, 10**9)
 @given(lengths, steps)
 def test_a_step_accumulates_iff_the_number_of_finished_stages_is_even(length, step):
     expected = Stage.ACCUMULATE if ((step - 1) // length) % 2 == 0 else Stage.SUBNETWORK
-    assert StageSchedule(length).at(step).stage is expected
+    assert Cycle(length).at(step).phase.stage is expected
 
 
 @given(lengths, steps)
 def test_position_gives_the_step_back(length, step):
-    position = StageSchedule(length).at(step)
-    stages_done = 2 * (position.cycle - 1) + (position.stage is Stage.SUBNETWORK)
+    position = Cycle(length).at(step)
+    stages_done = 2 * (position.cycle - 1) + (position.phase.stage is Stage.SUBNETWORK)
     assert position.cycle >= 1
-    assert 1 <= position.step_in_stage <= length
-    assert stages_done * length + position.step_in_stage == step
+    assert position.number == stages_done
+    assert 1 <= position.step <= position.length == length
+    assert stages_done * length + position.step == step
+    assert position.is_last is (step % length == 0)
 
 
 def test_two_cycles_of_two_steps_are_written_out():
-    accumulate, subnetwork = Stage.ACCUMULATE, Stage.SUBNETWORK
-    assert [StageSchedule(2).at(step) for step in range(1, 9)] == [
-        Position(1, accumulate, 1),
-        Position(1, accumulate, 2),
-        Position(1, subnetwork, 1),
-        Position(1, subnetwork, 2),
-        Position(2, accumulate, 1),
-        Position(2, accumulate, 2),
-        Position(2, subnetwork, 1),
-        Position(2, subnetwork, 2),
+    assert [Cycle(2).at(step) for step in range(1, 9)] == [
+        Position(0, ACCUMULATE, 1, 2, 1),
+        Position(0, ACCUMULATE, 2, 2, 1),
+        Position(1, SUBNETWORK, 1, 2, 1),
+        Position(1, SUBNETWORK, 2, 2, 1),
+        Position(2, ACCUMULATE, 1, 2, 2),
+        Position(2, ACCUMULATE, 2, 2, 2),
+        Position(3, SUBNETWORK, 1, 2, 2),
+        Position(3, SUBNETWORK, 2, 2, 2),
     ]
 
 
 def test_stages_of_one_step_alternate():
-    stages = [StageSchedule(1).at(step).stage for step in range(1, 5)]
+    stages = [Cycle(1).at(step).phase.stage for step in range(1, 5)]
     assert stages == [Stage.ACCUMULATE, Stage.SUBNETWORK] * 2
 
 
@@ -51,26 +61,39 @@ def test_stages_are_their_names():
     assert [stage.value for stage in Stage] == ["accumulate", "subnetwork"]
 
 
+def test_evidence_is_gathered_in_one_phase_and_a_mask_holds_in_the_other():
+    assert (ACCUMULATE.gathers, ACCUMULATE.masked) == (True, False)
+    assert (SUBNETWORK.gathers, SUBNETWORK.masked) == (False, True)
+
+
+@pytest.mark.parametrize("schedule", [Cycle(3), Once(3)])
 @pytest.mark.parametrize("step", [0, -1])
-def test_a_step_before_the_first_is_refused(step):
+def test_a_step_before_the_first_is_refused(schedule, step):
     with pytest.raises(ConfigError, match=rf"`step` is counted from 1, got {step}"):
-        StageSchedule(3).at(step)
+        schedule.at(step)
 
 
 @pytest.mark.parametrize("length", [0, -4])
 def test_a_stage_without_steps_is_refused(length):
-    with pytest.raises(ConfigError, match=rf"`stage_steps` must be at least 1 step, got {length}"):
-        StageSchedule(length)
+    with pytest.raises(ConfigError, match=rf"`stage_steps` as a number of steps must be at least 1, got {length}"):
+        Cycle(length)
 
 
-def test_a_schedule_cannot_be_changed():
+@pytest.mark.parametrize("length", [True, None, "3", [3]])
+def test_a_length_that_is_no_number_is_refused(length):
+    with pytest.raises(ConfigError, match=r"`stage_steps` must be an int \(steps\) or a float \(fraction\), got"):
+        Cycle(length)
+
+
+@pytest.mark.parametrize(("schedule", "field"), [(Cycle(3), "stage_steps"), (Once(3), "score_steps")])
+def test_a_schedule_cannot_be_changed(schedule, field):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        StageSchedule(3).stage_steps = 4
+        setattr(schedule, field, 4)
 
 
 @pytest.mark.parametrize("total_steps", [None, 8, 1000])
 def test_an_int_is_a_number_of_steps(total_steps):
-    assert StageSchedule.resolve(7, total_steps) == StageSchedule(7)
+    assert Cycle(7).resolve(total_steps) == Cycle(7)
 
 
 @given(
@@ -81,7 +104,7 @@ def test_a_fraction_is_rounded_down_to_at_least_one_step(fraction, total_steps):
     expected = max(1, int(total_steps * fraction))
     if expected >= total_steps:  # the largest fractions round up to the whole
         return
-    assert StageSchedule.resolve(fraction, total_steps) == StageSchedule(expected)
+    assert Cycle(fraction).resolve(total_steps) == Cycle(expected)
 
 
 @pytest.mark.parametrize(
@@ -89,19 +112,18 @@ def test_a_fraction_is_rounded_down_to_at_least_one_step(fraction, total_steps):
     [(0.05, 1000, 50), (0.05, 119, 5), (0.05, 19, 1), (0.05, 2, 1), (0.5, 3, 1), (0.99, 100, 99)],
 )
 def test_fractions_worked_out_by_hand(fraction, total_steps, expected):
-    assert StageSchedule.resolve(fraction, total_steps).stage_steps == expected
+    assert Cycle(fraction).resolve(total_steps).stage_steps == expected
 
 
 def test_a_fraction_of_an_unknown_total_is_refused_by_field_and_value():
     with pytest.raises(ScheduleError, match=r"`stage_steps=0.05` is a fraction of all training steps"):
-        StageSchedule.resolve(0.05, None)
+        Cycle(0.05).resolve(None)
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 1.0, 1.5, float("nan"), float("inf")])
-@pytest.mark.parametrize("total_steps", [None, 100])
-def test_a_fraction_out_of_range_is_refused_by_field_and_value(fraction, total_steps):
+def test_a_fraction_out_of_range_is_refused_by_field_and_value(fraction):
     with pytest.raises(ConfigError, match=rf"`stage_steps` as a fraction .* in \(0, 1\), got {fraction}"):
-        StageSchedule.resolve(fraction, total_steps)
+        Cycle(fraction)
 
 
 @pytest.mark.parametrize(("length", "total_steps"), [(10, 10), (11, 10), (1, 1), (0.5, 1)])
@@ -109,14 +131,44 @@ def test_a_stage_that_fills_the_training_is_refused_by_field_and_values(length, 
     in_steps = length if isinstance(length, int) else 1
     message = rf"`stage_steps` is {in_steps} of only {total_steps} training steps.*smaller `stage_steps`"
     with pytest.raises(ConfigError, match=message):
-        StageSchedule.resolve(length, total_steps)
+        Cycle(length).resolve(total_steps)
 
 
 def test_a_stage_one_step_shorter_than_the_training_is_enough():
-    schedule = StageSchedule.resolve(9, 10)
-    assert schedule.at(10) == Position(cycle=1, stage=Stage.SUBNETWORK, step_in_stage=1)
+    schedule = Cycle(9).resolve(10)
+    assert schedule.at(10) == Position(1, SUBNETWORK, 1, 9, 1)
 
 
-def test_an_int_out_of_range_is_refused_also_with_an_unknown_total():
-    with pytest.raises(ConfigError, match="`stage_steps` must be at least 1 step, got 0"):
-        StageSchedule.resolve(0, None)
+@given(st.integers(0, 10_000), steps)
+def test_evidence_is_gathered_once_and_the_mask_stays(score_steps, step):
+    position = Once(score_steps).at(step)
+    assert position.cycle == 1
+    if step <= score_steps:
+        assert position == Position(0, ACCUMULATE, step, score_steps)
+    else:
+        assert position == Position(1, SUBNETWORK, step - score_steps, None)
+        assert not position.is_last
+
+
+@pytest.mark.parametrize("score_steps", [-1, 2.0, True, None])
+def test_a_number_of_steps_of_scoring_is_checked(score_steps):
+    with pytest.raises(ConfigError, match="`score_steps` must be an integer of at least 0"):
+        Once(score_steps)
+
+
+def test_scoring_that_fills_the_training_is_refused():
+    assert Once(9).resolve(10) == Once(9).resolve(None) == Once(9)
+    with pytest.raises(ConfigError, match=r"`score_steps` is 10 of only 10 training steps.*smaller `score_steps`"):
+        Once(10).resolve(10)
+
+
+@pytest.mark.parametrize("schedule", [Cycle(3), Once(4)])
+def test_lengths_that_were_saved_come_back(schedule):
+    other = type(schedule)(1)
+    assert other.load(schedule.state()) == schedule
+
+
+def test_schedules_are_found_by_name():
+    settings = ScheduleSettings(stage_steps=0.25, score_steps=6)
+    assert SCHEDULES.find("cycle")(settings) == Cycle(0.25)
+    assert SCHEDULES.find("once")(settings) == Once(6)

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_dps.errors import ScoreError
-from peft_dps.selection.sharded_topk import check_scores, select_sharded
-from peft_dps.selection.topk import select, select_across
+from peft_dps.selection.sharded_topk import select_sharded
+from peft_dps.selection.topk import SortableScores, select
 
 
 class Group:
@@ -52,12 +51,25 @@ def cut(whole: torch.Tensor, size: int) -> list[torch.Tensor]:
     return parts + [whole[:0]] * (size - len(parts))
 
 
+def ranked(weights: list[torch.Tensor], density: float, *, together: bool) -> tuple[list[list[int]], list[int]]:
+    """Which weights are ranked together, and how many entries are selected in each problem."""
+    problems = [list(range(len(weights)))] if together else [[index] for index in range(len(weights))]
+    return problems, [math.ceil(sum(weights[index].numel() for index in each) * density) for each in problems]
+
+
+def select_alone(weights: list[torch.Tensor], density: float, *, together: bool) -> list[torch.Tensor]:
+    scores = [SortableScores.of(weight) for weight in weights]
+    problems, counts = ranked(weights, density, together=together)
+    chosen = (select([scores[index] for index in each], count) for each, count in zip(problems, counts, strict=True))
+    return [mask for masks in chosen for mask in masks]
+
+
 def select_on(size: int, weights: list[torch.Tensor], density: float, *, together: bool):
     group = Group(size)
     parts = [cut(weight, size) for weight in weights]
-    entries = [weight.numel() for weight in weights]
+    problems, counts = ranked(weights, density, together=together)
     results = group.run(
-        lambda rank: select_sharded([part[rank.rank] for part in parts], entries, density, rank, together=together)
+        lambda rank: select_sharded([SortableScores.of(part[rank.rank]) for part in parts], problems, counts, rank)
     )
     masks = [torch.cat([masks[index] for masks, _ in results]) for index in range(len(weights))]
     assert len({tuple(selected) for _, selected in results}) == 1
@@ -86,8 +98,9 @@ def weights(draw):
 @given(weights(), st.floats(0.01, 1.0), st.integers(1, 4))
 def test_masks_within_weights_are_those_of_one_process(tensors, density, size):
     masks, selected, _ = select_on(size, tensors, density, together=False)
-    for mask, tensor, count in zip(masks, tensors, selected, strict=True):
-        assert torch.equal(mask, select(tensor, density))
+    expected = select_alone(tensors, density, together=False)
+    for mask, other, count in zip(masks, expected, selected, strict=True):
+        assert torch.equal(mask, other)
         assert count == int(mask.count_nonzero())
 
 
@@ -95,7 +108,7 @@ def test_masks_within_weights_are_those_of_one_process(tensors, density, size):
 @given(weights(), st.floats(0.01, 1.0), st.integers(1, 4))
 def test_masks_across_weights_are_those_of_one_process(tensors, density, size):
     masks, selected, _ = select_on(size, tensors, density, together=True)
-    expected = select_across(tensors, density)
+    expected = select_alone(tensors, density, together=True)
     assert all(torch.equal(mask, other) for mask, other in zip(masks, expected, strict=True))
     assert selected == [int(mask.count_nonzero()) for mask in expected]
 
@@ -105,7 +118,7 @@ def test_random_scores_of_many_rows(together):
     torch.manual_seed(0)
     tensors = [torch.rand(301, 40), torch.rand(7, 11), torch.rand(2, 3) + 5]
     masks, _, _ = select_on(3, tensors, 0.3, together=together)
-    expected = select_across(tensors, 0.3) if together else [select(tensor, 0.3) for tensor in tensors]
+    expected = select_alone(tensors, 0.3, together=together)
     assert all(torch.equal(mask, other) for mask, other in zip(masks, expected, strict=True))
 
 
@@ -126,15 +139,4 @@ def test_communication_is_a_few_small_tensors_for_all_weights_together():
 
 
 def test_no_weights_need_no_communication():
-    assert select_sharded([], [], 0.5, Rank(Group(1), 0), together=False) == ([], [])
-
-
-@pytest.mark.parametrize("bad", [math.nan, -1.0])
-def test_bad_scores_are_found_before_anything_is_communicated(bad):
-    with pytest.raises(ScoreError):
-        check_scores([torch.ones(2, 2), torch.tensor([[1.0, bad]])])
-
-
-def test_scores_of_different_dtypes_are_refused():
-    with pytest.raises(ScoreError, match="one dtype"):
-        check_scores([torch.ones(2), torch.ones(2).double()])
+    assert select_sharded([], [], [], Rank(Group(1), 0)) == ([], [])

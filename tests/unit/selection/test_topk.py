@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_dps.errors import ConfigError, ScoreError
-from peft_dps.selection import topk as selection
-from peft_dps.selection.topk import select, select_across, selected_count
+from peft_dps.errors import ScoreError
+from peft_dps.selection import topk
+from peft_dps.selection.topk import SortableScores, check_one_dtype, select_within
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BITS = {
@@ -45,9 +45,19 @@ def expected_mask(scores: torch.Tensor, density: float) -> torch.Tensor:
     return torch.tensor(mask, dtype=torch.bool).view(scores.shape)
 
 
+def select_across(weights: list[torch.Tensor], density: float) -> list[torch.Tensor]:
+    """Select ceil(n * density) entries of all weights together."""
+    scores = [SortableScores.of(weight) for weight in weights]
+    return topk.select(scores, math.ceil(sum(weight.numel() for weight in weights) * density))
+
+
+def select(scores: torch.Tensor, density: float) -> torch.Tensor:
+    return select_across([scores], density)[0]
+
+
 @pytest.fixture(params=[7, 1 << 18], ids=["many chunks", "one chunk"])
 def _chunk(request, monkeypatch):
-    monkeypatch.setattr(selection, "_CPU_CHUNK", request.param)
+    monkeypatch.setattr(topk, "_CPU_CHUNK", request.param)
 
 
 # --- against the oracle ---
@@ -110,31 +120,6 @@ def test_ties_across_weights_go_to_the_first_weights(dtype):
 
 def test_selecting_across_nothing_is_nothing():
     assert select_across([], 0.5) == []
-
-
-# --- how many ---
-
-
-@pytest.mark.parametrize(
-    ("entries", "density", "expected"),
-    [(10, 0.7, 7), (10, 0.71, 8), (3, 0.5, 2), (1, 1e-9, 1), (1, 1.0, 1), (0, 0.5, 0), (10**12, 1.0, 10**12)],
-)
-def test_count_is_rounded_up(entries, density, expected):
-    assert selected_count(entries, density) == expected
-
-
-@given(st.integers(0, 10**12), densities)
-def test_count_is_never_more_than_there_are_and_never_none_of_some(entries, density):
-    count = selected_count(entries, density)
-    assert count == math.ceil(entries * density)
-    assert min(entries, 1) <= count <= entries
-
-
-@pytest.mark.parametrize("density", [0.0, -0.1, 1.0001, math.nan, math.inf])
-@pytest.mark.parametrize("entries", [0, 5])
-def test_a_density_out_of_range_is_refused_by_field_and_value(density, entries):
-    with pytest.raises(ConfigError, match=rf"`density` must be in \(0, 1\], got {density}"):
-        select(torch.ones(entries), density)
 
 
 # --- special values ---
@@ -207,9 +192,42 @@ def test_other_dtypes_are_refused_by_name(dtype):
 
 
 def test_different_dtypes_cannot_be_ranked_together():
-    scores = [torch.ones(2, dtype=dtype) for dtype in (torch.float32, torch.float64)]
-    with pytest.raises(ScoreError, match=r"one dtype, got torch\.float32, torch\.float64"):
-        select_across(scores, 0.5)
+    scores = [SortableScores.of(torch.ones(2, dtype=dtype)) for dtype in (torch.float32, torch.float64)]
+    for rank in (
+        lambda: topk.select(scores, 2),
+        lambda: select_within(scores, [1, 1], 2),
+        lambda: check_one_dtype(scores),
+    ):
+        with pytest.raises(ScoreError, match=r"one dtype, got torch\.float32, torch\.float64"):
+            rank()
+
+
+# --- within what they cost ---
+
+
+def within(weights: list[list[float]], costs: list[int], limit: float) -> list[list[bool]]:
+    """Take the best of all, of equal ones the first, as long as those before it cost less than the limit."""
+    entries = sorted((-score, w, i) for w, scores in enumerate(weights) for i, score in enumerate(scores))
+    chosen, spent = set(), 0
+    for _, w, i in entries:
+        if spent < limit:
+            chosen.add((w, i))
+        spent += costs[w]
+    return [[(w, i) in chosen for i in range(len(scores))] for w, scores in enumerate(weights)]
+
+
+@given(
+    st.lists(st.tuples(st.lists(scores_with_ties, max_size=8), st.integers(1, 9)), min_size=1, max_size=5),
+    st.integers(0, 120),
+)
+@settings(max_examples=150, deadline=None)
+@example([([1.0, 1.0], 3), ([1.0], 3)], 4)
+@example([([0.0, -0.0], 3), ([2.0], 5)], 5)
+def test_the_best_are_taken_until_their_costs_reach_the_limit(weights, limit):
+    costs = [cost for _, cost in weights]
+    scores = [torch.tensor(each, dtype=torch.float64) for each, _ in weights]
+    masks = select_within([SortableScores.of(each) for each in scores], costs, limit)
+    assert [mask.tolist() for mask in masks] == within([each.tolist() for each in scores], costs, limit)
 
 
 # --- shapes and layouts ---
@@ -302,7 +320,7 @@ def test_scores_without_ties_need_no_search_for_the_first_of_the_ties():
 
 @pytest.mark.parametrize("kind", SCORES_OF_SIZE)
 def test_work_grows_linearly_with_the_entries(kind, monkeypatch):
-    monkeypatch.setattr(selection, "_CPU_CHUNK", 1 << 10)
+    monkeypatch.setattr(topk, "_CPU_CHUNK", 1 << 10)
     counters = [count_ops(SCORES_OF_SIZE[kind](chunks << 10)) for chunks in (32, 64, 128)]
     for cost in ([sum(counter.calls.values()) for counter in counters], [counter.entries for counter in counters]):
         # 64 more chunks cost twice what 32 more do; squares would cost four times as much.

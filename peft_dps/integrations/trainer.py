@@ -191,8 +191,8 @@ def _check_that_it_fits(controller: Controller, state: TrainerState) -> None:
     length = schedule.at(1).length
     if not any(schedule.at(step).phase.masked for step in range(1, state.max_steps + 1)):
         raise ConfigError(
-            f"Adapter {adapter!r}: the first stage takes {length} steps (`total_steps={controller.planned_steps}`), and "
-            f"the Trainer has only {state.max_steps} to make, so no subnetwork will be selected. Use a smaller "
+            f"Adapter {adapter!r}: the first stage takes {length} steps (`total_steps={controller.planned_steps}`), "
+            f"and the Trainer has only {state.max_steps} to make, so no subnetwork will be selected. Use a smaller "
             "`stage_steps`, or leave `total_steps` to the Trainer."
         )
     if schedule != controller.recipe.schedule and controller.clock.total_steps != state.max_steps:

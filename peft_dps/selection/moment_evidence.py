@@ -108,9 +108,6 @@ class MomentChange(Gathered):
     def _made_from(self) -> Optimizer | None:
         return None if self._optimizer is None else self._optimizer()
 
-    def _made_from(self) -> Optimizer | None:
-        return None if self._optimizer is None else self._optimizer()
-
     def memory(self) -> torch.Tensor | None:
         """Return the memory of the evidence, if it was made."""
         return self.total

@@ -39,7 +39,7 @@ class Units:
         if not fits or self.lead < 1 or self.shape[0] % self.lead:
             raise ConfigError(
                 f"A weight of shape {self.shape} cannot be cut into equal units of {self.lead} rows with {self.inner} "
-                "along the other axes. Let `granularity` return units that fit, or leave the weight out of the targets."
+                "along the other axes. Let `granularity` return units that fit, or leave the weight out."
             )
 
     @property

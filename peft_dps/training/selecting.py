@@ -82,7 +82,7 @@ class Selector:
         if len({weight.ranks for weight in self._weights}) > 1:
             raise EngineError(
                 f"Adapter {self._adapter!r}: `scope='model'` ranks all weights together, but they are not all cut "
-                "over the same processes. Apply `fully_shard` to the whole model, on one mesh, or use `scope='tensor'`."
+                "over the same processes. Apply `fully_shard` to the whole model, or use `scope='tensor'`."
             )
 
     def _batches(self, weights: Sequence[TargetWeight]) -> list[list[TargetWeight]]:

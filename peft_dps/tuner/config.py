@@ -80,20 +80,20 @@ class DPSConfig(PeftConfig):
             `"once"`, ACCUMULATE for `score_steps` steps and SUBNETWORK from then on; or a registered name.
         stage_steps (`int | float`, defaults to 0.05): Length of a stage of `"cycle"`: optimizer steps if an int, a
             fraction of all steps in (0, 1) if a float.
-        score_steps (`int`, defaults to 8): Steps of ACCUMULATE with `schedule="once"`; 0 to score before training, from
-            batches of yours (`model.score(batches)`).
-        granularity (`str`, defaults to `"entry"`): What is selected as a whole: `"entry"`; `"row"`, all that makes one
-            output; `"column"`, all that takes one input; `"tensor"`, one weight; `"block"`, all targets of one layer of
-            the model; or a registered name.
+        score_steps (`int`, defaults to 8): Steps of ACCUMULATE with `schedule="once"`; 0 to score before training,
+            from batches of yours (`model.score(batches)`).
+        granularity (`str`, defaults to `"entry"`): What is selected as a whole: `"entry"`; `"row"`, all that makes
+            one output; `"column"`, all that takes one input; `"tensor"`, one weight; `"block"`, all targets of one
+            layer of the model; or a registered name.
         reduction (`"mean" | "sum"`, defaults to `"mean"`): How the scores of its entries make the score of a unit.
         total_steps (`int`, *optional*): Number of optimizer steps of the whole training. Only a fractional
             `stage_steps` needs it, and not with the HF Trainer, which knows it.
         scope (`"tensor" | "model"`, *optional*): Whether the best units are chosen within each weight or over all
             weights together. By default within each weight, and over all where units are weights or more.
-        frozen (`str`, defaults to `"exact"`): What frozen means in SUBNETWORK. With `"exact"` frozen entries keep their
-            bits whatever the optimizer does; `"exact_in_step"` does so with a copy of them only while the optimizer
-            steps; with `"gradient"` only their gradient is zeroed, and momentum and weight decay still move them, as in
-            the code released with the paper; or a registered name.
+        frozen (`str`, defaults to `"exact"`): What frozen means in SUBNETWORK. With `"exact"` frozen entries keep
+            their bits whatever the optimizer does; `"exact_in_step"` does so with a copy of them only while the
+            optimizer steps; with `"gradient"` only their gradient is zeroed, and momentum and weight decay still move
+            them, as in the code released with the paper; or a registered name.
         score (`str`, defaults to `"squared_gradient"`): How entries are ranked: `"squared_gradient"`,
             `"absolute_gradient"`, `"random"` (the baseline), or a name given to `peft_dps.register_score`.
         evidence (`str`, *optional*): What is gathered for the score: `"squared_gradient"`, `"absolute_gradient"`,
@@ -300,8 +300,8 @@ class DPSConfig(PeftConfig):
         if self.score_dtype != "float32" or self.evidence is not None:
             field_ = "score_dtype" if self.evidence is None else "evidence"
             raise ConfigError(
-                f"`{field_}={getattr(self, field_)!r}` has nothing to do with `lean=True`, which takes scores from the "
-                "optimizer's second moment. Use one of the two."
+                f"`{field_}={getattr(self, field_)!r}` has nothing to do with `lean=True`, which takes scores from "
+                "the optimizer's second moment. Use one of the two."
             )
         if evidence_of(names.get("score", "squared_gradient")) == "squared_gradient":
             names["evidence"] = "second_moment"

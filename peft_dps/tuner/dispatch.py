@@ -102,8 +102,8 @@ def check_layout(layer: DPSLayer, recipe: Recipe, key: str) -> None:
     if without_units or (recipe.noise.substitutes and layout.columns is None):
         field = "granularity='entry'" if without_units else "variant='dense'"
         raise TargetError(
-            f"The parameter {key!r} has the shape {layout.shape}, and nothing tells which axis holds inputs, so that it "
-            f"has no rows and columns. Use `{field}`, or leave it out of `target_parameters`."
+            f"The parameter {key!r} has the shape {layout.shape}, and nothing tells which axis holds inputs, so that "
+            f"it has no rows and columns. Use `{field}`, or leave it out of `target_parameters`."
         )
 
 

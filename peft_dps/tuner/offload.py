@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def offload_bases(model: nn.Module, adapter_name: str) -> None:
-    """Keep the pretrained weights of an adapter's layers in files, but for those that other modules need in each step."""
+    """Keep the pretrained weights of an adapter's layers in files, but for those that other modules share."""
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     for key, module in model.named_modules():
         if isinstance(module, DPSLayer) and adapter_name in module.dps_weight:

@@ -25,7 +25,7 @@ class Conv(DPSLayer):
 
     @property
     def layout(self) -> Layout:
-        """A row per output channel; a column per input channel: all output channels of its group, all of the kernel."""
+        """A row per output channel; a column per input channel of a group, over all output channels of it."""
         base: Any = self.get_base_layer()
         return out_in(tuple(self.pretrained_parameter.shape), base.groups)
 

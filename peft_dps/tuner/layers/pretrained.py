@@ -37,7 +37,7 @@ class PretrainedWeight:
     def merge(self, base: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Let the base layer compute with other values.
 
-        The merged weight is a parameter of its own: a layer that shared the pretrained one (tied embeddings) keeps that.
+        A parameter of their own: a layer that shared the pretrained one (tied embeddings) keeps that.
         """
         self._unmerged = self._unmerged or self.in_base(base)
         setattr(base, self.name, nn.Parameter(weight, requires_grad=False))

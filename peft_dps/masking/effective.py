@@ -145,22 +145,13 @@ def effective_linear(
 
 
 def materialize(weight: torch.Tensor, effective: EffectiveWeight) -> torch.Tensor:
-    """Return W_eff as a tensor that passes its gradient on to the weight, for modules that read weights.
-
-    Args:
-        weight: W.
-        effective: What makes W_eff of W.
-    """
+    """Return W_eff as a tensor that passes its gradient on to the weight, for modules that read weights."""
     output: torch.Tensor = _Materialize.apply(weight, effective)  # type: ignore[no-untyped-call]
     return output
 
 
 def once_differentiable(backward: Callable[..., tuple[torch.Tensor | None, ...]]) -> Any:
-    """Let a backward pass be differentiated no further: whoever does is told so.
-
-    Args:
-        backward: A function's backward pass.
-    """
+    """Let a backward pass be differentiated no further: whoever does is told so."""
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -187,11 +178,7 @@ class _NoFurther(torch.autograd.Function):
 
 
 def refuse_transforms() -> None:
-    """Refuse to compute an effective weight under `torch.func`.
-
-    Raises:
-        EngineError: If a transform is active.
-    """
+    """Refuse to compute an effective weight under `torch.func`."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise EngineError(
             "DPS Mix cannot train under `torch.func` (grad, vmap, jvp, ...), which sees no effective weights. Use "
@@ -274,24 +261,14 @@ def _rounded_up(columns: int, most: int) -> int:
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which autocast, or else the activation, wants the result.
-
-    Args:
-        x: The activation.
-    """
+    """Return the dtype in which autocast, or else the activation, wants the result."""
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype is not torch.float64
     return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 def passing(effective: EffectiveWeight, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return W_eff in memory that the next call may overwrite.
-
-    Args:
-        effective: What makes W_eff of W.
-        weight: W.
-        dtype: Dtype of the result.
-    """
+    """Return W_eff in memory that the next call may overwrite."""
     if weight.device.type != "cpu" or not weight.is_contiguous() or torch.compiler.is_compiling():
         return effective.of(weight).to(dtype)
     made = effective.of(weight, scratch.empty(weight.shape, weight.dtype, "weight"))

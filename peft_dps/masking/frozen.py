@@ -62,11 +62,7 @@ class FrozenWeight:
         """Undo what the optimizer has done to frozen entries."""
 
     def accept(self, weight: torch.Tensor) -> bool:
-        """Take values that were written from outside as they are.
-
-        Returns:
-            Whether frozen entries had other values than they are held at.
-        """
+        """Take values that were written from outside as they are."""
         return False  # the optimizer moves frozen entries too: there is no telling
 
     def moved(self, weight: torch.Tensor) -> bool:
@@ -78,12 +74,7 @@ class FrozenWeight:
         return bool(frozen_checksum(weight, self.mask.keep) != self.checksum)
 
     def follow(self, weight: torch.Tensor, name: str) -> None:
-        """Follow the weight to another device; refuse another dtype, whose bits would not fit.
-
-        Args:
-            weight: The weight as it is now.
-            name: What errors call it.
-        """
+        """Follow the weight to another device; refuse another dtype, whose bits would not fit."""
         if self.dtype != weight.dtype:
             raise EngineError(
                 f"The weight of {name!r} went from {self.dtype} to {weight.dtype} in the middle of a SUBNETWORK "
@@ -223,14 +214,7 @@ def exact_in_step(
 
 
 def load_frozen(policy: FrozenPolicy, saved: SavedState, weight: torch.Tensor, *, with_snapshot: bool) -> FrozenWeight:
-    """Freeze a weight as it was when a state was saved.
-
-    Args:
-        policy: The frozen policy.
-        saved: What was saved of the weight.
-        weight: The weight, with the values that it had then.
-        with_snapshot: Whether noise computes with a snapshot.
-    """
+    """Freeze a weight as it was when a state was saved."""
     state = saved.tensor("mask", Mask.state_shape(weight.shape), torch.uint8).to(weight.device, copy=True)
     snapshot = saved.tensor("snapshot", weight.shape, weight.dtype) if with_snapshot else None
     if snapshot is not None:

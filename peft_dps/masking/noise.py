@@ -114,22 +114,10 @@ class WeightNoise:
     columns: torch.Tensor | None = None
 
     def count_step(self, columns: int, device: torch.device, *, noisy: bool) -> None:
-        """Count the columns that took part in a step.
-
-        Args:
-            columns: Their number.
-            device: Where to count.
-            noisy: Whether the step's forward had noise; without it all took part.
-        """
+        """Count the columns that took part in a step."""
 
     def relax_(self, evidence: torch.Tensor, weight: NoisedWeight, stage_steps: int) -> None:
-        """Relax evidence by how often each column took part, in place.
-
-        Args:
-            evidence: What was gathered, the weight's shape, or this process's rows.
-            weight: The weight.
-            stage_steps: Steps of the phase in which it was gathered.
-        """
+        """Relax evidence by how often each column took part, in place."""
 
     def state(self) -> State:
         """Return what an exact resume needs."""

@@ -12,13 +12,7 @@ class Storage:
     """A trainable copy of the whole weight: frozen entries are in it, too."""
 
     def parameter(self, base: torch.Tensor, *, on_meta: bool, perturb: bool) -> nn.Parameter:
-        """Make the parameter that is trained in place of a pretrained tensor.
-
-        Args:
-            base: The pretrained tensor.
-            on_meta: Make it without data, to be filled by a checkpoint.
-            perturb: Change it at random; only for tests.
-        """
+        """Make the parameter that is trained in place of a pretrained tensor."""
         if on_meta:
             return nn.Parameter(torch.empty_like(base, device="meta"))
         copy = base.detach().clone()

@@ -69,12 +69,7 @@ class Gathered:
         return None
 
     def state(self, weight: ObservedWeight, *, ends: bool) -> State:
-        """Return what an exact resume needs.
-
-        Args:
-            weight: The weight.
-            ends: Whether the phase is over, so that no optimizer may come before the evidence is asked for.
-        """
+        """Return what an exact resume needs."""
         return State()
 
 
@@ -255,11 +250,7 @@ def _pieces(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
 
 @torch.no_grad()
 def are_finite(gradients: Sequence[torch.Tensor]) -> bool:
-    """Tell whether gradients are finite.
-
-    Args:
-        gradients: At least one, any floating dtypes, on any devices.
-    """
+    """Tell whether gradients are finite."""
     wide = torch.float64 if any(gradient.dtype is torch.float64 for gradient in gradients) else torch.float32
     if all(each.device.type == "cpu" and each.is_contiguous() and each.element_size() >= 4 for each in gradients):
         flat = (gradient.view(-1) for gradient in gradients)  # a dot product reads at twice the speed of a norm

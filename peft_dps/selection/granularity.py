@@ -40,11 +40,7 @@ class Granularity:
         raise NotImplementedError
 
     def owner(self, name: str) -> str:
-        """Return what the units belong to: weights with the same owner share theirs.
-
-        Args:
-            name: Path of the weight's layer in the base model.
-        """
+        """Return what the units belong to: weights with the same owner share theirs."""
         return name
 
     def reduce(self, sums: torch.Tensor, size: int) -> torch.Tensor:

@@ -39,13 +39,7 @@ class MomentChange(Gathered):
         return self.moment is None and self.total is None
 
     def count(self, now: SecondMoment, name: str, optimizer: Optimizer) -> None:
-        """Count a step.
-
-        Args:
-            now: The second moment before the step.
-            name: What errors call the weight.
-            optimizer: The optimizer.
-        """
+        """Count a step."""
         self._require_same(now, name, optimizer)
         if self.moment is None:
             self.moment = MomentScores(now.value, now.share)

@@ -55,15 +55,7 @@ def _key_of(optimizer: Optimizer) -> str:
 
 
 def second_moments(optimizer: Optimizer, weights: Mapping[str, torch.Tensor]) -> dict[str, SecondMoment]:
-    """Look up the second moments of weights.
-
-    Args:
-        optimizer: torch's Adam, AdamW, NAdam, RAdam, RMSprop or Adagrad, or one that keeps `exp_avg_sq` as they do.
-        weights: Weights that it updates, by what errors call them.
-
-    Raises:
-        EngineError: If the optimizer keeps none, or none of the gradient alone.
-    """
+    """Look up the second moments of weights."""
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     return {name: _second_moment(optimizer, groups[id(weight)], weight, name) for name, weight in weights.items()}
 
@@ -119,21 +111,12 @@ class MomentScores:
         return self._before
 
     def count_step(self, decay: float) -> None:
-        """Take note of a step.
-
-        Args:
-            decay: beta2 of the step.
-        """
+        """Take note of a step."""
         self.decay *= decay
         self.steps += 1
 
     def scores(self, now: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Work out the accumulated squared gradients.
-
-        Args:
-            now: v_n.
-            out: Memory for the result, of the weight's shape.
-        """
+        """Work out the accumulated squared gradients."""
         if self._before is None:
             return torch.div(now, self.share, out=out)
         floor = (self.steps + 1) * torch.finfo(now.dtype).eps

@@ -45,11 +45,7 @@ class ScoreContext:
 
     @property
     def evidence(self) -> torch.Tensor:
-        """The evidence of this phase.
-
-        Raises:
-            ConfigError: If none is gathered for the score.
-        """
+        """The evidence of this phase."""
         if self.gathered is None:
             raise ConfigError("The score looks at evidence, and none is gathered for it. Set `evidence`.")
         return self.gathered
@@ -93,11 +89,7 @@ def register_score(name: str, *, evidence: str = "squared_gradient") -> Callable
 
 
 def evidence_of(score: str) -> str:
-    """Return the name of the evidence that a score is made from.
-
-    Raises:
-        ConfigError: If no score is registered under the name.
-    """
+    """Return the name of the evidence that a score is made from."""
     SCORES.find(score)
     return _EVIDENCE.get(score, "squared_gradient")
 
@@ -121,17 +113,7 @@ def random(context: ScoreContext) -> torch.Tensor:
 
 
 def check_scores(scores: Any, weight: torch.Tensor, *, score: str, name: str) -> None:
-    """Check what a score returned, which may be anything if a user has registered it.
-
-    Args:
-        scores: What it returned.
-        weight: The weight.
-        score: Name of the score.
-        name: Name of the weight.
-
-    Raises:
-        ConfigError: If it is no tensor of floats of the weight's shape.
-    """
+    """Check what a score returned, which may be anything if a user has registered it."""
     if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():
         found = f"dtype {scores.dtype}" if isinstance(scores, torch.Tensor) else f"{type(scores).__name__}"
         raise ConfigError(

@@ -141,22 +141,13 @@ class Layout:
 
 
 def out_in(shape: tuple[int, ...], groups: int = 1) -> Layout:
-    """Lay out a weight `[out, in / groups, *kernel]`: of a linear layer, a convolution, or an embedding.
-
-    Args:
-        shape: Its shape.
-        groups: Of a convolution, whose columns are input channels; each group has its own.
-    """
+    """Lay out a weight `[out, in / groups, *kernel]`: of a linear layer, a convolution, or an embedding."""
     span = (1,) * (len(shape) - 2)
     return Layout(shape, Units(shape, 1, (1, *span)), Units(shape, shape[0] // groups, (shape[1], *span)))
 
 
 def in_out(shape: tuple[int, ...]) -> Layout:
-    """Lay out a weight `[in, out]`.
-
-    Args:
-        shape: Its shape.
-    """
+    """Lay out a weight `[in, out]`."""
     turned = out_in(shape)
     return Layout(shape, turned.columns, turned.rows)
 

@@ -48,11 +48,7 @@ class Registry(Generic[T]):
         return add
 
     def find(self, name: Any) -> T:
-        """Return what a name stands for.
-
-        Raises:
-            ConfigError: If nothing is registered under it.
-        """
+        """Return what a name stands for."""
         if not isinstance(name, str) or name not in self._choices:
             raise ConfigError(f"`{self.field}` must be one of {', '.join(map(repr, self))}, got {name!r}.")
         return self._choices[name]

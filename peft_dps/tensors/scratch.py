@@ -16,13 +16,7 @@ class Scratch(threading.local):
         self._buffers: dict[tuple[str, torch.dtype], torch.Tensor] = {}
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, use: str) -> torch.Tensor:
-        """Return memory on the CPU that the next call for the same use may hand out again.
-
-        Args:
-            shape: Shape of the tensor.
-            dtype: Its dtype.
-            use: Name of the use.
-        """
+        """Return memory on the CPU that the next call for the same use may hand out again."""
         size = math.prod(shape)
         buffer = self._buffers.get((use, dtype))
         if buffer is None or buffer.numel() < size:
@@ -31,12 +25,7 @@ class Scratch(threading.local):
         return buffer[:size].view(shape)
 
     def like(self, tensor: torch.Tensor, use: str) -> torch.Tensor:
-        """Return memory of a tensor's shape and dtype, new on an accelerator, whose allocator is fast.
-
-        Args:
-            tensor: The tensor.
-            use: Name of the use.
-        """
+        """Return memory of a tensor's shape and dtype, new on an accelerator, whose allocator is fast."""
         if tensor.device.type != "cpu":
             return torch.empty_like(tensor)
         return self.empty(tensor.shape, tensor.dtype, use)

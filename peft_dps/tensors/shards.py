@@ -29,14 +29,7 @@ class Ranks:
         self.members = tuple(dist.get_process_group_ranks(group))
 
     def sum(self, counts: torch.Tensor) -> torch.Tensor:
-        """Add up the counts of all processes.
-
-        Args:
-            counts: An integer tensor, of one shape on all processes.
-
-        Returns:
-            The sums, on the device of `counts`.
-        """
+        """Add up the counts of all processes."""
         total = counts.to(self.device, copy=True)
         dist.all_reduce(total, group=self.group)
         return total.to(counts.device)
@@ -98,14 +91,7 @@ class Sharding:
         return whole.narrow(0, self.first, self.rows)
 
     def whole_of(self, part: torch.Tensor) -> torch.Tensor:
-        """Collect the rows of all processes, which all have to call it.
-
-        Args:
-            part: This process's rows, any dtype.
-
-        Returns:
-            A tensor of the whole weight's shape, on the device of `part`.
-        """
+        """Collect the rows of all processes, which all have to call it."""
         if part.shape[0] < self.chunk:
             padded = part.new_zeros((self.chunk, *part.shape[1:]))
             padded[: part.shape[0]] = part
@@ -114,18 +100,7 @@ class Sharding:
 
 
 def sharding_of(parameter: torch.Tensor, name: str) -> Sharding | None:
-    """Tell how a parameter is cut over processes.
-
-    Args:
-        parameter: The parameter of an optimizer.
-        name: What to call it in errors.
-
-    Returns:
-        None if it is whole.
-
-    Raises:
-        EngineError: If it is cut otherwise than FSDP2 (`fully_shard`) cuts by default.
-    """
+    """Tell how a parameter is cut over processes."""
     if not isinstance(parameter, DTensor):
         return None
     placements, mesh = parameter.placements, parameter.device_mesh
@@ -158,11 +133,7 @@ def distinct(ranks: Iterable[Ranks | None]) -> list[Ranks]:
 
 
 def world_of(ranks: Iterable[Ranks | None]) -> list[Ranks]:
-    """Return all processes of the training as one set if any weight is cut over some of them, else nothing.
-
-    Args:
-        ranks: Per weight, the processes that it is cut over; None if it is whole.
-    """
+    """Return all processes of the training as one set if any weight is cut over some of them, else nothing."""
     cut = distinct(ranks)
     group = dist.group.WORLD
     return [Ranks(group, cut[0].device)] if cut and group is not None else []
@@ -170,16 +141,7 @@ def world_of(ranks: Iterable[Ranks | None]) -> list[Ranks]:
 
 @contextmanager
 def together(everyone: list[Ranks], doing: str, error: type[DPSError]) -> Iterator[None]:
-    """Make an exception on one process one on all, so that none waits for it in the next communication.
-
-    Args:
-        everyone: The sets of processes, in one order on all of them. With none nothing is communicated.
-        doing: What is being done, for the message; the processes do not communicate meanwhile.
-        error: What to raise where nothing failed.
-
-    Raises:
-        DPSError: Of the type `error`, if another process failed.
-    """
+    """Make an exception on one process one on all, so that none waits for it in the next communication."""
     try:
         yield
     except Exception:

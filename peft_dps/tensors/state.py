@@ -56,13 +56,7 @@ class SavedState:
         return self._facts[name]
 
     def number(self, name: str, *, at_least: int = 0, optional: bool = False) -> Any:
-        """Return a whole number.
-
-        Args:
-            name: Its name.
-            at_least: The smallest that makes sense.
-            optional: Whether None is allowed.
-        """
+        """Return a whole number."""
         value = self.fact(name)
         if optional and value is None:
             return None
@@ -71,12 +65,7 @@ class SavedState:
         return value
 
     def share(self, name: str, *, positive: bool = False) -> float:
-        """Return a number from 0 to 1.
-
-        Args:
-            name: Its name.
-            positive: Whether 0 is refused.
-        """
+        """Return a number from 0 to 1."""
         value = self.fact(name)
         if type(value) not in (int, float) or not 0 <= value <= 1 or (positive and value == 0):
             raise self.damaged(
@@ -117,13 +106,7 @@ class SavedState:
         return name in self._tensors
 
     def tensor(self, name: str, shape: torch.Size | tuple[int, ...], *dtypes: torch.dtype) -> torch.Tensor:
-        """Take a tensor.
-
-        Args:
-            name: Its name.
-            shape: The shape that it has to have.
-            *dtypes: The dtypes that it may have.
-        """
+        """Take a tensor."""
         tensor = self._tensors.pop(name, None)
         if not isinstance(tensor, torch.Tensor):
             raise self.damaged(f"it lacks the tensor {name!r}")
@@ -137,14 +120,7 @@ class SavedState:
     def amounts(
         self, name: str, shape: torch.Size | tuple[int, ...], *dtypes: torch.dtype, at_most: float = math.inf
     ) -> torch.Tensor:
-        """Take a tensor without NaN and negative numbers.
-
-        Args:
-            name: Its name.
-            shape: The shape that it has to have.
-            *dtypes: The dtypes that it may have.
-            at_most: The largest value that makes sense.
-        """
+        """Take a tensor without NaN and negative numbers."""
         tensor = self.tensor(name, shape, *dtypes)
         if not bool(((tensor >= 0) & (tensor <= at_most)).all()):
             raise self.damaged(f"its tensor {name!r} has values that are negative, NaN or above {at_most}")

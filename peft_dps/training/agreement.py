@@ -27,14 +27,6 @@ def check_agreement(adapter: str, clock: Sequence[int], weights: Sequence[Target
     """Compare steps, masks and weights over all processes, which all have to call it. Alone it does nothing.
 
     Of sharded weights, processes that hold the same rows are compared (the replicas of HSDP).
-
-    Args:
-        adapter: Name of the adapter.
-        clock: What all processes must have counted alike.
-        weights: The tracked weights.
-
-    Raises:
-        EngineError: On all processes, if any two differ.
     """
     group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     if group is None or not weights:

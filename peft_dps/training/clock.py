@@ -111,11 +111,7 @@ class Clock:
         )
 
     def state(self, names: set[str]) -> dict[str, Any]:
-        """Return how far the training is, in plain values.
-
-        Args:
-            names: Names of the adapter's weights that still exist.
-        """
+        """Return how far the training is, in plain values."""
         return {
             "step": self.step,
             "total_steps": self.total_steps,
@@ -127,15 +123,7 @@ class Clock:
         }
 
     def read(self, saved: SavedState, names: set[str]) -> Clock:
-        """Return the clock of a training that goes on where another was.
-
-        Args:
-            saved: What `state` returned there.
-            names: Names of the adapter's weights.
-
-        Raises:
-            StateError: If it makes no sense.
-        """
+        """Return the clock of a training that goes on where another was."""
         before = saved.number("total_steps", at_least=2, optional=True)
         clock = Clock(self.adapter, self.schedule, self.total_steps or before)
         clock.step = saved.number("step")

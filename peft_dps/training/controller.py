@@ -58,22 +58,14 @@ class Controller:
         self._announce()
 
     def restart(self, total_steps: int | None) -> None:
-        """Forget evidence, masks and steps, and begin a new training.
-
-        Args:
-            total_steps: Number of optimizer steps of that training, if known.
-        """
+        """Forget evidence, masks and steps, and begin a new training."""
         self.loaded_after: int | None = None  # the step after which the adapter's weights were loaded
         self.take_clock(Clock(self.adapter, self.recipe.schedule, total_steps))
         for weight in self.weights:
             weight.restart()
 
     def take_clock(self, clock: Clock) -> None:
-        """Go on from where a clock is.
-
-        Args:
-            clock: The clock.
-        """
+        """Go on from where a clock is."""
         self.clock = clock
         self._prepared: Position | None = None  # position of the step that training forwards were prepared for
         self._prepared_for: int | None = None
@@ -96,12 +88,7 @@ class Controller:
         Controller.generation += 1
 
     def track(self, name: str, layer: TargetLayer) -> None:
-        """Add the adapter's weight of a layer.
-
-        Args:
-            name: Path of the layer in the base model.
-            layer: The layer, whose weight of this adapter exists already.
-        """
+        """Add the adapter's weight of a layer."""
         self.weights.append(TargetWeight(name, layer, self.adapter, self, self.recipe))
         self._announce()
 
@@ -123,11 +110,7 @@ class Controller:
     # What the optimizer hooks tell.
 
     def expect_call(self, weights: Sequence[TargetWeight]) -> None:
-        """Get ready for an optimizer that may change weights before it asks for gradients, while a mask holds.
-
-        Args:
-            weights: Weights that belong to the optimizer.
-        """
+        """Get ready for an optimizer that may change weights before it asks for gradients, while a mask holds."""
         if self.clock.entered is None:
             return
         joins = self.clock.joins(weight.name for weight in weights)
@@ -140,10 +123,6 @@ class Controller:
         """Take note that an optimizer is about to make a step.
 
         A logical step may take several optimizers, or one per parameter: a new step begins when a weight comes again.
-
-        Args:
-            weights: Weights that belong to the optimizer, with a gradient or without.
-            optimizer: The optimizer.
         """
         self.at_rest = False
         names = {weight.name for weight in weights}
@@ -184,13 +163,7 @@ class Controller:
     def take_gradients(
         self, weights: Sequence[TargetWeight], optimizer: Optimizer, grad_scale: torch.Tensor | None
     ) -> None:
-        """Gather evidence from gradients, and apply the frozen policy to them.
-
-        Args:
-            weights: Weights that have a gradient.
-            optimizer: The optimizer that is about to update them.
-            grad_scale: Factor that a gradient scaler has left in the gradients, or None.
-        """
+        """Gather evidence from gradients, and apply the frozen policy to them."""
         if self.gathers:
             self._gather(weights, optimizer, grad_scale)
         for weight in weights:
@@ -229,17 +202,7 @@ class Controller:
     # What layers tell.
 
     def on_forward(self, layer: TargetLayer) -> EffectiveWeight | None:
-        """Prepare a training forward of a layer.
-
-        Args:
-            layer: The layer.
-
-        Returns:
-            What noise multiplies with in place of the weight; None for the weight itself.
-
-        Raises:
-            EngineError: If the weights change from forward to forward while the hooks are shown no step.
-        """
+        """Prepare a training forward of a layer."""
         if torch.is_grad_enabled():
             self._guard.check_forward(self.adapter, layer, self.clock.calls)
         if not self.substitutes or self.at_rest:
@@ -316,11 +279,7 @@ class Controller:
         ).run()
 
     def gather_before_training(self) -> None:
-        """Gather evidence from the gradients that the weights have now, before the first step.
-
-        Raises:
-            ConfigError: If the training has begun, or its schedule gathers evidence by itself.
-        """
+        """Gather evidence from the gradients that the weights have now, before the first step."""
         if self.clock.step or not self.clock.coming().phase.masked:
             raise ConfigError(
                 f"Adapter {self.adapter!r}: evidence is gathered before training with `schedule='once'` and "

@@ -33,17 +33,7 @@ class EngineGuard:
         self._unseen_changes = 0
 
     def check_forward(self, adapter: str, layer: TargetLayer, step: int) -> None:
-        """Compare the weight with the previous forward's. The first layer to come is the one that is watched.
-
-        Args:
-            adapter: Name of the adapter.
-            layer: The layer about to compute a training forward.
-            step: Optimizer steps that the hooks have seen, applied or skipped.
-
-        Raises:
-            EngineError: If the weight belongs to an engine that is known to step copies, or has changed twice in a
-                row and no step was seen.
-        """
+        """Compare the weight with the previous forward's. The first layer to come is the one that is watched."""
         if self._layer is None or self._layer() is None:
             self._layer = weakref.ref(layer)
         if self._layer() is not layer:
@@ -81,15 +71,7 @@ class EngineGuard:
 
 
 def check_optimizer(optimizer: Optimizer, weights: Iterable[TargetWeight]) -> None:
-    """Check that an optimizer applies one gradient a step to weights that DPS knows.
-
-    Args:
-        optimizer: The optimizer.
-        weights: The weights that it is about to update.
-
-    Raises:
-        EngineError: If it does not.
-    """
+    """Check that an optimizer applies one gradient a step to weights that DPS knows."""
     if isinstance(optimizer, LBFGS):
         raise EngineError(
             "LBFGS evaluates the gradient several times in one step, so a step has no gradient that DPS could score. "
@@ -104,14 +86,7 @@ def check_optimizer(optimizer: Optimizer, weights: Iterable[TargetWeight]) -> No
 
 
 def check_observed(weights: Iterable[TargetWeight]) -> None:
-    """Check, before a subnetwork is selected, that no weight was changed but by optimizer steps that DPS has seen.
-
-    Args:
-        weights: All weights of an adapter.
-
-    Raises:
-        EngineError: If one was.
-    """
+    """Check, before a subnetwork is selected, that no weight was changed but by optimizer steps that DPS has seen."""
     for weight in weights:
         is_trained = weight.parameter.requires_grad  # else only who loads values changes it
         if is_trained and weight.observed == 0 and weight.mask is None and weight.was_changed():
@@ -123,15 +98,7 @@ def check_observed(weights: Iterable[TargetWeight]) -> None:
 
 
 def refuse_unseen_steps(adapter: str, steps: int) -> None:
-    """Refuse an engine that has made steps of which DPS has seen none.
-
-    Args:
-        adapter: Name of the adapter.
-        steps: How many it has made.
-
-    Raises:
-        EngineError: Always.
-    """
+    """Refuse an engine that has made steps of which DPS has seen none."""
     raise EngineError(
         f"The Trainer has made {steps} steps, but DPS has seen none on adapter {adapter!r}. Its engine updates copies "
         f"of the weights {_COPIES}; train with DDP or on one process."

@@ -107,14 +107,7 @@ _open = _OpenSteps()
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Global pre-hook: score or mask the gradients of the DPS weights that the optimizer is about to update.
-
-    Returns:
-        None, or the step's (args, kwargs) with the closure wrapped.
-
-    Raises:
-        EngineError: If the optimizer updates weights in a way in which DPS cannot take part.
-    """
+    """Global pre-hook: score or mask the gradients of the DPS weights that the optimizer is about to update."""
     work = _find_work(optimizer)
     if not work:
         if _open.steps:

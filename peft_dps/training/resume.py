@@ -14,23 +14,14 @@ from peft_dps.training.weight import TargetWeight
 
 
 def settled(weight: TargetWeight) -> TargetWeight:
-    """Return a copy, of the same layer and tensors, that needs no optimizer any more to be selected from.
-
-    Args:
-        weight: The weight, at the end of a phase that gathers evidence.
-    """
+    """Return a copy, of the same layer and tensors, that needs no optimizer any more to be selected from."""
     alone = copy.copy(weight)
     alone.gathered = weight.gathered.settled(alone)
     return alone
 
 
 def state_of(weight: TargetWeight, *, ends: bool) -> State:
-    """Return what the phase keeps of a weight: the sum of what its objects hold.
-
-    Args:
-        weight: The weight.
-        ends: Whether the phase is over.
-    """
+    """Return what the phase keeps of a weight: the sum of what its objects hold."""
     own = State({"observed": weight.observed, "selected": weight.selected, "masked": weight.frozen is not None})
     own = own | weight.gathered.state(weight, ends=ends) | weight.noise.state()
     return own if weight.frozen is None else own | weight.frozen.state(weight.weight)
@@ -73,16 +64,7 @@ class SavedWeight:
 
 
 def read_state(weight: TargetWeight, saved: SavedState, clock: Clock) -> SavedWeight:
-    """Read what was saved of a weight, which has the values that it had then.
-
-    Args:
-        weight: The weight.
-        saved: What `state_of` returned.
-        clock: The clock of the same moment.
-
-    Raises:
-        StateError: If it is incomplete or makes no sense.
-    """
+    """Read what was saved of a weight, which has the values that it had then."""
     recipe, values = weight.recipe, weight.weight
     observed, selected = saved.number("observed"), saved.number("selected", optional=True)
     if observed > clock.most_steps:

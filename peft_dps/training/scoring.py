@@ -17,17 +17,7 @@ from peft_dps.training.weight import TargetWeight
 def gather(
     weights: Sequence[TargetWeight], recipe: Recipe, optimizer: Optimizer | None, grad_scale: torch.Tensor | None
 ) -> bool:
-    """Gather evidence from the gradients of a step.
-
-    Args:
-        weights: The weights that have a gradient, at least one.
-        recipe: The method.
-        optimizer: The optimizer that is about to update them; None before training.
-        grad_scale: Factor that a gradient scaler has left in the gradients, or None.
-
-    Returns:
-        Whether the step could be scored: False where a gradient is not finite.
-    """
+    """Gather evidence from the gradients of a step."""
     for weight in weights:
         weight.observed += 1
     scored = recipe.evidence.gather(weights, optimizer, grad_scale)
@@ -39,18 +29,7 @@ def gather(
 
 
 def check_gathered(weights: Iterable[TargetWeight], recipe: Recipe, *, adapter: str, step: int, scored: int) -> None:
-    """Check that there is evidence to select a subnetwork from.
-
-    Args:
-        weights: All weights of the adapter.
-        recipe: The method.
-        adapter: Name of the adapter.
-        step: Number of the latest step.
-        scored: Steps of the phase that were scored.
-
-    Raises:
-        ScoreError: If there is none.
-    """
+    """Check that there is evidence to select a subnetwork from."""
     if not recipe.evidence.looks:
         return
     if scored == 0:
@@ -68,15 +47,7 @@ def check_gathered(weights: Iterable[TargetWeight], recipe: Recipe, *, adapter: 
 
 
 def check_dtypes(weights: Iterable[TargetWeight], recipe: Recipe) -> None:
-    """Check before anything is scored that evidence which will be ranked together has one dtype.
-
-    Args:
-        weights: All weights of the adapter.
-        recipe: The method. A registered score returns what dtype it likes.
-
-    Raises:
-        ConfigError: If it has several.
-    """
+    """Check before anything is scored that evidence which will be ranked together has one dtype."""
     if not recipe.scope.across or not recipe.granularity.per_entry or recipe.budget.takes_all:
         return
     named = {recipe.evidence.dtype_for(weight.weight): weight.name for weight in weights}
@@ -89,21 +60,7 @@ def check_dtypes(weights: Iterable[TargetWeight], recipe: Recipe) -> None:
 
 
 def scores_of(weight: TargetWeight, recipe: Recipe, *, index: int, step: int, steps: int) -> torch.Tensor:
-    """Evaluate the score of one weight; relaxes its evidence in place.
-
-    Args:
-        weight: The weight, at the end of a phase that gathers evidence.
-        recipe: The method.
-        index: Place of the weight among those of the adapter.
-        step: Number of the latest step.
-        steps: Steps of the phase.
-
-    Returns:
-        Scores of the weight's shape.
-
-    Raises:
-        ConfigError: If a registered score returns something else.
-    """
+    """Evaluate the score of one weight; relaxes its evidence in place."""
     gathered = weight.gathered.value(weight)
     if gathered is not None:
         weight.noise.relax_(gathered, weight, steps)

@@ -49,14 +49,7 @@ class Selector:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Give every weight its mask.
-
-        Raises:
-            ConfigError: If a registered score returns another shape.
-            ScoreError: If a score is NaN or negative.
-            EngineError: If that happens on another process, or weights are to be ranked together that are cut over
-                different processes.
-        """
+        """Give every weight its mask."""
         if self._recipe.budget.takes_all:
             for weight in self._weights:
                 weight.drop_evidence()

@@ -94,14 +94,7 @@ class DPSStatus:
 
 
 def selected_fraction_of(controller: Controller) -> float | None:
-    """Return the fraction of all entries selected at the latest selection, without reading any weight.
-
-    Args:
-        controller: What drives the adapter's training.
-
-    Returns:
-        The fraction; None before the first selection.
-    """
+    """Return the fraction of all entries selected at the latest selection, without reading any weight."""
     return _fraction((weight.selected, weight.entries) for weight in controller.existing)
 
 
@@ -112,11 +105,7 @@ def _fraction(counts: Iterable[tuple[int | None, int]]) -> float | None:
 
 
 def status_of(controller: Controller) -> DPSStatus:
-    """Read the state of one adapter's training.
-
-    Args:
-        controller: What drives the adapter's training.
-    """
+    """Read the state of one adapter's training."""
     clock = controller.clock
     position = clock.position
     return DPSStatus(

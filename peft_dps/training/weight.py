@@ -111,11 +111,7 @@ class TargetWeight:
 
     @property
     def sharding(self) -> Sharding | None:
-        """How the weight is cut over processes; None if it is whole.
-
-        Raises:
-            EngineError: If it is cut in a way that DPS cannot follow.
-        """
+        """How the weight is cut over processes; None if it is whole."""
         parameter = self.parameter
         if not isinstance(parameter, DTensor):
             return None
@@ -164,11 +160,7 @@ class TargetWeight:
         return local_part(base) if isinstance(base, DTensor) else sharding.part_of(base).to(self.weight.device)
 
     def whole_base(self) -> torch.Tensor:
-        """Return the whole W0, wherever it lies.
-
-        Raises:
-            EngineError: If it is cut apart from the trained weight.
-        """
+        """Return the whole W0, wherever it lies."""
         base = self.layer.pretrained_parameter.data
         if isinstance(base, DTensor):
             raise EngineError(
@@ -184,11 +176,7 @@ class TargetWeight:
 
     @property
     def gradient(self) -> torch.Tensor:
-        """The gradient that the optimizer is about to apply, or this process's rows of it.
-
-        Raises:
-            EngineError: If it is missing or sparse.
-        """
+        """The gradient that the optimizer is about to apply, or this process's rows of it."""
         gradient = self.parameter.grad
         if gradient is None:
             raise EngineError(
@@ -241,11 +229,6 @@ class TargetWeight:
         """Begin a phase in which a mask holds, and drop the evidence, whose memory serves again.
 
         If that fails midway, `refreeze` makes up for it.
-
-        Args:
-            mask: Which entries are updated.
-            selected: How many entries of the whole weight are.
-            phase: Number of the phase.
         """
         self.thaw()
         self._waiting, self.selected, self.masked_in = mask, selected, phase
@@ -333,11 +316,7 @@ class TargetWeight:
             self.version = self.parameter._version
 
     def accept_changes(self) -> bool:
-        """Take values that were written from outside since the latest step, such as a loaded state, as they are.
-
-        Returns:
-            Whether frozen entries had other values.
-        """
+        """Take values that were written from outside since the latest step, such as a loaded state, as they are."""
         if self.frozen is None:
             return False
         changed = self.was_changed()

@@ -35,8 +35,8 @@ class DPSAdapter:
         """Return the masks that hold now.
 
         Returns:
-            Per path of a layer, a bool tensor of the weight's shape (or of this process's rows of it), True where entries
-            are updated. A layer of which all entries are updated has none.
+            Per path of a layer, a bool tensor of the weight's shape (or of this process's rows of it), True where
+            entries are updated. A layer of which all entries are updated has none.
         """
         weights = self._controller.existing
         return {each.name: each.frozen.mask.keep.bool() for each in weights if each.frozen is not None}

@@ -10,7 +10,7 @@ from torch import nn
 
 from peft_dps import offloaded_parameters
 from peft_dps.selection.budget import EntryBudget
-from peft_dps.selection.moments import MomentScores
+from peft_dps.selection.optimizer_moments import MomentScores
 from peft_dps.selection.topk import SortableScores
 from peft_dps.selection.topk import select as select_together
 from peft_dps.tensors.difference import byte_planes, encode

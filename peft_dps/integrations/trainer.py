@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from peft_dps.checkpoint import checkpoint
 from peft_dps.checkpoint import file as statefile
 from peft_dps.errors import ConfigError, EngineError
-from peft_dps.integrations.checkpoints import (
+from peft_dps.integrations.trainer_checkpoints import (
     PartsSaver,
     checkpoint_folder,
     find_state,

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from peft_dps.errors import EngineError
 from peft_dps.selection.evidence import EVIDENCE, Evidence, Gathered, ObservedWeight
-from peft_dps.selection.moments import MomentScores, SecondMoment, second_moments, state_of_second_moment
+from peft_dps.selection.optimizer_moments import MomentScores, SecondMoment, second_moments, state_of_second_moment
 from peft_dps.tensors.state import SavedState, State
 
 
@@ -117,7 +117,7 @@ class MomentChange(Gathered):
 
 @EVIDENCE.register("second_moment")
 class SecondMoments(Evidence):
-    """What the optimizer's second moment gains in a phase; see `peft_dps.selection.moments`."""
+    """What the optimizer's second moment gains in a phase; see `peft_dps.selection.optimizer_moments`."""
 
     looks = True
 

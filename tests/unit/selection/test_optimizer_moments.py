@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from peft_dps.errors import EngineError
-from peft_dps.selection.moments import MomentScores, second_moments
+from peft_dps.selection.optimizer_moments import MomentScores, second_moments
 
 
 def test_adam_with_decoupled_weight_decay_is_taken():

@@ -268,7 +268,7 @@ class TargetWeight:
 
     def _fitting(self, dtype: torch.dtype) -> torch.Tensor | None:
         weight, spare = self.weight.detach(), self._spare
-        if spare is None or spare.nbytes != weight.numel() * dtype.itemsize or not _alike(spare, weight):
+        if spare is None or spare.itemsize != dtype.itemsize or not _alike(spare, weight):
             return None
         return spare.view(dtype)
 

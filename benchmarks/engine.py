@@ -44,7 +44,7 @@ def target_weights(model: nn.Module) -> list[TargetWeight]:
 def held_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Find what DPS holds from step to step: pairs of its kind, "scores", "masks" or "snapshots", and a tensor."""
     for weight in target_weights(model):
-        for part in ("gathered", "noise", "frozen", "_spare"):
+        for part in ("gathered", "noise", "frozen", "memory"):
             value = getattr(weight, part)
             fields = vars(value).items() if hasattr(value, "__dict__") and not isinstance(value, torch.Tensor) else ()
             for name, field in fields or [(part, value)]:

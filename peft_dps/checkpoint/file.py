@@ -22,28 +22,12 @@ _OFFSETS = "DCP_SHARDING_INFO"  # by which torch.distributed.checkpoint finds wh
 
 
 def path_in(folder: str | os.PathLike[str], adapter: str) -> Path:
-    """Return where in a checkpoint folder the training state of an adapter lies.
-
-    Args:
-        folder: The checkpoint folder.
-        adapter: Name of the adapter.
-    """
+    """Return where in a checkpoint folder the training state of an adapter lies."""
     return Path(folder) / f"dps_state.{quote(adapter, safe='')}.safetensors"
 
 
 def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> str:
-    """Write a training state. What was there before stays until all is written, and also if that fails.
-
-    Args:
-        path: Name of the file; its folder exists.
-        state: What `state_of` returned.
-
-    Returns:
-        Digest of the state, by which the file can be told from others.
-
-    Raises:
-        StateError: If there is a folder of that name.
-    """
+    """Write a training state. What was there before stays until all is written, and also if that fails."""
     path = Path(path)
     check_path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state["tensors"].items()}
@@ -63,14 +47,7 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> str:
 
 
 def check_path(path: Path) -> None:
-    """Check that a file can be of that name.
-
-    Args:
-        path: The name.
-
-    Raises:
-        StateError: If there is a folder of that name.
-    """
+    """Check that a file can be of that name."""
     if path.is_dir():
         raise StateError(f"`path` must be the name of a file, and '{path}' is a folder. Name a file in it.")
 
@@ -85,17 +62,7 @@ def _offsets(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a training state that is in one file.
-
-    Args:
-        path: Name of the file.
-
-    Returns:
-        What `state_of` returned, with the tensors on the CPU.
-
-    Raises:
-        StateError: If there is no such file, or it is damaged, or holds no training state.
-    """
+    """Read a training state that is in one file."""
     return StateFile(path).read()
 
 

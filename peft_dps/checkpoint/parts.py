@@ -16,30 +16,12 @@ _MOST_PROCESSES = 10**5  # as many as names of parts have digits for
 
 
 def write_part(path: str | os.PathLike[str], state: Mapping[str, Any], save: str, rank: int, size: int) -> None:
-    """Write the training state of one process of several, beside what earlier saves have left there.
-
-    Args:
-        path: Name that stands for the files of all processes.
-        state: What `state_of` returned on this process.
-        save: Name of the save, which no other has, 16 hexadecimal digits.
-        rank: The process.
-        size: How many there are.
-    """
+    """Write the training state of one process of several, beside what earlier saves have left there."""
     write(part_of(Path(path), save, rank, size), {**state, "header": {**state["header"], "save": save}})
 
 
 def write_index(path: str | os.PathLike[str], header: Mapping[str, Any], save: str, size: int) -> str:
-    """Make the parts of a save the training state at `path`, when all are written, and delete those of earlier ones.
-
-    Args:
-        path: Name that stands for the files of all processes.
-        header: That of any part.
-        save: Name of the save.
-        size: How many processes there are.
-
-    Returns:
-        Digest of the index, by which the state can be told from others.
-    """
+    """Make the parts of a save the training state at `path`, when all are written; delete those of earlier ones."""
     path = Path(path)
     index = {**header, "weights": {}, "save": save, "size": size}
     digest = write(path, {"header": index, "tensors": {}})
@@ -52,14 +34,7 @@ def write_index(path: str | os.PathLike[str], header: Mapping[str, Any], save: s
 
 
 def drop_part(path: str | os.PathLike[str], save: str, rank: int, size: int) -> None:
-    """Delete what one process has written for a save that failed, unless the training state at `path` is that save.
-
-    Args:
-        path: Name that stands for the files of all processes.
-        save: Name of the save.
-        rank: The process.
-        size: How many there are.
-    """
+    """Delete what one process has written for a save that failed, unless the training state at `path` is that save."""
     path = Path(path)
     try:
         is_complete = find_save(path).name == save
@@ -70,14 +45,7 @@ def drop_part(path: str | os.PathLike[str], save: str, rank: int, size: int) -> 
 
 
 def part_of(path: Path, save: str, rank: int, size: int) -> Path:
-    """Return where the training state of one process of several lies.
-
-    Args:
-        path: Name that stands for the files of all processes.
-        save: Name of the save, 16 hexadecimal digits.
-        rank: The process.
-        size: How many there are.
-    """
+    """Return where the training state of one process of several lies."""
     return path.with_name(f"{path.stem}.{save}-{rank:05d}-of-{size:05d}{path.suffix}")
 
 
@@ -94,11 +62,7 @@ class Save:
     paths: list[Path]
 
     def part(self, rank: int) -> StateFile:
-        """Open the file of a process.
-
-        Raises:
-            StateError: If it is missing, damaged, or of another save.
-        """
+        """Open the file of a process."""
         part = StateFile(self.paths[rank])
         if part.header.get("save") != self.name:
             raise StateError(
@@ -108,14 +72,7 @@ class Save:
 
 
 def find_save(path: str | os.PathLike[str]) -> Save:
-    """Find the files of a training state.
-
-    Args:
-        path: Where it was saved.
-
-    Raises:
-        StateError: If there is no state, or it is damaged, or names no files.
-    """
+    """Find the files of a training state."""
     path = Path(path)
     header = StateFile(path).header
     if "size" not in header:

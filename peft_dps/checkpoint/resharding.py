@@ -27,12 +27,7 @@ from peft_dps.training.weight import TargetWeight
 
 
 def fits(controller: Controller, header: Mapping[str, Any]) -> bool:
-    """Tell whether a state is that of the rows of this process.
-
-    Args:
-        controller: What drives the adapter's training.
-        header: Header of the state.
-    """
+    """Tell whether a state is that of the rows of this process."""
     facts = header["weights"]
     return all(
         facts.get(weight.name, {}).get(name) in (None, value)  # what is missing is told later

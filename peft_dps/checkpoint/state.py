@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
+from peft_dps.checkpoint.weight_state import SavedWeight, read_weight, state_of_weight
 from peft_dps.errors import StateError
 from peft_dps.masking.frozen_bits import checksum
+from peft_dps.tensors.saved_state import SavedState
 from peft_dps.tensors.shards import Ranks, together, world_of
-from peft_dps.tensors.state import SavedState
 from peft_dps.training.controller import Controller
-from peft_dps.training.resume import SavedWeight, read_state
-from peft_dps.training.resume import state_of as state_of_weight
 from peft_dps.training.weight import TargetWeight
 
 FORMAT = 2
@@ -88,7 +87,7 @@ def load_state(controller: Controller, state: Mapping[str, Any]) -> None:
         for weight in weights:
             with damage_told(repr(weight.name)):
                 own = _saved(weight, header["weights"][weight.name], tensors)
-                parts.append(read_state(weight, own, clock))
+                parts.append(read_weight(weight, own, clock))
         if tensors:
             raise StateError(
                 f"The training state of {whose} has tensors that nothing needs: {sorted(map(str, tensors))}."
@@ -127,11 +126,7 @@ def _saved(weight: TargetWeight, entry: Any, tensors: dict[str, Any]) -> SavedSt
 
 @contextmanager
 def damage_told(whose: str) -> Iterator[None]:
-    """Turn what a malformed state brings about into an error that says so.
-
-    Args:
-        whose: What errors call it.
-    """
+    """Turn what a malformed state brings about into an error that says so."""
     try:
         yield
     except _OF_MALFORMED as error:
@@ -141,11 +136,7 @@ def damage_told(whose: str) -> Iterator[None]:
 
 
 def place_of(weight: TargetWeight) -> dict[str, Any]:
-    """Describe which part of which whole the weight is, and of which dtype.
-
-    Args:
-        weight: The weight.
-    """
+    """Describe which part of which whole the weight is, and of which dtype."""
     own = weight.weight
     offset = [weight.rows[0], *[0] * (own.dim() - 1)]
     whole = list(weight.parameter.shape)
@@ -153,25 +144,13 @@ def place_of(weight: TargetWeight) -> dict[str, Any]:
 
 
 def values_of(weight: TargetWeight) -> int:
-    """Return a checksum of the weight's values. Those of all parts add up to that of the whole.
-
-    Args:
-        weight: The weight.
-    """
+    """Return a checksum of the weight's values. Those of all parts add up to that of the whole."""
     own = weight.weight
     return checksum(own, weight.rows[0] * own[:1].numel() if weight.sharding is not None else 0)
 
 
 def check_header(controller: Controller, header: Mapping[str, Any]) -> None:
-    """Check that a state is that of an adapter with these settings and layers.
-
-    Args:
-        controller: What drives the adapter's training.
-        header: Header of the state.
-
-    Raises:
-        StateError: If it is not.
-    """
+    """Check that a state is that of an adapter with these settings and layers."""
     adapter, names = controller.adapter, {weight.name for weight in controller.existing}
     saved = SavedState(f"adapter {adapter!r}", header, {})
     if saved.fact("format") != FORMAT:

@@ -9,8 +9,8 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from peft_dps.checkpoint import checkpoint
 from peft_dps.checkpoint import file as statefile
+from peft_dps.checkpoint import saving
 from peft_dps.errors import ConfigError
 from peft_dps.tuner.adapter import find_trained
 
@@ -64,8 +64,8 @@ class _Mark:
         every_node = accelerator.project_configuration.save_on_each_node
         saves = accelerator.is_local_main_process if every_node else accelerator.is_main_process
         for adapter, controller in find_trained(self._model).items():
-            if saves or checkpoint.processes_of(controller):  # which all save their rows
-                checkpoint.save(controller, statefile.path_in(folder, adapter))
+            if saves or saving.processes_of(controller):  # which all save their rows
+                saving.save(controller, statefile.path_in(folder, adapter))
 
     def locate(self, models: list[nn.Module], folder: str) -> None:
         self._folder = Path(folder)
@@ -77,4 +77,4 @@ class _Mark:
         if self._folder is None:
             raise ConfigError("Load the training state of DPS with `accelerator.load_state(folder)`.")
         for adapter, controller in find_trained(self._model).items():
-            checkpoint.load(controller, statefile.path_in(self._folder, adapter))
+            saving.load(controller, statefile.path_in(self._folder, adapter))

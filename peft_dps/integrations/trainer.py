@@ -14,8 +14,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from peft_dps.checkpoint import checkpoint
 from peft_dps.checkpoint import file as statefile
+from peft_dps.checkpoint import saving
 from peft_dps.errors import ConfigError, EngineError
 from peft_dps.integrations.trainer_checkpoints import (
     PartsSaver,
@@ -74,7 +74,7 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
         for controller in self._controllers:
             controller.restart(controller.planned_steps or state.max_steps)
             if resumed:
-                checkpoint.load(controller, find_state(controller.adapter, saved, args, state))
+                saving.load(controller, find_state(controller.adapter, saved, args, state))
             else:
                 _check_that_it_fits(controller, state)
         self._begun_at = {controller.adapter: controller.clock.step for controller in self._controllers}
@@ -150,7 +150,7 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
     def _save(self, controller: Controller, folder: Path) -> str:
         if self._parts is not None and controller.adapter in self._parts:
             return self._parts.finish(controller.adapter)
-        return checkpoint.save(controller, statefile.path_in(folder, controller.adapter))
+        return saving.save(controller, statefile.path_in(folder, controller.adapter))
 
     def _close_parts(self) -> None:
         if self._parts is not None:

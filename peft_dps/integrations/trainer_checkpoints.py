@@ -13,8 +13,8 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from peft_dps.checkpoint import checkpoint, parts
 from peft_dps.checkpoint import file as statefile
+from peft_dps.checkpoint import parts, saving
 from peft_dps.checkpoint.state import state_of
 from peft_dps.errors import EngineError, StateError
 from peft_dps.training.controller import Controller
@@ -81,12 +81,12 @@ class PartsSaver:
     def __init__(
         self, controllers: list[Controller], optimizer: Any, args: TrainingArguments, state: TrainerState
     ) -> None:
-        self._sharded = {each.adapter: each for each in controllers if checkpoint.processes_of(each)}
+        self._sharded = {each.adapter: each for each in controllers if saving.processes_of(each)}
         self._args, self._state = args, state
         self._hook: Any = None
         if self._sharded:
-            self._ranks = checkpoint.processes_of(next(iter(self._sharded.values())))[0]
-            self._training = checkpoint.common_number(self._ranks) >> 31  # 32 bits, and 32 for the step
+            self._ranks = saving.processes_of(next(iter(self._sharded.values())))[0]
+            self._training = saving.common_number(self._ranks) >> 31  # 32 bits, and 32 for the step
             inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper passes it on
             self._hook = inner.register_state_dict_pre_hook(self._write_parts)
 

@@ -16,7 +16,7 @@ from peft_dps.masking.frozen_bits import (
 )
 from peft_dps.masking.mask import Mask
 from peft_dps.tensors.registry import Registry
-from peft_dps.tensors.state import SavedState, State
+from peft_dps.tensors.saved_state import SavedState, State
 
 
 class FrozenWeight:

@@ -13,8 +13,8 @@ from peft_dps.masking.frozen import FrozenWeight
 from peft_dps.masking.sharded_effective import ShardedAmplifiedWeight
 from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.registry import Registry
+from peft_dps.tensors.saved_state import SavedState, State
 from peft_dps.tensors.shards import Sharding
-from peft_dps.tensors.state import SavedState, State
 
 _RESOLUTION_BITS = 53
 _WORD = 1 << 64

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from peft_dps.errors import ConfigError
 from peft_dps.tensors.registry import Registry
+from peft_dps.tensors.saved_state import SavedState, State
 from peft_dps.tensors.shards import Ranks, distinct
-from peft_dps.tensors.state import SavedState, State
 
 SCORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by what `DPSConfig.score_dtype` calls them
 _CPU_CHUNK = 1 << 16

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from peft_dps.errors import EngineError
 from peft_dps.selection.evidence import EVIDENCE, Evidence, Gathered, ObservedWeight
 from peft_dps.selection.optimizer_moments import MomentScores, SecondMoment, second_moments, state_of_second_moment
-from peft_dps.tensors.state import SavedState, State
+from peft_dps.tensors.saved_state import SavedState, State
 
 
 class MomentChange(Gathered):

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft_dps.errors import ConfigError, ScheduleError
 from peft_dps.selection.schedule import Phase, Position, Schedule
-from peft_dps.tensors.state import SavedState
+from peft_dps.tensors.saved_state import SavedState
 
 logger = logging.getLogger(__name__)
 

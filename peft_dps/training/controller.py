@@ -20,7 +20,6 @@ from peft_dps.training import agreement
 from peft_dps.training.clock import Clock
 from peft_dps.training.guards import EngineGuard, check_observed
 from peft_dps.training.layer import TargetLayer
-from peft_dps.training.resume import settled
 from peft_dps.training.scoring import check_dtypes, check_gathered, gather
 from peft_dps.training.selecting import Selector
 from peft_dps.training.weight import TargetWeight
@@ -76,7 +75,7 @@ class Controller:
     def __getstate__(self) -> dict[str, Any]:
         weights = self.weights
         if self.clock.phase_is_over:  # a copy may be asked for its subnetwork before its optimizer makes itself known
-            weights = [settled(weight) for weight in weights]
+            weights = [weight.settled() for weight in weights]
         return {**self.__dict__, "weights": weights, "_guard": EngineGuard(), "_by_layer": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ def gather(
         weight.observed += 1
     scored = recipe.evidence.gather(weights, optimizer, grad_scale)
     for weight in weights:
-        weight.drop_memory()  # evidence that did not take it has no need of it
+        weight.memory.drop()  # evidence that did not take it has no need of it
         if scored and recipe.evidence.looks:
             weight.count_participation()
     return scored

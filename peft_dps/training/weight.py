@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from peft_dps.recipes import Recipe
 from peft_dps.selection.evidence import Gathered
 from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.shards import Ranks, Sharding, local_part, sharding_of
+from peft_dps.tensors.spare_memory import SpareMemory
 from peft_dps.training.layer import TargetLayer, Training
 
 _REFERENCES = ("_layer", "_owner")
@@ -38,6 +40,7 @@ class TargetWeight:
         recipe: The method.
 
     Attributes:
+        memory: What a phase leaves to the next.
         gathered: Evidence of this phase.
         noise: What noise keeps of it in this phase.
         frozen: What the mask that holds keeps of it; None where none holds.
@@ -57,12 +60,13 @@ class TargetWeight:
         self._sharded: weakref.ref[nn.Parameter] | None = None
         self._sharded_base: weakref.ref[torch.Tensor] | None = None
         self._sharding: Sharding | None = None
-        self._spare: torch.Tensor | None = None  # scores, frozen bits and snapshots take turns in the same memory
+        self.memory = SpareMemory()
         self.restart()
 
     def __getstate__(self) -> dict[str, Any]:
-        unknown = dict.fromkeys(("_sharded", "_sharded_base", "_sharding", "_spare"))
-        return {**self.__dict__, **unknown, "version": _UNKNOWN, "_layer": self._layer(), "_owner": self._owner()}
+        unknown = dict.fromkeys(("_sharded", "_sharded_base", "_sharding"))
+        known = {"memory": SpareMemory(), "version": _UNKNOWN}
+        return {**self.__dict__, **unknown, **known, "_layer": self._layer(), "_owner": self._owner()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         references = {name: _nothing if state[name] is None else weakref.ref(state[name]) for name in _REFERENCES}
@@ -192,6 +196,12 @@ class TargetWeight:
 
     # What the phases keep of it.
 
+    def settled(self) -> TargetWeight:
+        """Return a copy, of the same layer and tensors, that needs no optimizer any more to be selected from."""
+        alone = copy.copy(self)
+        alone.gathered = self.gathered.settled(alone)
+        return alone
+
     def restart(self) -> None:
         """Forget everything, and begin a new training."""
         self.selected: int | None = None
@@ -201,12 +211,12 @@ class TargetWeight:
         self.noise: WeightNoise = self.recipe.noise.begin()
         self.frozen: FrozenWeight | None = None
         self.observed = 0
-        self._spare = None
+        self.memory.drop()
         self.see_version()
 
     def begin_gathering(self) -> None:
         """Begin a phase that gathers evidence."""
-        self._keep_memory(self.gathered.memory())
+        self.memory.give(self.gathered.memory())
         self.gathered = self.recipe.evidence.begin()
         columns = self.noise.columns  # drawn for the coming step already
         self.noise = self.recipe.noise.begin()
@@ -216,7 +226,7 @@ class TargetWeight:
     def thaw(self) -> None:
         """Begin a phase in which no mask holds."""
         if self.frozen is not None:
-            self._keep_memory(self.frozen.memory())
+            self.memory.give(self.frozen.memory())
         self.frozen = self._waiting = None
         self.see_version()
 
@@ -241,39 +251,24 @@ class TargetWeight:
         if mask is None:
             return
         if self.frozen is not None:
-            self._keep_memory(self._followed(self.frozen).memory())
+            self.memory.give(self._followed(self.frozen).memory())
         if self.recipe.noise.substitutes:
             snapshot = self.take_memory(weight.dtype).copy_(weight)
-        memory = self._fitting(weight.dtype)
+        memory = self.memory.fitting(weight, weight.dtype)
         self.frozen = self.recipe.frozen(weight, mask, snapshot, memory)
         self._waiting = None
-        self.drop_memory()
+        self.memory.drop()
         self.see_version()
 
     def drop_evidence(self) -> None:
         """Forget what was gathered."""
-        self._keep_memory(self.gathered.memory())
+        self.memory.give(self.gathered.memory())
         self.gathered = self.recipe.evidence.begin()
         self.noise = self.recipe.noise.begin()
 
     def take_memory(self, dtype: torch.dtype) -> torch.Tensor:
         """Return memory of the weight's shape: that of the phase before, if it fits."""
-        memory = self._fitting(dtype)
-        self._spare = None
-        return torch.empty_like(self.weight.detach(), dtype=dtype) if memory is None else memory
-
-    def drop_memory(self) -> None:
-        """Free the memory of the phase before, if nothing has taken it."""
-        self._spare = None
-
-    def _fitting(self, dtype: torch.dtype) -> torch.Tensor | None:
-        weight, spare = self.weight.detach(), self._spare
-        if spare is None or spare.itemsize != dtype.itemsize or not _alike(spare, weight):
-            return None
-        return spare.view(dtype)
-
-    def _keep_memory(self, memory: torch.Tensor | None) -> None:
-        self._spare = self._spare if memory is None else memory
+        return self.memory.take(self.weight, dtype)
 
     def see_version(self) -> None:
         """Take note of the weight's version: up to now any change was fine."""
@@ -331,10 +326,6 @@ class TargetWeight:
     def _followed(self, frozen: FrozenWeight) -> FrozenWeight:
         frozen.follow(self.weight, self.name)
         return frozen
-
-
-def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and one.stride() == other.stride() and one.device == other.device
 
 
 def _nothing() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_dps.checkpoint import checkpoint
+from peft_dps.checkpoint import saving
 from peft_dps.checkpoint.state import load_state, state_of
 from peft_dps.errors import ConfigError
 from peft_dps.training.controller import Controller
@@ -107,7 +107,7 @@ class DPSAdapter:
         Raises:
             StateError: If there is a folder of that name, or it failed on another process.
         """
-        checkpoint.save(self._controller, path)
+        saving.save(self._controller, path)
 
     def load_state(self, path: str | os.PathLike[str]) -> None:
         """Go on where the training was whose state is in a file; see `load_state_dict`.
@@ -121,7 +121,7 @@ class DPSAdapter:
         Raises:
             StateError: If the file is missing or damaged, or not that of this adapter, these settings and weights.
         """
-        checkpoint.load(self._controller, path)
+        saving.load(self._controller, path)
 
     def score(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], torch.Tensor]) -> None:
         """Gather evidence from batches before training, for `schedule="once"` with `score_steps=0`.

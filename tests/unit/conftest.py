@@ -81,7 +81,6 @@ def controller_of(model: nn.Module, adapter: str = "default") -> Controller:
     return layers_of(model)[0].dps_controllers[adapter]
 
 
-subnetwork_of = controller_of
 
 
 def keep_of(weight: TargetWeight) -> torch.Tensor | None:

@@ -20,7 +20,7 @@ from peft_dps.selection.granularity import GRANULARITIES, Granularity
 from peft_dps.selection.schedule import SCHEDULES, Phase, Position, Schedule, Stage
 from peft_dps.selection.scores import SCORES, register_score
 from peft_dps.tensors.layout import Units
-from tests.unit.conftest import Net, subnetwork_of, train, trainable
+from tests.unit.conftest import Net, controller_of, train, trainable
 
 
 def add_score():
@@ -98,7 +98,7 @@ def run(model, batches, steps):
     seen = []
     for batch in batches(steps):
         train(model, optimizer, [batch])
-        seen.append([None if w.frozen is None else w.frozen.mask.keep.bool() for w in subnetwork_of(model).weights])
+        seen.append([None if w.frozen is None else w.frozen.mask.keep.bool() for w in controller_of(model).weights])
     return seen
 
 
@@ -127,7 +127,7 @@ def test_all_of_them_together(added, batches):
 def test_a_new_score_selects(added, batches):
     model = make(score="least_moved")
     first = run(model, batches, 3)[-1][0]
-    weight = subnetwork_of(model).weights[0]
+    weight = controller_of(model).weights[0]
     moved = (weight.weight - weight.base_weight).abs().detach()
     assert moved[~first].min() > 0  # those that had moved most are frozen, and keep what they learned
 
@@ -149,7 +149,7 @@ def test_a_new_frozen_policy_is_applied(added, batches):
     model = make(frozen="halved", train_bias=False)
     run(model, batches, 2)
     model.zero_grad()
-    weight = subnetwork_of(model).weights[0]
+    weight = controller_of(model).weights[0]
     (x, y), _ = batches(2)
     nn.functional.cross_entropy(model(x), y).backward()
     gradient = weight.parameter.grad.clone()
@@ -164,10 +164,10 @@ def test_new_evidence_is_gathered(added, batches):
     for x, y in batches(2):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
-        gradient = subnetwork_of(model).weights[0].parameter.grad.abs()
+        gradient = controller_of(model).weights[0].parameter.grad.abs()
         expected = gradient.clone() if expected is None else torch.maximum(expected, gradient)
         optimizer.step()
-    assert torch.equal(subnetwork_of(model).weights[0].gathered.total, expected)
+    assert torch.equal(controller_of(model).weights[0].gathered.total, expected)
 
 
 def test_dense_and_mix_are_recipes_of_the_same_axes():
@@ -213,10 +213,10 @@ def test_an_adapter_loads_without_the_names_that_trained_it(added, batches, tmp_
 
 def test_scoring_before_training_selects_what_the_batches_say(batches):
     model = make(schedule="once", score_steps=0, train_bias=False)
-    expected = [torch.zeros_like(weight.weight) for weight in subnetwork_of(model).weights]
+    expected = [torch.zeros_like(weight.weight) for weight in controller_of(model).weights]
     loss = lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1])  # noqa: E731
     for batch in batches(3):
-        grads = torch.autograd.grad(loss(model, batch), [weight.parameter for weight in subnetwork_of(model).weights])
+        grads = torch.autograd.grad(loss(model, batch), [weight.parameter for weight in controller_of(model).weights])
         for total, grad in zip(expected, grads, strict=True):
             total += grad * grad
     before = [parameter.clone() for parameter in model.parameters()]

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from peft_dps import register_for_checkpointing
 from peft_dps.errors import ConfigError, StateError
 from tests.resuming import assert_same
-from tests.unit.conftest import subnetwork_of, trainable, weights_of
+from tests.unit.conftest import controller_of, trainable, weights_of
 
 
 @pytest.fixture(autouse=True)
@@ -142,4 +142,4 @@ def test_a_state_that_is_missing_from_the_folder_is_an_error(make_model, batches
     (tmp_path / "dps_state.default.safetensors").unlink()
     with pytest.raises(StateError, match="no training state at"):
         loop.accelerator.load_state(str(tmp_path))
-    assert subnetwork_of(loop.model).clock.step == 1
+    assert controller_of(loop.model).clock.step == 1

@@ -11,7 +11,7 @@ from peft_dps.errors import StateError
 from peft_dps.masking.effective import NoisyWeight
 from peft_dps.masking.noise import NOISES, ColumnNoise, Noise, Participation
 from peft_dps.tensors.layout import in_out, out_in
-from peft_dps.tensors.state import SavedState
+from peft_dps.tensors.saved_state import SavedState
 
 CPU = torch.device("cpu")
 ROW = [0, 0, 1, 1, 1, 1, 0, 1, 0, 1, 0, 1, 1, 1, 0, 0]  # of seed 0, the first weight, step 1 and density 0.5

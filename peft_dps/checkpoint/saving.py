@@ -26,16 +26,6 @@ def save(controller: Controller, path: str | os.PathLike[str]) -> str:
     Each process then writes a file of its own beside `path`, under a name that no other save has. The file at `path`
     follows when all of these are on the disk, and says which belong together. So a save that is cut off anywhere
     leaves the one before as it was.
-
-    Args:
-        controller: What drives the adapter's training.
-        path: Name of the file, the same on all processes; its folder exists, and is the same for all.
-
-    Returns:
-        Digest of the file at `path`; an empty one where another process has written it.
-
-    Raises:
-        StateError: If the processes were given different names, or saving failed on another one.
     """
     world = processes_of(controller)
     if not world:
@@ -67,13 +57,6 @@ def load(controller: Controller, path: str | os.PathLike[str]) -> None:
 
     It may have been cut over another number of processes, or over none: each reads the rows that it needs. Where FSDP2
     has cut the weights now, all processes have to call it.
-
-    Args:
-        controller: What drives the adapter's training.
-        path: Where it was saved.
-
-    Raises:
-        StateError: If it is missing or damaged, or not that of this adapter, these settings and these weights.
     """
     world = processes_of(controller)
     with together(world, LOADING, StateError), damage_told(f"adapter {controller.adapter!r}"):

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 from peft_dps.masking.frozen import FrozenWeight, load_frozen
 from peft_dps.masking.noise import WeightNoise
 from peft_dps.selection.evidence import Gathered
-from peft_dps.tensors.state import SavedState, State
+from peft_dps.tensors.saved_state import SavedState, State
 from peft_dps.training.clock import Clock
 from peft_dps.training.weight import TargetWeight
 
 
-def settled(weight: TargetWeight) -> TargetWeight:
-    """Return a copy, of the same layer and tensors, that needs no optimizer any more to be selected from."""
-    alone = copy.copy(weight)
-    alone.gathered = weight.gathered.settled(alone)
-    return alone
-
-
-def state_of(weight: TargetWeight, *, ends: bool) -> State:
+def state_of_weight(weight: TargetWeight, *, ends: bool) -> State:
     """Return what the phase keeps of a weight: the sum of what its objects hold."""
     own = State({"observed": weight.observed, "selected": weight.selected, "masked": weight.frozen is not None})
     own = own | weight.gathered.state(weight, ends=ends) | weight.noise.state()
@@ -63,7 +55,7 @@ class SavedWeight:
         weight.masked_in = None if self.frozen is None else self.phase
 
 
-def read_state(weight: TargetWeight, saved: SavedState, clock: Clock) -> SavedWeight:
+def read_weight(weight: TargetWeight, saved: SavedState, clock: Clock) -> SavedWeight:
     """Read what was saved of a weight, which has the values that it had then."""
     recipe, values = weight.recipe, weight.weight
     observed, selected = saved.number("observed"), saved.number("selected", optional=True)

@@ -11,7 +11,7 @@ from peft_dps.masking.effective import AmplifiedWeight, NoisyWeight
 from peft_dps.masking.mask import Mask
 from peft_dps.masking.noise import ColumnNoise
 from tests.reference import ReferenceDense, ReferenceMix
-from tests.unit.conftest import subnetwork_of, trainable
+from tests.unit.conftest import controller_of, trainable
 
 MODULES = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 OPTIONS = {
@@ -142,7 +142,7 @@ def test_training_follows_the_reference(variant, scope):
         reference.before_step()
         theirs.step()
         reference.after_step()
-        for index, (tracked, layer) in enumerate(zip(subnetwork_of(model).weights, plain.layers, strict=True)):
+        for index, (tracked, layer) in enumerate(zip(controller_of(model).weights, plain.layers, strict=True)):
             torch.testing.assert_close(tracked.weight.detach(), layer.weight.detach(), rtol=0, atol=1e-6)
             assert (tracked.frozen is not None) == (not reference.accumulating)
             if tracked.frozen is not None:

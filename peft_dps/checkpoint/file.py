@@ -105,11 +105,11 @@ class StateFile:
         if digest.hexdigest() != self._written or self._parsed(self._places) != _offsets(self.header, empty):
             raise self._damaged()
 
-    def kind_of(self, name: str) -> tuple[torch.dtype, torch.Size]:
-        """Return the dtype and the shape of a tensor."""
+    def kinds(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """Return the dtype and the shape of each tensor."""
         with self._open() as file:
-            empty = file.get_slice(name)[:0]
-            return empty.dtype, torch.Size(file.get_slice(name).get_shape())
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (each[:0].dtype, torch.Size(each.get_shape())) for name, each in slices.items()}
 
     @contextmanager
     def _open(self) -> Iterator[Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -57,15 +58,17 @@ def reshard(controller: Controller, sources: Sequence[StateFile], world: list[Ra
         for source in sources:
             check_header(controller, source.header)
             if source.header["clock"] != header["clock"]:
-                raise StateError(f"'{source.path}' is of another step than the files beside it. It is damaged.")
+                raise StateError(f"The training state at '{source.path}' is of another step than the files beside it.")
         for weight in weights:
             found = [source.header["weights"][weight.name] for source in sources]
             _check_cover(weight, found)
             _check_alike(weight, found)
     _check_values(weights, sources, world)
     with together(world, LOADING, StateError), damage_told(f"adapter {controller.adapter!r}"):
-        for source in sources:
-            if any(_overlaps(weight, source.header["weights"][weight.name]) for weight in weights):
+        for source in sources:  # what all have in common is read from the last one
+            if source is sources[-1] or any(
+                _overlaps(weight, source.header["weights"][weight.name]) for weight in weights
+            ):
                 source.check()
         tensors = _read(weights, sources)
         facts = {weight.name: _facts_of(weight, sources, tensors) for weight in weights}
@@ -74,32 +77,59 @@ def reshard(controller: Controller, sources: Sequence[StateFile], world: list[Ra
 
 def _read(weights: Sequence[TargetWeight], sources: Sequence[StateFile]) -> dict[str, torch.Tensor]:
     """Read this process's rows of every tensor."""
+    kinds = [source.kinds() for source in sources]
     wanted: dict[str, torch.Tensor] = {}
     for weight in weights:
-        facts = sources[0].header["weights"][weight.name]
-        for kind in (*facts["rows"], *facts["whole"]):
+        found = [source.header["weights"][weight.name] for source in sources]
+        for kind in found[0]["rows"]:
             key = f"{weight.name}.{kind}"
-            dtype, size = sources[0].kind_of(key)
-            is_cut = kind in facts["rows"]
-            size = torch.Size([weight.parameter.shape[0], *size[1:]]) if is_cut else size
-            wanted[key] = _empty(weight, size, dtype, is_cut=is_cut)
+            wanted[key] = _own_rows(weight, *_kind(key, kinds, [facts["shape"][0] for facts in found]))
+        for kind in found[0]["whole"]:
+            key = f"{weight.name}.{kind}"
+            dtype, size = _kind(key, kinds, None)
+            wanted[key] = torch.empty(size, dtype=dtype, device=weight.weight.device)
     reader = HuggingFaceStorageReader(str(sources[0].path.parent))
     reader.fs = _Only([source.path for source in sources])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each process reads for itself
-        load(wanted, storage_reader=reader, no_dist=True)
+        try:
+            load(wanted, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:  # which is no Exception
+            raise StateError(f"The training state at '{reader.path}' is damaged: {error}") from error
     return {key: local_part(tensor) for key, tensor in wanted.items()}
 
 
-def _empty(weight: TargetWeight, size: torch.Size, dtype: torch.dtype, *, is_cut: bool) -> torch.Tensor:
-    """Return memory for a tensor, cut over processes as the weight is."""
+def _kind(
+    key: str, kinds: Sequence[Mapping[str, tuple[torch.dtype, torch.Size]]], rows: Sequence[int] | None
+) -> tuple[torch.dtype, torch.Size]:
+    """Return the dtype and the shape of a tensor, which has some rows in each source, or is in each as a whole."""
+    dtype, size = kinds[0][key]
+    expected = [size] * len(kinds) if rows is None else [torch.Size([many, *size[1:]]) for many in rows]
+    if [found[key] for found in kinds] != [(dtype, each) for each in expected]:
+        raise StateError(f"The tensor {key!r} of the training state is damaged: its parts do not go together.")
+    return dtype, size
+
+
+def _own_rows(weight: TargetWeight, dtype: torch.dtype, size: torch.Size) -> torch.Tensor:
+    """Return memory for a tensor that is cut over processes as the weight is.
+
+    Args:
+        weight: The weight.
+        dtype: The tensor's dtype.
+        size: Its shape, but for the number of rows.
+    """
     parameter, device = weight.parameter, weight.weight.device
-    if not is_cut or not isinstance(parameter, DTensor):
-        return torch.empty(size, dtype=dtype, device=device)
     local = torch.empty((weight.rows[1], *size[1:]), dtype=dtype, device=device)
-    stride = torch.empty(size, device="meta").stride()
+    if not isinstance(parameter, DTensor):
+        return local
+    whole = torch.empty((parameter.shape[0], *size[1:]), device="meta")
     return DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, run_check=False, shape=size, stride=stride
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
     )
 
 

@@ -186,11 +186,8 @@ def test_a_save_killed_at_each_point_leaves_the_previous_state_or_the_new_one(tm
 
 def test_pieces_are_read_and_checked_one_by_one(training, path):
     file, state = statefile.StateFile(path), training.model.dps_state_dict()
-    name = next(name for name in state["tensors"] if name.endswith("mask"))
-    assert file.kind_of(name) == (torch.uint8, state["tensors"][name].shape)
+    assert file.kinds() == {name: (tensor.dtype, tensor.shape) for name, tensor in state["tensors"].items()}
     file.check()
-    with pytest.raises(StateError, match="cut off or damaged"):
-        file.kind_of("nothing")
     whole = bytearray(path.read_bytes())
     whole[-3] ^= 4
     path.write_bytes(whole)

@@ -81,8 +81,6 @@ def controller_of(model: nn.Module, adapter: str = "default") -> Controller:
     return layers_of(model)[0].dps_controllers[adapter]
 
 
-
-
 def keep_of(weight: TargetWeight) -> torch.Tensor | None:
     """The mask that holds, in bytes; None where none does."""
     return None if weight.frozen is None else weight.frozen.mask.keep

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft_dps.errors import ConfigError
-from peft_dps.masking.frozen import FROZEN, FrozenPolicy, exact
+from peft_dps.masking.frozen_policy import FROZEN, FrozenPolicy, exact
 from peft_dps.masking.noise import NOISES, Noise
 from peft_dps.masking.storage import STORAGES, Storage
 from peft_dps.selection.budget import SCOPES, Budget, EntryBudget, Scope

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peft_dps.masking.frozen import FrozenWeight, load_frozen
+from peft_dps.masking.frozen_policy import FrozenWeight, load_frozen
 from peft_dps.masking.noise import WeightNoise
 from peft_dps.selection.evidence import Gathered
 from peft_dps.tensors.saved_state import SavedState, State

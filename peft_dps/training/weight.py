@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from peft_dps.errors import EngineError
-from peft_dps.masking.frozen import FrozenWeight
+from peft_dps.masking.frozen_policy import FrozenWeight
 from peft_dps.masking.mask import Mask
 from peft_dps.masking.noise import WeightNoise
 from peft_dps.recipes import Recipe

@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from peft_dps.errors import AdapterFileError, ConfigError
-from peft_dps.masking.frozen import FROZEN
+from peft_dps.masking.frozen_policy import FROZEN
 from peft_dps.recipes import Recipe, make_recipe
 from peft_dps.selection.budget import SCOPES
 from peft_dps.selection.evidence import EVIDENCE

@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_dps import DPSConfig, recipes
 from peft_dps.errors import ConfigError
-from peft_dps.masking.frozen import FROZEN, FrozenWeight
+from peft_dps.masking.frozen_policy import FROZEN, FrozenWeight
 from peft_dps.masking.noise import NOISES
 from peft_dps.selection.budget import SCOPES
 from peft_dps.selection.evidence import EVIDENCE, SummedGradients

@@ -15,7 +15,7 @@ from torch.optim import SGD, Adafactor, AdamW
 from peft_dps import DPSConfig, Stage, dps_adapter, register_score
 from peft_dps.errors import ConfigError, EngineError, ScheduleError, ScoreError
 from peft_dps.masking import frozen as frozen_module
-from peft_dps.masking.frozen import FrozenWeight
+from peft_dps.masking.frozen_policy import FrozenWeight
 from peft_dps.masking.mask import Mask
 from peft_dps.selection.schedule import Cycle
 from peft_dps.selection.scores import SCORES

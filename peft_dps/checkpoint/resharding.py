@@ -184,7 +184,7 @@ def _common(facts: Mapping[str, Any]) -> list[Any]:
 
 def _check_values(weights: Sequence[TargetWeight], sources: Sequence[StateFile], world: list[Ranks]) -> None:
     """Check that the weights are those of the state: checksums of parts add up to the same, however they are cut."""
-    own = torch.tensor([values_of(weight) for weight in weights])
+    own = torch.tensor([values_of(weight) for weight in weights], device="cpu")
     sums = {ranks: ranks.sum(own) for ranks in distinct(weight.ranks for weight in weights)}
     with together(world, LOADING, StateError), damage_told("the weights"):
         for index, weight in enumerate(weights):

@@ -80,11 +80,11 @@ def processes_of(controller: Controller) -> list[Ranks]:
 
 def common_number(ranks: Ranks) -> int:
     """Agree on a random number below 2**63."""
-    return int(ranks.gather(torch.tensor([secrets.randbits(63)]))[0])
+    return int(ranks.gather(torch.tensor([secrets.randbits(63)], device="cpu"))[0])
 
 
 def _check_path(ranks: Ranks, path: Path) -> None:
-    found = ranks.gather(torch.tensor([zlib.crc32(str(path).encode())]))
+    found = ranks.gather(torch.tensor([zlib.crc32(str(path).encode())], device="cpu"))
     if not bool((found == found[0]).all()):
         raise StateError(
             f"The processes were told to save the training state under different names, this one as '{path}'. Give "

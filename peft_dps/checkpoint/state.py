@@ -192,7 +192,7 @@ def _check_settings(controller: Controller, saved: SavedState) -> None:
 def _check_whole(world: Sequence[Ranks], header: Mapping[str, Any], parts: Sequence[SavedWeight]) -> None:
     """Check that the parts on all processes are of one save, and their masks together as large as was selected."""
     facts = (header.get("save"), sorted(header["clock"].items()), [part.selected for part in parts])
-    own = torch.tensor([zlib.crc32(repr(facts).encode()), *(part.kept for part in parts)])
+    own = torch.tensor([zlib.crc32(repr(facts).encode()), *(part.kept for part in parts)], device="cpu")
     found = [ranks.gather(own) for ranks in world] or [own.unsqueeze(0)]
     if bool((found[0][:, 0] != own[0]).any()):
         raise StateError(

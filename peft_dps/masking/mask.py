@@ -166,8 +166,8 @@ _tables: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 def _table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return what each value of a byte unpacks to: `[256, 8]`, -1 for a bit that is set."""
     if (dtype, device) not in _tables:
-        places = torch.arange(_BYTE)
-        _tables[dtype, device] = -((torch.arange(1 << _BYTE).unsqueeze(1) >> places) & 1).to(device, dtype)
+        octets, places = (torch.arange(size, device=device) for size in (1 << _BYTE, _BYTE))
+        _tables[dtype, device] = -((octets.unsqueeze(1) >> places) & 1).to(dtype)
     return _tables[dtype, device]
 
 

@@ -208,7 +208,7 @@ class ColumnNoise(Noise):
         odd = _signed(0xD1342543DE82EF95)
         return torch.cat(
             [
-                torch.arange(count, dtype=torch.int64) * odd + _word(f"{self.seed}/weight {index}")
+                torch.arange(count, dtype=torch.int64, device="cpu") * odd + _word(f"{self.seed}/weight {index}")
                 for index, count in enumerate(columns)
             ]
         )

@@ -54,7 +54,7 @@ class ScoreContext:
         """Draw a number in [0, 1) for each entry, fp32: those of the whole weight, cut to the rows that are here."""
         sharding = self.sharding
         shape = self.weight.shape if sharding is None else sharding.shape
-        drawn = torch.rand(shape, generator=self.generator, dtype=torch.float32)
+        drawn = torch.rand(shape, generator=self.generator, dtype=torch.float32, device="cpu")
         if sharding is not None:
             drawn = sharding.part_of(drawn).clone()  # so that the whole can be freed
         return drawn.to(self.weight.device)

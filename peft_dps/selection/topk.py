@@ -63,7 +63,7 @@ class SortableScores:
         if bits.numel() == 0:
             return cls(bits, scores.shape, scores.dtype, -1)
         lowest, highest = (int(bound) for bound in torch.aminmax(bits))
-        infinity = int(torch.tensor(math.inf, dtype=flat.dtype).view(bits.dtype))
+        infinity = int(torch.tensor(math.inf, dtype=flat.dtype, device="cpu").view(bits.dtype))
         if lowest >= 0 and highest <= infinity:
             return cls(bits, scores.shape, scores.dtype, highest)
         if torch.isnan(flat).any():
@@ -133,7 +133,7 @@ def select_within(scores: Sequence[SortableScores], costs: Sequence[int], limit:
     cost = torch.cat([torch.full_like(each.bits, one, device="cpu") for each, one in zip(scores, costs, strict=True)])
     order = bits.sort(descending=True, stable=True).indices
     before = cost[order].cumsum(0) - cost[order]  # what the better ones cost
-    chosen = torch.zeros(len(bits), dtype=torch.bool)
+    chosen = torch.zeros(len(bits), dtype=torch.bool, device="cpu")
     chosen[order[before < limit]] = True
     parts = chosen.split([each.bits.numel() for each in scores])
     return [part.view(each.shape).to(each.bits.device) for part, each in zip(parts, scores, strict=True)]
@@ -143,7 +143,7 @@ def _find_threshold(keys: Sequence[torch.Tensor], count: int) -> tuple[int, int]
     """Find a threshold such that the `count` largest keys are those above it and the first `ties` equal to it."""
     prefix, remaining, equal = 0, count, 0
     for shift in range(keys[0].element_size() * 8 - DIGIT_BITS, -1, -DIGIT_BITS):
-        histogram = torch.zeros(_DIGITS, dtype=torch.int64)
+        histogram = torch.zeros(_DIGITS, dtype=torch.int64, device="cpu")
         for key in keys:
             histogram += digit_histogram(key, shift, prefix).cpu()
         from_top = histogram.flip(0).cumsum(0)

@@ -21,7 +21,7 @@ class Scratch(threading.local):
         buffer = self._buffers.get((use, dtype))
         if buffer is None or buffer.numel() < size:
             with torch.inference_mode(False):  # else nobody may write into it outside of that mode
-                buffer = self._buffers[use, dtype] = torch.empty(size, dtype=dtype)
+                buffer = self._buffers[use, dtype] = torch.empty(size, dtype=dtype, device="cpu")
         return buffer[:size].view(shape)
 
     def like(self, tensor: torch.Tensor, use: str) -> torch.Tensor:

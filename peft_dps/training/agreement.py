@@ -34,8 +34,8 @@ def check_agreement(adapter: str, clock: Sequence[int], weights: Sequence[Target
     ranks = weights[0].ranks
     world = Ranks(group, weights[0].weight.device if ranks is None else ranks.device)
     targets = zlib.crc32(repr([(weight.name, tuple(weight.parameter.shape)) for weight in weights]).encode())
-    _compare(adapter, "targets", world, torch.tensor([targets]))
-    _compare(adapter, "steps", world, torch.tensor(clock))
+    _compare(adapter, "targets", world, torch.tensor([targets], device="cpu"))
+    _compare(adapter, "steps", world, torch.tensor(clock, device="cpu"))
     found = world.gather(torch.stack([_facts(weight) for weight in weights]))  # [process, weight, fact]
     for index, weight in enumerate(weights):
         for what, column in (("mask", 2), ("weight", 3)):
@@ -51,7 +51,7 @@ def _facts(weight: TargetWeight) -> torch.Tensor:
     own, sharding = weight.weight, weight.sharding
     mask = 0 if weight.frozen is None else checksum(weight.frozen.mask.keep)
     first = 0 if sharding is None else sharding.first
-    return torch.tensor([first, own.shape[0], mask, checksum(own)])
+    return torch.tensor([first, own.shape[0], mask, checksum(own)], device="cpu")
 
 
 def _compare(adapter: str, what: str, world: Ranks, values: torch.Tensor) -> None:

@@ -176,7 +176,7 @@ class Selector:
         """Take note of weights that all evidence says nothing of."""
         if not self._recipe.evidence.looks:
             return
-        some = torch.tensor([each.highest > 0 for each in scores], dtype=torch.int32)
+        some = torch.tensor([each.highest > 0 for each in scores], dtype=torch.int32, device="cpu")
         some = some if ranks is None else ranks.sum(some)
         self._without_evidence += [
             weight.name for weight, any_ in zip(weights, some.tolist(), strict=True) if not any_ and weight.observed

@@ -18,7 +18,7 @@ from peft_dps.selection.schedule import Position, Stage
 from peft_dps.tensors.shards import distinct, together
 from peft_dps.training import agreement
 from peft_dps.training.clock import Clock
-from peft_dps.training.guards import EngineGuard, check_observed
+from peft_dps.training.guards import EngineGuard, check_observed, refuse_capture
 from peft_dps.training.layer import TargetLayer
 from peft_dps.training.scoring import check_dtypes, check_gathered, gather
 from peft_dps.training.selecting import Selector
@@ -207,6 +207,7 @@ class Controller:
         if not self.substitutes or self.at_rest:
             return None
         refuse_transforms()
+        refuse_capture(self.adapter)
         # A recomputation in the backward pass (gradient checkpointing) has to see what the forward saw.
         if self._prepared_for != self.clock.step and not _in_backward():
             self._prepare_forwards()

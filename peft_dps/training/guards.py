@@ -34,6 +34,8 @@ class EngineGuard:
 
     def check_forward(self, adapter: str, layer: TargetLayer, step: int) -> None:
         """Compare the weight with the previous forward's. The first layer to come is the one that is watched."""
+        if _is_captured():  # what is captured cannot be read
+            return
         if self._layer is None or self._layer() is None:
             self._layer = weakref.ref(layer)
         if self._layer() is not layer:
@@ -71,7 +73,13 @@ class EngineGuard:
 
 
 def check_optimizer(optimizer: Optimizer, weights: Iterable[TargetWeight]) -> None:
-    """Check that an optimizer applies one gradient a step to weights that DPS knows."""
+    """Check that an optimizer applies one gradient a step to weights that DPS knows, and that its hooks run."""
+    if _is_captured():
+        raise EngineError(
+            f"A step of {type(optimizer).__name__} is being captured in a CUDA graph. Its replays would run no hooks, "
+            "so no step would be counted and no subnetwork selected. Capture forward and backward pass alone, and "
+            "call `step()` outside of the graph."
+        )
     if isinstance(optimizer, LBFGS):
         raise EngineError(
             "LBFGS evaluates the gradient several times in one step, so a step has no gradient that DPS could score. "
@@ -97,12 +105,26 @@ def check_observed(weights: Iterable[TargetWeight]) -> None:
             )
 
 
+def refuse_capture(adapter: str) -> None:
+    """Refuse to compute an effective weight in a CUDA graph, whose replays would all compute the same one."""
+    if _is_captured():
+        raise EngineError(
+            f"A training forward of adapter {adapter!r} is being captured in a CUDA graph. Its replays would repeat "
+            "the noise, or the stage, of this one step. Train DPS Mix without CUDA graphs, or use `variant='dense'`."
+        )
+
+
 def refuse_unseen_steps(adapter: str, steps: int) -> None:
     """Refuse an engine that has made steps of which DPS has seen none."""
     raise EngineError(
         f"The Trainer has made {steps} steps, but DPS has seen none on adapter {adapter!r}. Its engine updates copies "
         f"of the weights {_COPIES}; train with DDP or on one process."
     )
+
+
+def _is_captured() -> bool:
+    """Tell whether work is not done but captured in a CUDA graph, whose replays run no Python."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _refuse_known_engines(adapter: str, weight: torch.Tensor) -> None:

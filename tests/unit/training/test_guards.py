@@ -1,4 +1,4 @@
-"""Weights that change between optimizer steps, and are no alarm: what perturbs them brings them back."""
+"""What is an alarm and what is none: weights that change between optimizer steps, work that is captured in a graph."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+from peft_dps.errors import EngineError
+from peft_dps.training import guards
 from tests.unit.conftest import train, trainable
 
 
@@ -47,3 +49,33 @@ def test_averaged_weights_that_are_swapped_in_for_a_look_are_no_alarm(make_model
             model.load_state_dict(state)
             model(x)
     assert model.dps_status().steps == 1
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Lets work seem to be captured in a CUDA graph from now on; `tests.contract.test_accelerators` captures some."""
+    return lambda: monkeypatch.setattr(guards, "_is_captured", lambda: True)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_captured_step_is_refused_and_not_counted(make_model, batches, captured, steps):
+    model = make_model()
+    optimizer = SGD(trainable(model), lr=0.1)
+    train(model, optimizer, batches(steps))
+    captured()
+    with pytest.raises(EngineError, match=r"SGD is being captured in a CUDA graph.*outside of the graph"):
+        train(model, optimizer, batches(1))
+    assert model.dps_status().steps == steps
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_captured_forward_is_refused_for_mix_alone(make_model, batches, captured, steps):
+    models = [make_model(variant=variant) for variant in ("dense", "mix")]
+    ((x, _),) = batches(1)
+    for model in models:
+        train(model, SGD(trainable(model), lr=0.1), batches(steps))
+    captured()
+    models[0](x).sum().backward()
+    with pytest.raises(EngineError, match=r"'default' is being captured in a CUDA graph.*`variant='dense'`"):
+        models[1](x)
+    models[1].eval()(x)

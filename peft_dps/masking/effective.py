@@ -65,8 +65,8 @@ class NoisyWeight:
         return NoisyWeight(self.base_weight[rows.to(self.base_weight.device)], self.columns, self.density)
 
     def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Multiply the gradient of W_eff by b, in place."""
-        return gradient.mul_(self.columns.to(gradient.dtype))
+        """Multiply the gradient of W_eff by b, in place; where b = 0 it is zero, also if it was infinite or NaN."""
+        return gradient.masked_fill_(self.columns == 0, 0.0)
 
     def active_columns(self) -> torch.Tensor | None:
         """Return the columns where b = 1. An accelerator would have to wait for their number: None there."""

@@ -82,7 +82,7 @@ class ReferenceDense:
                 chosen.append({index - start for index in ranked if start <= index < start + len(scores)})
                 start += len(scores)
         return [
-            torch.tensor([index in indices for index in range(weight.numel())]).view(weight.shape)
+            torch.tensor([index in indices for index in range(weight.numel())]).view(weight.shape).to(weight.device)
             for indices, weight in zip(chosen, self.weights, strict=True)
         ]
 
@@ -112,7 +112,9 @@ class ReferenceDense:
                     chosen.add(unit)
                     left -= len(members[unit])
         return [
-            torch.tensor([name(index) in chosen for index in product(*map(range, weight.shape))]).view(weight.shape)
+            torch.tensor([name(index) in chosen for index in product(*map(range, weight.shape))])
+            .view(weight.shape)
+            .to(weight.device)
             for name, weight in zip(self.units, self.weights, strict=True)
         ]
 
@@ -131,7 +133,7 @@ class ReferenceMix(ReferenceDense):
         self.pretrained = [weight.detach().clone() for weight in weights]
         self.draw = draw
         self.decay = decay
-        self.participation = [torch.zeros(weight.shape) for weight in weights]
+        self.participation = [torch.zeros_like(weight) for weight in weights]
         self.rows: list[torch.Tensor] = []
         self.snapshots: list[torch.Tensor] = []
 

@@ -19,6 +19,7 @@ from torch.optim import SGD, AdamW
 from peft_dps import DPSConfig
 from peft_dps.training.weight import TargetWeight
 from peft_dps.tuner.adapter import find_controllers
+from tests.device import DEVICE, ON_CPU
 
 OPTIMIZERS = {
     "adamw": lambda parameters: AdamW(parameters, lr=1e-2, weight_decay=0.1),
@@ -52,7 +53,7 @@ class Training:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(12, 17), nn.Dropout(0.1), nn.Tanh(), nn.Linear(17, 3))
+        net = nn.Sequential(nn.Linear(12, 17), nn.Dropout(0.1), nn.Tanh(), nn.Linear(17, 3)).to(DEVICE)
         names = ("variant", "frozen", "scope", "score", "score_dtype", "density", "stage_steps", "lean")
         names += ("granularity", "schedule", "evidence")
         config = DPSConfig(
@@ -70,6 +71,7 @@ class Training:
             for micro in range(self.plan.micro_batches):
                 generator = torch.Generator().manual_seed(1000 * self.step + micro)
                 x, y = torch.randn(8, 12, generator=generator), torch.randint(3, (8,), generator=generator)
+                x, y = x.to(DEVICE), y.to(DEVICE)
                 nn.functional.cross_entropy(self.forward(x[self.share]), y[self.share]).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -95,7 +97,7 @@ class Training:
     def save(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         save_file(self.model.state_dict(), folder / "weights.safetensors")
-        torch.save({"optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()}, folder / "rest.pt")
+        torch.save({"optimizer": self.optimizer.state_dict(), "random": random_state()}, folder / "rest.pt")
         self.model.save_dps_state(folder / "dps.safetensors")
         (folder / "plan.json").write_text(json.dumps({**asdict(self.plan), "stopped": self.step}))
 
@@ -109,8 +111,17 @@ class Training:
         rest = torch.load(folder / "rest.pt", weights_only=True)
         training.optimizer.load_state_dict(rest["optimizer"])
         training.model.load_dps_state(folder / "dps.safetensors")
-        torch.set_rng_state(rest["random"])
+        set_random_state(rest["random"])
         return training
+
+
+def random_state() -> torch.Tensor:
+    """State of the generator that dropout draws from."""
+    return torch.get_rng_state() if ON_CPU else torch.get_device_module(DEVICE).get_rng_state()
+
+
+def set_random_state(state: torch.Tensor) -> None:
+    (torch.set_rng_state if ON_CPU else torch.get_device_module(DEVICE).set_rng_state)(state)
 
 
 def held_by(weight: TargetWeight) -> dict[str, torch.Tensor]:
@@ -135,7 +146,7 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     assert set(ours) == set(theirs)
-    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    different = [name for name in ours if not torch.equal(ours[name].cpu(), theirs[name].cpu())]
     assert not different, different
 
 

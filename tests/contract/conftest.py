@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from peft_dps import DPSConfig
+from tests.device import DEVICE
 
 
 class MLP(nn.Module):
@@ -75,7 +76,7 @@ class TextNet(nn.Module):
         self.head = nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        places = torch.arange(x.shape[1]).expand_as(x)
+        places = torch.arange(x.shape[1], device=x.device).expand_as(x)
         return self.head(self.norm(torch.tanh(self.body.words(x) + self.body.places(places))))
 
 
@@ -104,9 +105,12 @@ class Case:
     inputs: torch.Tensor
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", self.inputs.to(DEVICE))
+
     def base(self) -> nn.Module:
         torch.manual_seed(0)
-        return self.make().eval()
+        return self.make().eval().to(DEVICE)
 
     def config(self, **options: Any) -> DPSConfig:
         return DPSConfig(**{"stage_steps": 2, "density": 0.5, **self.options, **options})
@@ -124,7 +128,7 @@ class Case:
         model.train()
         for _ in range(steps):
             output = self.output(model)
-            target = torch.linspace(-1, 1, output.shape[-1]).expand_as(output)
+            target = torch.linspace(-1, 1, output.shape[-1], device=output.device).expand_as(output)
             nn.functional.mse_loss(output.float(), target).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -155,9 +159,9 @@ def input_of(layer: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tens
     """Something that a DPS layer can take."""
     base = layer.get_base_layer()
     if isinstance(base, nn.Embedding):
-        return torch.arange(5).view(1, 5)
+        return torch.arange(5, device=DEVICE).view(1, 5)
     space = [6] * len(base.kernel_size) if hasattr(base, "kernel_size") else []
-    return torch.randn(2, layer.in_features, *space, dtype=dtype)
+    return torch.randn(2, layer.in_features, *space, dtype=dtype, device=DEVICE)
 
 
 @pytest.fixture(name="input_of")

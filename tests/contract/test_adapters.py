@@ -8,6 +8,9 @@ from peft import get_layer_status, get_model_status, get_peft_model, get_peft_mo
 
 from peft_dps import DPSLayer
 from peft_dps.errors import ConfigError
+from tests.device import DEVICE
+
+pytestmark = pytest.mark.device
 
 
 def dps_layers(model):
@@ -70,7 +73,7 @@ def test_adapters_on_different_layers_do_not_meet(mlp):
     block = model.base_model.model.body.layers[0]
     assert set(block["fc"].dps_weight) == {"default"}
     assert set(block["proj"].dps_weight) == {"other"}
-    x = torch.randn(3, 8)
+    x = torch.randn(3, 8, device=DEVICE)
     assert torch.equal(block["proj"](x), block["proj"].base_layer(x))
     model.set_adapter("other")
     assert not torch.equal(block["proj"](x), block["proj"].base_layer(x))

@@ -14,6 +14,8 @@ import torch
 from peft_dps import DPSLayer
 from peft_dps.tuner.adapter import find_controllers
 
+pytestmark = pytest.mark.device
+
 STEPS = pytest.mark.parametrize("steps", [0, 1, 3, 5], ids=["fresh", "accumulate", "subnetwork", "next cycle"])
 
 

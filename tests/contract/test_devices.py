@@ -10,16 +10,13 @@ from torch import nn
 
 from peft_dps import DPSLayer, Stage
 from peft_dps.errors import TargetError
+from tests.device import DEVICE
 
-EVERYWHERE = {
-    "transformer.wte": "cpu",
-    "transformer.wpe": "cpu",
-    "transformer.drop": "cpu",
-    "transformer.h.0": "cpu",
-    "transformer.h.1": "cpu",
-    "transformer.ln_f": "cpu",
-    "lm_head": "cpu",
-}
+pytestmark = pytest.mark.device
+
+HERE = str(DEVICE)
+PARTS = ("wte", "wpe", "drop", "h.0", "h.1", "ln_f")
+EVERYWHERE = {**{f"transformer.{part}": HERE for part in PARTS}, "lm_head": HERE}
 
 
 def dps_layers(model):
@@ -54,7 +51,7 @@ def test_both_stages_train_under_autocast(transformer, dtype, variant):
     optimizer = transformer.optimizer(model)
     model.train()
     for _ in range(4):
-        with torch.autocast("cpu", dtype=getattr(torch, dtype)):  # it keeps cast weights until its end
+        with torch.autocast(DEVICE.type, dtype=getattr(torch, dtype)):  # it keeps cast weights until its end
             loss = transformer.output(model).float().square().mean()
         loss.backward()
         optimizer.step()
@@ -63,13 +60,13 @@ def test_both_stages_train_under_autocast(transformer, dtype, variant):
     status = model.dps_status()
     assert (status.steps, status.engaged, status.frozen_moved) == (4, True, False)
     assert {layer.dps_weight["default"].dtype for layer in dps_layers(model)} == {torch.float32}
-    with torch.autocast("cpu", dtype=getattr(torch, dtype)):
+    with torch.autocast(DEVICE.type, dtype=getattr(torch, dtype)):
         half = transformer.output(model)
     torch.testing.assert_close(half.float(), transformer.output(model), rtol=0.1, atol=0.05)
 
 
 @pytest.mark.supports("Devices", "`device_map` without offloading")
-@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, EVERYWHERE], ids=["cpu", "auto", "root", "dict"])
+@pytest.mark.parametrize("device_map", [HERE, "auto", {"": HERE}, EVERYWHERE], ids=["one", "auto", "root", "dict"])
 def test_placed_models(gpt2, tmp_path, device_map):
     gpt2.base().save_pretrained(tmp_path)
     base = type(gpt2.base()).from_pretrained(tmp_path, device_map=device_map).eval()

@@ -22,6 +22,9 @@ from safetensors.torch import load_file, save_file
 from peft_dps import DPSConfig, DPSLayer, export_adapter
 from peft_dps.errors import AdapterFileError, ConfigError
 from tests.contract.test_parameters import CASES as EXPERTS
+from tests.device import DEVICE
+
+pytestmark = pytest.mark.device
 
 
 def adapter_state(model, adapter="default"):
@@ -44,9 +47,9 @@ def flip_bits(model):
     for module in model.modules():
         if isinstance(module, DPSLayer):
             weight = module.dps_weight["default"].data
-            bits = torch.randint(-(2**31), 2**31 - 1, weight.shape, dtype=torch.int32)
+            bits = torch.randint(-(2**31), 2**31 - 1, weight.shape, dtype=torch.int32, device=weight.device)
             weight.copy_(bits.view(torch.float32).to(weight.dtype))
-            weight.view(-1)[:4] = torch.tensor([float("nan"), -0.0, float("inf"), 1e-45])
+            weight.view(-1)[:4] = torch.tensor([float("nan"), -0.0, float("inf"), 1e-45], device=weight.device)
 
 
 @pytest.mark.supports("Saving and loading", "exact small files")
@@ -220,7 +223,9 @@ def test_auto_classes_and_a_fresh_process(gpt2, tmp_path):
     command = [sys.executable, "-c", FRESH, str(tmp_path / "adapter"), str(tmp_path / "logits.pt")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run(command, check=True, env=environment, timeout=300)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), gpt2.output(model), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.load(tmp_path / "logits.pt", map_location=DEVICE), gpt2.output(model), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,9 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_dps import DPSConfig
+from tests.device import DEVICE
+
+pytestmark = pytest.mark.device
 
 
 def wrap(module, **options):
@@ -33,14 +36,14 @@ class Encoder(nn.Module):
         return self.encoder(x)
 
 
-INPUTS = torch.linspace(-1, 1, 48).view(2, 3, 8)
+INPUTS = torch.linspace(-1, 1, 48).view(2, 3, 8).to(DEVICE)
 
 
 def make(kind, **options):
     torch.manual_seed(0)
     if kind == "attention":
-        return Attention(), {"target_modules": ["out_proj"], **options}
-    return Encoder(), {"target_modules": ["linear1", "linear2", "out_proj"], **options}
+        return Attention().to(DEVICE), {"target_modules": ["out_proj"], **options}
+    return Encoder().to(DEVICE), {"target_modules": ["linear1", "linear2", "out_proj"], **options}
 
 
 @pytest.mark.supports(

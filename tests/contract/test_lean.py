@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from peft_dps.tuner.adapter import find_controllers
 
-pytestmark = pytest.mark.parametrize("variant", ["dense", "mix"])
+pytestmark = [pytest.mark.device, pytest.mark.parametrize("variant", ["dense", "mix"])]
 
 
 def test_training_with_scores_that_do_not_decay_is_that_of_exact_scores(case, variant):

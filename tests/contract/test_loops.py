@@ -16,6 +16,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, T5Config, T5F
 
 from peft_dps import DPSConfig, dps_adapter
 from peft_dps.errors import ScheduleError
+from tests.device import DEVICE, ON_CPU
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it deprecates on import
@@ -23,16 +24,19 @@ with warnings.catch_warnings():
 
 VARIANTS = ("dense", "mix")
 STEPS = 10
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers:UserWarning",
-    "ignore:.*isinstance.treespec, LeafSpec.:FutureWarning",
-    "ignore:.*`isinstance.treespec, LeafSpec.*",
-)
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.filterwarnings(
+        "ignore:.*does not have many workers:UserWarning",
+        "ignore:.*isinstance.treespec, LeafSpec.:FutureWarning",
+        "ignore:.*`isinstance.treespec, LeafSpec.*",
+    ),
+]
 
 
 def make_model(variant="dense", **fields):
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3))
+    net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3)).to(DEVICE)
     config = DPSConfig(target_modules=["0", "2"], variant=variant, density=0.5, **{"stage_steps": 2, **fields})
     return get_peft_model(net, config)
 
@@ -58,7 +62,7 @@ def plain(model, *, micro_batch=8, accumulate=1, clip=None):
     """The oracle: a loop with nothing of an engine in it."""
     optimizer = make_optimizer(model)
     scheduler = OneCycleLR(optimizer, 1e-2, total_steps=STEPS + 1)
-    x, y = make_data()
+    x, y = (tensor.to(DEVICE) for tensor in make_data())
     for index, (part_x, part_y) in enumerate(zip(x.split(micro_batch), y.split(micro_batch), strict=True), start=1):
         (loss_of(model, part_x, part_y) / accumulate).backward()
         if index % accumulate == 0:
@@ -105,7 +109,8 @@ def fit(module, *, micro_batch=8, **arguments):
     loader = DataLoader(TensorDataset(*make_data()), batch_size=micro_batch)
     trainer = lightning.Trainer(
         max_epochs=1,
-        accelerator="cpu",
+        accelerator=DEVICE.type,
+        devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -120,7 +125,7 @@ def assert_same_training(model, oracle):
     status = dps_adapter(model).status()
     assert (status.steps, status.engaged, status.frozen_moved) == (STEPS, True, False)
     for (name, ours), (_, theirs) in zip(model.named_parameters(), oracle.named_parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
+        assert torch.equal(ours.cpu(), theirs.cpu()), name  # Lightning leaves a model on the CPU
 
 
 @pytest.mark.supports("Training", "Lightning, automatic and manual: as a plain loop, to the bit")
@@ -163,7 +168,7 @@ def test_lightning_with_several_optimizers():
 
     oracle = make_model()
     optimizer = SGD([parameter for parameter in oracle.parameters() if parameter.requires_grad], lr=0.1)
-    for x, y in zip(*(tensor.split(8) for tensor in make_data()), strict=True):
+    for x, y in zip(*(tensor.to(DEVICE).split(8) for tensor in make_data()), strict=True):
         optimizer.zero_grad()
         loss_of(oracle, x, y).backward()
         optimizer.step()
@@ -183,7 +188,7 @@ def test_seq2seq_trainer(variant, tmp_path):
     config = T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0)
     config.decoder_start_token_id = 0
     torch.manual_seed(0)
-    base = T5ForConditionalGeneration(config)
+    base = T5ForConditionalGeneration(config).to(DEVICE)
     fields = {"task_type": "SEQ_2_SEQ_LM", "variant": variant, "density": 0.5}
     ids = torch.randint(1, 30, (4 * STEPS, 6), generator=torch.Generator().manual_seed(1)).tolist()
     model = get_peft_model(copy.deepcopy(base), DPSConfig(stage_steps=0.2, **fields))
@@ -203,7 +208,7 @@ def test_seq2seq_trainer(variant, tmp_path):
         max_grad_norm=1.0,
         report_to="none",
         save_strategy="no",
-        use_cpu=True,
+        use_cpu=ON_CPU,
         disable_tqdm=True,
         predict_with_generate=True,
     )

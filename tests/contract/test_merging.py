@@ -7,6 +7,9 @@ import torch
 from peft import PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 
 from peft_dps import DPSLayer
+from tests.device import DEVICE
+
+pytestmark = pytest.mark.device
 
 
 def dps_layers(model):
@@ -232,7 +235,7 @@ def test_conversion_to_lora_recovers_low_rank_deltas(gpt2, mlp):
         with torch.no_grad():
             for layer in dps_layers(model):
                 weight = layer.dps_weight["default"]
-                weight += 0.2 * torch.randn(weight.shape[0], 2) @ torch.randn(2, weight.shape[1])
+                weight += 0.2 * (torch.randn(weight.shape[0], 2) @ torch.randn(2, weight.shape[1])).to(DEVICE)
         expected = case.output(model)
         config, state_dict = convert_to_lora(model, rank=2)
         lora = get_peft_model(case.base(), config).eval()

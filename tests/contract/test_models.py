@@ -13,6 +13,8 @@ from torch import nn
 from peft_dps import DPSLayer, Stage
 from tests.contract.zoo import ZOO, Whole
 
+pytestmark = pytest.mark.device
+
 
 @pytest.fixture(params=ZOO, ids=str)
 def whole(request: pytest.FixtureRequest) -> Whole:

@@ -15,6 +15,8 @@ from peft_dps import DPSConfig, DPSLayer, export_adapter
 from peft_dps.errors import ConfigError
 from tests.contract.conftest import input_of
 
+pytestmark = pytest.mark.device
+
 
 def layers(model):
     return [module for module in model.modules() if isinstance(module, DPSLayer)]
@@ -35,7 +37,7 @@ def bits(model):
 
 
 def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return first.keys() == second.keys() and all(torch.equal(first[name].cpu(), second[name].cpu()) for name in first)
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def test_merging_combining_and_switching_are_the_same(case, pair):
         results += bits(model).values()
         outputs.append(results)
     assert len(outputs[0]) == len(outputs[1])
-    assert all(torch.equal(one, two) for one, two in zip(*outputs, strict=True))
+    assert all(torch.equal(one.cpu(), two.cpu()) for one, two in zip(*outputs, strict=True))
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -106,7 +108,7 @@ def test_save_and_load(case, pair, tmp_path):
     base = get_base_model_state_dict(offloaded)
     expected = case.base().state_dict()
     assert base.keys() == expected.keys()
-    assert all(torch.equal(base[name], expected[name]) for name in base)
+    assert same(base, expected)
     offloaded.load_state_dict(plain.state_dict())
     assert same(bits(plain), bits(offloaded))
 

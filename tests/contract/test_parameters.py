@@ -21,7 +21,10 @@ from peft_dps import DPSConfig, DPSLayer, Stage
 from peft_dps.errors import ConfigError, TargetError
 from peft_dps.masking.noise import ColumnNoise
 from tests.contract.conftest import TOKENS, Case
+from tests.device import DEVICE
 from tests.reference import ReferenceMix
+
+pytestmark = pytest.mark.device
 
 SIZES = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -209,7 +212,7 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_mix_has_noise_on_the_inputs_of_each_expert(transposed):
-    plain = Net(transposed)
+    plain = Net(transposed).to(DEVICE)
     fields = {"density": 0.6, "stage_steps": 3, "scope": "tensor"}
     config = DPSConfig(target_modules=[], target_parameters=["experts.weight"], variant="mix", seed=5, **fields)
     model = get_peft_model(copy.deepcopy(plain), config)
@@ -217,14 +220,14 @@ def test_mix_has_noise_on_the_inputs_of_each_expert(transposed):
     shape = (2, 5, 1) if transposed else (2, 1, 5)
     reference = ReferenceMix(
         [plain.experts.weight],
-        draw=lambda step: [noise.draw(step, [10], torch.device("cpu"))[0].float().view(shape)],
+        draw=lambda step: [noise.draw(step, [10], DEVICE)[0].float().view(shape)],
         decay=False,
         **fields,
     )
     ours = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     for _ in range(14):
-        x, y = torch.randn(8, 5), torch.randint(3, (8,))
+        x, y = torch.randn(8, 5, device=DEVICE), torch.randint(3, (8,), device=DEVICE)
         ours.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         ours.step()

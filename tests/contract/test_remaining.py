@@ -13,6 +13,9 @@ from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForS
 
 from peft_dps import DPSConfig, DPSLayer
 from peft_dps.errors import TargetError
+from tests.device import DEVICE
+
+pytestmark = pytest.mark.device
 
 
 def frozen_in_effect(model):
@@ -112,7 +115,7 @@ def test_tied_heads_keep_their_bias():
     base = BertForMaskedLM(BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                                       intermediate_size=24, max_position_embeddings=16)).eval()  # fmt: skip
     torch.nn.init.normal_(base.cls.predictions.decoder.bias)
-    tokens = torch.arange(6).view(1, 6)
+    tokens = torch.arange(6, device=DEVICE).view(1, 6)
     expected = base(tokens).logits
     model = get_peft_model(base, DPSConfig(stage_steps=2, train_remaining=True)).eval()
     torch.testing.assert_close(model(tokens).logits, expected)

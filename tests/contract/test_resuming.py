@@ -9,6 +9,8 @@ from peft import PeftModel, get_peft_model
 from peft_dps.tuner.adapter import find_controllers
 from tests.resuming import as_bits, assert_same
 
+pytestmark = pytest.mark.device
+
 STEPS = pytest.mark.parametrize("steps", [0, 1, 3, 4, 5], ids=lambda steps: f"step {steps}")
 
 

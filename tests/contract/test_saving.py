@@ -23,6 +23,9 @@ from peft import (
 from safetensors.torch import load_file
 
 from peft_dps import DPSConfig, DPSLayer, Stage
+from tests.device import DEVICE
+
+pytestmark = pytest.mark.device
 
 
 def dps_layers(model):
@@ -84,7 +87,7 @@ def test_save_and_load(case, tmp_path, is_trainable, low_cpu_mem_usage):
     )
     assert torch.equal(case.output(loaded.eval()), case.output(model))
     for layer in dps_layers(loaded):
-        assert layer.dps_weight["default"].device.type == "cpu"
+        assert layer.dps_weight["default"].device == DEVICE
         assert layer.dps_weight["default"].requires_grad == is_trainable
     assert loaded.dps_status().steps == 0
     if is_trainable:
@@ -152,7 +155,7 @@ def test_inject_adapter_in_model(case, low_cpu_mem_usage):
     source = get_peft_model(case.base(), case.config(**options, init_weights=False)).eval()
     state_dict = get_peft_model_state_dict(source)
     model = inject_adapter_in_model(case.config(**options), case.base(), low_cpu_mem_usage=low_cpu_mem_usage)
-    device = "meta" if low_cpu_mem_usage else "cpu"
+    device = "meta" if low_cpu_mem_usage else DEVICE.type
     assert {layer.dps_weight["default"].device.type for layer in dps_layers(model)} == {device}
     assert type(model) is type(case.base())
     result = set_peft_model_state_dict(
@@ -227,7 +230,9 @@ def test_a_fresh_process_computes_the_same(gpt2, on_disk, tmp_path):
     command = [sys.executable, "-c", FRESH, str(path), str(tmp_path / "logits.pt")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run(command, check=True, env=environment, timeout=300)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), gpt2.output(model), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.load(tmp_path / "logits.pt", map_location=DEVICE), gpt2.output(model), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.supports("Saving and loading", "`safe_serialization=False`")

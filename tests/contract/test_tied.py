@@ -12,9 +12,13 @@ from transformers import BartConfig, BartForConditionalGeneration, GPT2LMHeadMod
 
 from peft_dps import DPSConfig, DPSLayer
 from peft_dps.errors import TargetError
+from tests.device import DEVICE
 
 HEAD, WORDS = "lm_head", "transformer.wte"
-pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning"),
+]
 
 
 def wrap(case, **options):
@@ -73,7 +77,7 @@ def test_merge_and_unload_unties_and_says_so(gpt2, target, tmp_path):
     assert merged.config.tie_word_embeddings is False
     torch.testing.assert_close(gpt2.output(merged), expected, rtol=1e-5, atol=1e-5)
     merged.save_pretrained(tmp_path)
-    loaded = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path).eval().to(DEVICE)
     torch.testing.assert_close(gpt2.output(loaded), expected, rtol=1e-5, atol=1e-5)
 
 

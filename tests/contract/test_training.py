@@ -12,6 +12,9 @@ from torch import nn
 
 from peft_dps import DPSLayer, Stage
 from peft_dps.tuner.adapter import find_controllers
+from tests.device import DEVICE
+
+pytestmark = pytest.mark.device
 
 
 def changed(before, after):
@@ -174,13 +177,13 @@ def test_half_precision_training_updates_smaller_than_the_base_can_hold(mlp):
 def test_autocast_computes_in_half_and_trains_in_fp32(case, input_of):
     model = case.model()
     layer = dps_layers(model)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         looks_up = isinstance(layer.get_base_layer(), nn.Embedding)  # which autocast leaves alone
         assert layer(input_of(layer)).dtype == (torch.float32 if looks_up else torch.bfloat16)
         case.train(model, steps=3)
     assert layer.dps_weight["default"].dtype == torch.float32
     assert model.dps_status().engaged
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         half = case.output(model)
     torch.testing.assert_close(half.float(), case.output(model), rtol=0.1, atol=0.05)
 
@@ -234,6 +237,6 @@ def test_several_active_adapters_train_together(mlp, snapshot):
 
 def test_inputs_of_another_dtype_are_computed_in_theirs(mlp):
     layer = dps_layers(mlp.model())[0]
-    x = torch.randn(2, 8, dtype=torch.float64)
+    x = torch.randn(2, 8, dtype=torch.float64, device=DEVICE)
     expected = nn.functional.linear(x, layer.dps_weight["default"].double(), layer.dps_bias["default"].double())
     assert torch.equal(layer(x), expected)

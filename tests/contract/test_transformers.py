@@ -20,6 +20,7 @@ def injected(transformer):
 
 
 pytestmark = [
+    pytest.mark.device,
     pytest.mark.supports(
         "Adapters", "transformers' `add_adapter`, `set_adapter`, `disable_adapters`, `delete_adapter`"
     ),

@@ -11,8 +11,9 @@ from peft_dps import DPSConfig, DPSLayer
 from peft_dps.errors import ConfigError, TargetError
 from tests.contract.conftest import TOKENS, Case
 from tests.contract.test_parameters import EXPERTS, make_mixtral
+from tests.device import DEVICE
 
-pytestmark = pytest.mark.supports("Adapters", "`add_weighted_adapter`, linear (task arithmetic)")
+pytestmark = [pytest.mark.device, pytest.mark.supports("Adapters", "`add_weighted_adapter`, linear (task arithmetic)")]
 TERMS = {"default": 0.75, "other": -0.5}
 
 
@@ -218,7 +219,7 @@ def test_what_lies_in_a_wrapped_module_is_out_of_reach_for_a_second_adapter(fiel
     base.add_module("norm", torch.nn.Linear(4, 4))
     base.add_module("experts", Experts())
     model = get_peft_model(base, DPSConfig(target_parameters=["experts.up"], **fields)).eval()
-    inputs = torch.randn(3, 4)
+    inputs = torch.randn(3, 4, device=DEVICE)
     output, before = model(inputs), [key for key, _ in model.named_modules()]
     with pytest.raises(TargetError, match=message):
         model.add_weighted_adapter(["default"], [1.0], "sum")

@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_dps import DPSConfig
+from tests.device import DEVICE
 
 VOCABULARY = 40
 ENCODER = {
@@ -49,12 +50,16 @@ class Whole:
     options: dict[str, Any] = field(default_factory=dict)
     generate: dict[str, Any] | None = None
 
+    def __post_init__(self) -> None:
+        for values in (self.batch, self.generate or {}):
+            values.update({name: value.to(DEVICE) for name, value in values.items() if torch.is_tensor(value)})
+
     def __str__(self) -> str:
         return self.name
 
     def base(self) -> nn.Module:
         torch.manual_seed(0)
-        return self.make().eval()
+        return self.make().eval().to(DEVICE)
 
     def config(self, **options: Any) -> DPSConfig:
         return DPSConfig(**{"stage_steps": 2, "density": 0.5, **self.options, **options})

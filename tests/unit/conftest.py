@@ -10,6 +10,7 @@ from torch import nn
 from peft_dps import DPSConfig
 from peft_dps.training.controller import Controller
 from peft_dps.training.weight import TargetWeight
+from tests.device import DEVICE
 
 
 class Net(nn.Module):
@@ -34,7 +35,7 @@ def _seeded():
 def make_net():
     def make(seed: int = 0, sizes: tuple[int, ...] = (12, 16, 3)) -> Net:
         torch.manual_seed(seed)
-        return Net(sizes)
+        return Net(sizes).to(DEVICE)
 
     return make
 
@@ -57,10 +58,11 @@ def batches():
 
     def make(count: int, seed: int = 1, features: int = 12, classes: int = 3):
         generator = torch.Generator().manual_seed(seed)
-        return [
+        made = [
             (torch.randn(8, features, generator=generator), torch.randint(classes, (8,), generator=generator))
             for _ in range(count)
         ]
+        return [(x.to(DEVICE), y.to(DEVICE)) for x, y in made]
 
     return make
 

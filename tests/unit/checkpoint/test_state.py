@@ -21,6 +21,8 @@ from peft_dps.errors import ConfigError, StateError
 from tests.resuming import Plan, Training, assert_same
 from tests.unit.conftest import controller_of, layers_of, train, trainable, weights_of
 
+pytestmark = pytest.mark.device
+
 ROOT = Path(__file__).parents[3]
 AXES = [("dense", "mix"), ("exact", "gradient"), ("tensor", "model"), ("adamw", "sgd"), (1, 2)]
 PLANS = [

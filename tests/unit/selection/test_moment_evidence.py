@@ -12,9 +12,12 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop
 from peft_dps import DPSConfig, Stage
 from peft_dps.errors import EngineError, ScoreError
 from peft_dps.masking.noise import ColumnNoise
+from tests.device import DEVICE, ON_CPU
 from tests.reference import ReferenceDense, ReferenceMix
 from tests.resuming import held_by
 from tests.unit.conftest import controller_of, layers_of, train, trainable
+
+pytestmark = pytest.mark.device
 
 # Decays far from 1, so that scores that were corrected wrongly would choose other entries.
 OPTIMIZERS = {
@@ -60,7 +63,7 @@ def test_lean_mix_follows_the_reference_with_decaying_scores(make_model, make_ne
     noise = ColumnNoise(FIELDS["density"], seed=5)
     reference = ReferenceMix(
         [layer.weight for layer in plain.layers],
-        draw=lambda step: [row.float() for row in noise.draw(step, SIZES[:-1], torch.device("cpu"))],
+        draw=lambda step: [row.float() for row in noise.draw(step, SIZES[:-1], DEVICE)],
         decay=decay,
         forget=0.7,
         **FIELDS,
@@ -94,6 +97,7 @@ def test_lean_mode_keeps_neither_scores_nor_frozen_bits_nor_pretrained_weights(m
     assert all(layer.is_offloaded for layer in layers_of(model))
 
 
+@pytest.mark.skipif(not ON_CPU, reason="an accelerator keeps them: they would have to be copied there for each use")
 def test_the_originals_of_modules_trained_in_full_are_kept_in_a_file(make_net, batches):
     net = make_net()
     model = get_peft_model(net, DPSConfig(target_modules=["layers.0"], train_remaining=True, lean=True, stage_steps=2))
@@ -133,7 +137,9 @@ def test_a_weight_without_gradient_in_a_stage_scores_zero(make_model, batches):
         layers_of(model)[0].dps_weight["default"].grad = None
         optimizer.step()
     first = controller_of(model).weights[0]
-    assert torch.equal(held_by(first)["keep"].bool().flatten(), torch.arange(first.entries) < first.selected)
+    assert torch.equal(
+        held_by(first)["keep"].bool().flatten(), torch.arange(first.entries, device=DEVICE) < first.selected
+    )
 
 
 @pytest.mark.parametrize(

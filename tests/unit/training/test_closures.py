@@ -10,6 +10,8 @@ from torch.optim import SGD, AdamW
 from peft_dps.errors import EngineError
 from tests.unit.conftest import controller_of, train, trainable, weights_of
 
+pytestmark = pytest.mark.device
+
 
 def backward(model, batch):
     x, y = batch

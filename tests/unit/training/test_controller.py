@@ -20,8 +20,11 @@ from peft_dps.masking.mask import Mask
 from peft_dps.selection.schedule import Cycle
 from peft_dps.selection.scores import SCORES
 from peft_dps.tuner.adapter import find_trained
+from tests.device import DEVICE
 from tests.reference import ReferenceDense
 from tests.unit.conftest import controller_of, keep_of, layers_of, train, trainable, weights_of
+
+pytestmark = pytest.mark.device
 
 OPTIMIZERS = {
     "sgd": lambda parameters: SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01),
@@ -178,7 +181,7 @@ def test_bad_gradients_of_frozen_entries_do_no_harm_in_subnetwork(make_model, ba
     weight, before = weights_of(model)[0], weights_of(model)[0].detach().clone()
     # Which entries will be frozen is known from the scores: the first weight's lower half.
     total = controller_of(model).weights[0].gathered.total.flatten()
-    frozen = torch.ones(weight.numel(), dtype=torch.bool)
+    frozen = torch.ones(weight.numel(), dtype=torch.bool, device=DEVICE)
     frozen[total.argsort(descending=True)[: weight.numel() // 2]] = False
     frozen = frozen.view(weight.shape)
     weight.grad[frozen] = float("nan")

@@ -14,6 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tests.resuming import assert_same
 from tests.unit.conftest import train, trainable, weights_of
 
+pytestmark = pytest.mark.device
+
 VARIANTS = pytest.mark.parametrize("variant", ["dense", "mix"])
 STAGES = pytest.mark.parametrize("steps", [1, 3], ids=["accumulate", "subnetwork"])
 

@@ -14,7 +14,10 @@ from peft_dps import Stage
 from peft_dps.errors import EngineError, ScoreError
 from peft_dps.training import hooks
 from peft_dps.training.weight import TargetWeight
+from tests.device import DEVICE
 from tests.unit.conftest import controller_of, keep_of, layers_of, train, trainable, weights_of
+
+pytestmark = pytest.mark.device
 
 DENSE_GRADIENT_OPTIMIZERS = sorted(
     name
@@ -233,7 +236,7 @@ def test_a_gradient_scaler_leaves_scores_unscaled(make_model, batches, fused, un
     plain, scaled = make_model(stage_steps=3), make_model(stage_steps=3)
     first = AdamW(trainable(plain), lr=0.0)
     second = AdamW(trainable(scaled), lr=0.0, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
     train(plain, first, batches(2))
     for x, y in batches(2):
         second.zero_grad()
@@ -250,7 +253,7 @@ def test_a_gradient_scaler_leaves_scores_unscaled(make_model, batches, fused, un
 def test_steps_that_overflowed_are_neither_scored_nor_counted(make_model, batches, fused):
     model = make_model(stage_steps=3)
     optimizer = AdamW(trainable(model), fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
     for step, (x, y) in enumerate(batches(3)):
         optimizer.zero_grad()
         scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
@@ -366,7 +369,7 @@ def test_a_step_that_failed_on_a_deleted_adapter_disturbs_nobody(make_model, bat
 def test_skipped_steps_of_a_fused_optimizer_are_no_alarm(make_model, batches):
     model = make_model(stage_steps=2)
     optimizer = AdamW(trainable(model), fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1024.0)
     for step, (x, y) in enumerate(batches(8)):
         optimizer.zero_grad()
         scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()

@@ -16,10 +16,11 @@ from peft_dps.errors import EngineError
 from peft_dps.masking.effective import AmplifiedWeight, NoisyWeight, effective_linear
 from peft_dps.masking.mask import Mask
 from peft_dps.masking.noise import ColumnNoise, Participation
+from tests.device import DEVICE
 from tests.reference import ReferenceMix
 from tests.unit.conftest import controller_of, keep_of, layers_of, train, trainable, weights_of
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.device
 
 
 def mix(make_model, **fields):
@@ -37,7 +38,7 @@ def test_training_follows_the_reference(make_model, make_net, batches, frozen, s
     noise = ColumnNoise(0.6, 5)
     reference = ReferenceMix(
         [layer.weight for layer in plain.layers],
-        draw=lambda step: [row.float() for row in noise.draw(step, sizes[:-1], CPU)],
+        draw=lambda step: [row.float() for row in noise.draw(step, sizes[:-1], DEVICE)],
         decay=decay,
         **fields,
     )
@@ -80,12 +81,12 @@ def test_decay_starts_at_fifty_steps(make_model, batches, monkeypatch, stage_ste
 
 
 def test_the_mean_of_the_effective_weight_is_the_weight():
-    weight, base = torch.randn(5, 40, dtype=torch.float64), torch.randn(5, 40, dtype=torch.float64)
+    weight, base = (torch.randn(5, 40, dtype=torch.float64, device=DEVICE) for _ in range(2))
     draws, density = 20_000, 0.7
     noise = ColumnNoise(density)
     total = torch.zeros_like(weight)
     for step in range(draws):
-        columns = noise.draw(step, [40], CPU)[0].double()
+        columns = noise.draw(step, [40], DEVICE)[0].double()
         total += NoisyWeight(base, columns, density).of(weight)
     # The variance of b / density is (1 - density) / density; 200 means stay within 4.5 standard errors but for
     # about one run in 700, and this one is seeded.
@@ -95,7 +96,7 @@ def test_the_mean_of_the_effective_weight_is_the_weight():
 
 def test_noise_is_fair_and_independent_over_columns_weights_steps_and_seeds():
     noise = ColumnNoise(0.7)
-    rows = torch.stack([torch.cat(noise.draw(step, [300, 300], CPU)).float() for step in range(2000)])
+    rows = torch.stack([torch.cat(noise.draw(step, [300, 300], DEVICE)).float() for step in range(2000)]).cpu()
     assert abs(rows.mean().item() - 0.7) < 0.002
     correlation = torch.corrcoef(rows.T)
     correlation.fill_diagonal_(0)
@@ -103,7 +104,7 @@ def test_noise_is_fair_and_independent_over_columns_weights_steps_and_seeds():
     assert correlation.abs().max() < 5.5 * 2000**-0.5
     follow = ((rows[1:] - 0.7) * (rows[:-1] - 0.7)).mean(0) / 0.21
     assert follow.abs().max() < 5 * 2000**-0.5
-    other = torch.cat(ColumnNoise(0.7, 1).draw(0, [300, 300], CPU)).float()
+    other = torch.cat(ColumnNoise(0.7, 1).draw(0, [300, 300], DEVICE)).float().cpu()
     assert (other != rows[0]).float().mean() == pytest.approx(0.42, abs=0.08)
 
 
@@ -134,9 +135,9 @@ def test_a_copy_goes_on_with_the_same_noise(make_model, batches):
 
 def effective_weights(weight):
     generator = torch.Generator().manual_seed(0)
-    columns = (torch.rand(weight.shape[1], generator=generator) < 0.6).to(weight.dtype)
-    base = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
-    mask = torch.rand(weight.shape, generator=generator) < 0.6
+    columns = (torch.rand(weight.shape[1], generator=generator) < 0.6).to(weight)
+    base = torch.randn(weight.shape, generator=generator, dtype=weight.dtype).to(weight.device)
+    mask = (torch.rand(weight.shape, generator=generator) < 0.6).to(weight.device)
     yield NoisyWeight(base, columns, 0.6), lambda w: base + columns * (w - base) / 0.6, columns
     yield AmplifiedWeight(base, 0.6, Mask.of(mask.clone())), lambda w: base + mask * (w - base) / 0.6, mask
     yield AmplifiedWeight(base, 0.6), lambda w: base + (w - base) / 0.6, 1.0
@@ -145,16 +146,16 @@ def effective_weights(weight):
 @pytest.mark.parametrize("kind", [0, 1, 2])
 @pytest.mark.parametrize("input_axis", [0, 1])
 def test_gradients_are_the_formulas_in_float64(kind, input_axis):
-    stored = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    stored = torch.randn(5, 8, dtype=torch.float64, requires_grad=True, device=DEVICE)
     effective, formula, factor = list(effective_weights(stored))[kind]
     if input_axis == 0 and kind == 0:
-        columns = torch.tensor([1.0, 0, 1, 1, 0], dtype=torch.float64).unsqueeze(1)
+        columns = torch.tensor([1.0, 0, 1, 1, 0], dtype=torch.float64, device=DEVICE).unsqueeze(1)
         base = effective.base_weight
         effective = NoisyWeight(base, columns, 0.6)
         formula, factor = lambda w: base + columns * (w - base) / 0.6, columns
     inputs = stored.shape[input_axis]
-    x = torch.randn(2, 3, inputs, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(stored.shape[1 - input_axis], dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, inputs, dtype=torch.float64, requires_grad=True, device=DEVICE)
+    bias = torch.randn(stored.shape[1 - input_axis], dtype=torch.float64, requires_grad=True, device=DEVICE)
     output = effective_linear(x, stored, bias, effective, input_axis=input_axis)
     dense = formula(stored.detach()).requires_grad_()
     x2, bias2 = x.detach().clone().requires_grad_(), bias.detach().clone().requires_grad_()
@@ -182,32 +183,44 @@ class ShapesOfProducts(TorchDispatchMode):
 @pytest.mark.parametrize("input_axis", [0, 1])
 def test_products_have_few_shapes_whatever_the_noise(input_axis):
     """A new shape is a new kernel to oneDNN, which keeps it: one for every draw fills the memory."""
-    weight = torch.randn(16, 512) if input_axis == 1 else torch.randn(512, 16)
+    weight = torch.randn(16, 512, device=DEVICE) if input_axis == 1 else torch.randn(512, 16, device=DEVICE)
     weight.requires_grad_()
     generator, kept = torch.Generator().manual_seed(0), set()
     with ShapesOfProducts() as products:
         for _ in range(60):
-            columns = torch.rand(512, generator=generator) < 0.7
+            columns = (torch.rand(512, generator=generator) < 0.7).to(DEVICE)
             kept.add(int(columns.sum()))
             noise = columns.float() if input_axis == 1 else columns.float().unsqueeze(1)
             effective = NoisyWeight(torch.zeros_like(weight), noise, 0.7)
-            effective_linear(torch.ones(3, 512), weight, None, effective, input_axis=input_axis).sum().backward()
+            effective_linear(
+                torch.ones(3, 512, device=DEVICE), weight, None, effective, input_axis=input_axis
+            ).sum().backward()
     assert len(kept) > 20
     assert len(products.seen) <= 6  # three of the gradient's, and those of the forward
 
 
 def test_an_infinite_gradient_leaves_other_columns_at_zero():
-    weight = torch.randn(4, 6, requires_grad=True)
-    effective = NoisyWeight(torch.zeros(4, 6), torch.tensor([1.0, 0, 1, 1, 0, 1]), 0.6)
-    effective_linear(torch.ones(3, 6), weight, None, effective, input_axis=1).backward(torch.full((3, 4), torch.inf))
+    weight = torch.randn(4, 6, requires_grad=True, device=DEVICE)
+    effective = NoisyWeight(torch.zeros(4, 6, device=DEVICE), torch.tensor([1.0, 0, 1, 1, 0, 1], device=DEVICE), 0.6)
+    effective_linear(torch.ones(3, 6, device=DEVICE), weight, None, effective, input_axis=1).backward(
+        torch.full((3, 4), torch.inf, device=DEVICE)
+    )
     assert weight.grad[:, [1, 4]].eq(0).all()
     assert weight.grad[:, [0, 2, 3, 5]].isinf().all()
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_gradient_of_other_columns_is_zero_whatever_it_was(value):
+    """Where it is made for all columns, as on an accelerator and of layers that are no linear ones."""
+    columns = torch.tensor([1.0, 0, 1, 1, 0, 1], device=DEVICE)
+    gradient = NoisyWeight(columns, columns, 0.6).gradient_(torch.full((4, 6), value, device=DEVICE))
+    assert torch.equal(gradient.eq(0), columns.eq(0).expand(4, 6))
 
 
 def test_nothing_of_a_weights_size_is_kept_for_backward_but_the_weight_itself(make_model, batches):
     model = mix(make_model, sizes=(64, 64, 64))
     optimizer = SGD(trainable(model), lr=0.1)
-    x = torch.randn(4, 64)
+    x = torch.randn(4, 64, device=DEVICE)
     for _ in range(5):  # both stages
         kept: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
@@ -215,7 +228,7 @@ def test_nothing_of_a_weights_size_is_kept_for_backward_but_the_weight_itself(ma
         weights = {weight.data_ptr() for weight in weights_of(model)}
         assert {t.data_ptr() for t in kept if t.numel() >= 64 * 64} == weights
         del loss
-        train(model, optimizer, [(x, torch.zeros(4, dtype=torch.long))])
+        train(model, optimizer, [(x, torch.zeros(4, dtype=torch.long, device=DEVICE))])
     assert controller_of(model).stage is Stage.SUBNETWORK
 
 
@@ -286,7 +299,7 @@ def test_a_layer_called_twice_sees_one_effective_weight(make_model):
     model = mix(make_model, sizes=(6, 6))
     layer = layers_of(model)[0]
     model.train()
-    x = torch.randn(3, 6)
+    x = torch.randn(3, 6, device=DEVICE)
     assert torch.equal(layer(x), layer(x))
     layer(layer(x)).sum().backward()
     assert torch.isfinite(weights_of(model)[0].grad).all()
@@ -317,7 +330,7 @@ def test_autocast_and_half_precision_bases(make_net, make_model, batches):
         optimizer = SGD(trainable(model), lr=0.1)
         for _ in range(5):
             optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=model is full):
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=model is full):
                 output = model(inputs)
                 assert output.dtype is torch.bfloat16
                 loss = nn.functional.cross_entropy(output.float(), y)
@@ -337,7 +350,9 @@ def test_conv1d_draws_noise_over_its_inputs(batches):
         def forward(self, x):
             return self.layer(x)
 
-    model = get_peft_model(Model(), DPSConfig(target_modules=["layer"], variant="mix", density=0.5, stage_steps=2))
+    model = get_peft_model(
+        Model().to(DEVICE), DPSConfig(target_modules=["layer"], variant="mix", density=0.5, stage_steps=2)
+    )
     layer = model.base_model.model.layer
     optimizer = SGD(trainable(model), lr=0.1)
     model(batches(1)[0][0]).square().mean().backward()
@@ -351,7 +366,7 @@ def test_conv1d_draws_noise_over_its_inputs(batches):
 
 
 def test_modules_that_read_the_weight_see_the_noise():
-    attention = nn.MultiheadAttention(8, 2)
+    attention = nn.MultiheadAttention(8, 2).to(DEVICE)
     model = nn.Sequential()
     model.attention = attention
     model = get_peft_model(
@@ -381,11 +396,13 @@ def test_a_frozen_entry_changed_from_outside_is_not_amplified(make_model, batche
     before = tracked.frozen.snapshot[frozen]
     assert frozen.any()
     assert torch.equal(layer.train().weight[frozen], before)
-    assert torch.equal(layer(torch.eye(layer.in_features)).t()[frozen], before + layer.bias[frozen.nonzero()[:, 0]])
+    assert torch.equal(
+        layer(torch.eye(layer.in_features, device=DEVICE)).t()[frozen], before + layer.bias[frozen.nonzero()[:, 0]]
+    )
 
 
 def noise_row(layer):
-    return ColumnNoise(0.5).draw(1, [8], CPU)[0]
+    return ColumnNoise(0.5).draw(1, [8], DEVICE)[0]
 
 
 def test_density_one_is_bitwise_plain_fine_tuning(make_model, make_net, batches):

@@ -11,7 +11,10 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
 from peft_dps import Stage
 from peft_dps.errors import EngineError
+from tests.device import DEVICE
 from tests.unit.conftest import controller_of, keep_of, layers_of, train, trainable, weights_of
+
+pytestmark = pytest.mark.device
 
 VARIANTS = pytest.mark.parametrize("variant", ["dense", "mix"])
 
@@ -30,7 +33,7 @@ def assert_same_training(one, two):
 def test_finite_gradients_are_scored_however_large(make_model, batches, caplog, variant, scope, size):
     model = make_model(variant=variant, scope=scope, density=0.25)
     optimizer = SGD(trainable(model), lr=0.0)
-    large = torch.zeros(16, 12, dtype=torch.bool)
+    large = torch.zeros(16, 12, dtype=torch.bool, device=DEVICE)
     large[3:5] = True
     for x, y in batches(2):
         optimizer.zero_grad()

@@ -9,6 +9,8 @@ from torch.optim import SGD, AdamW
 
 from tests.unit.conftest import controller_of, keep_of, trainable, weights_of
 
+pytestmark = pytest.mark.device
+
 OPTIMIZERS = {False: lambda parameters: SGD(parameters, lr=0.1), True: lambda parameters: AdamW(parameters, lr=1e-3)}
 
 

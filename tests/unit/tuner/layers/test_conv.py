@@ -10,6 +10,7 @@ from peft_dps import DPSConfig, Stage
 from peft_dps.masking.effective import AmplifiedWeight, NoisyWeight
 from peft_dps.masking.mask import Mask
 from peft_dps.masking.noise import ColumnNoise
+from tests.device import DEVICE
 from tests.reference import ReferenceDense, ReferenceMix
 from tests.unit.conftest import controller_of, trainable
 
@@ -32,24 +33,27 @@ EVERY = pytest.mark.parametrize(
     [(dimensions, options) for dimensions in MODULES for options in OPTIONS.values()],
     ids=[f"{dimensions}d {name}" for dimensions in MODULES for name in OPTIONS],
 )
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+pytestmark = [
+    pytest.mark.device,
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning"),
+]
 
 
 def wrap(conv, **fields):
     config = DPSConfig(**{"target_modules": ["0"], "stage_steps": 2, "density": 0.5, **fields})
-    return get_peft_model(nn.Sequential(conv), config)
+    return get_peft_model(nn.Sequential(conv).to(DEVICE), config)
 
 
 def make(dimensions, options, dtype=torch.float64):
-    conv = MODULES[dimensions](4, 8, **options, dtype=dtype)
-    x = torch.randn(2, 4, *[7] * dimensions, dtype=dtype, requires_grad=True)
+    conv = MODULES[dimensions](4, 8, **options, dtype=dtype, device=DEVICE)
+    x = torch.randn(2, 4, *[7] * dimensions, dtype=dtype, requires_grad=True, device=DEVICE)
     return conv, x
 
 
 def columns_of(conv, row):
     """One column per input channel, spread over the weight by hand."""
     inputs, outputs = conv.in_channels // conv.groups, conv.out_channels // conv.groups
-    b = torch.zeros(conv.weight.shape, dtype=row.dtype)
+    b = torch.zeros(conv.weight.shape, dtype=row.dtype, device=DEVICE)
     for out in range(conv.out_channels):
         for channel in range(inputs):
             b[out, channel] = row[(out // outputs) * inputs + channel]
@@ -74,7 +78,7 @@ def test_mix_follows_the_formulas_in_float64(dimensions, options, kind):
     weight, bias = layer.dps_weight["default"], layer.dps_bias["default"] if conv.bias is not None else None
     base = torch.randn_like(weight)
     if kind == "noisy":
-        row = torch.tensor([1.0, 0, 0, 1], dtype=torch.float64)
+        row = torch.tensor([1.0, 0, 0, 1], dtype=torch.float64, device=DEVICE)
         factor = columns_of(conv, row)
         effective = NoisyWeight(base, layer.layout.columns.spread(row), 0.6)
     else:
@@ -111,7 +115,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("variant", ["dense", "mix"])
 def test_training_follows_the_reference(variant, scope):
     torch.manual_seed(0)
-    model, plain = Net(), Net()
+    model, plain = Net().to(DEVICE), Net().to(DEVICE)
     plain.load_state_dict(model.state_dict())
     fields = {"density": 0.6, "stage_steps": 3, "scope": scope}
     model = get_peft_model(model, DPSConfig(target_modules=["0", "1"], variant=variant, seed=5, **fields))
@@ -122,7 +126,7 @@ def test_training_follows_the_reference(variant, scope):
             weights,
             draw=lambda step: [
                 columns_of(layer, row.float())
-                for layer, row in zip(plain.layers, noise.draw(step, [4, 6], torch.device("cpu")), strict=True)
+                for layer, row in zip(plain.layers, noise.draw(step, [4, 6], DEVICE), strict=True)
             ],
             decay=False,
             **fields,
@@ -131,8 +135,8 @@ def test_training_follows_the_reference(variant, scope):
         reference = ReferenceDense(weights, **fields)
     ours, theirs = AdamW(trainable(model), lr=1e-2), AdamW(plain.parameters(), lr=1e-2)
     for step in range(14):
-        x = torch.randn(8, 4, 4, 4)
-        y = torch.randint(4, (8,))
+        x = torch.randn(8, 4, 4, 4, device=DEVICE)
+        y = torch.randint(4, (8,), device=DEVICE)
         ours.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         ours.step()
@@ -157,9 +161,9 @@ def test_nothing_of_a_weights_size_is_kept_for_backward_but_the_weight_itself():
     for _ in range(3):  # both stages
         kept: list[torch.Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
-            model(torch.randn(1, 16, 6, 6))
+            model(torch.randn(1, 16, 6, 6, device=DEVICE))
         assert {t.data_ptr() for t in kept if t.numel() >= weight.numel()} == {weight.data_ptr()}
-        model(torch.randn(1, 16, 6, 6)).square().mean().backward()
+        model(torch.randn(1, 16, 6, 6, device=DEVICE)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     assert model.dps_status().stage is Stage.SUBNETWORK
@@ -173,7 +177,7 @@ def test_channels_last_trains_the_same(variant):
         model = wrap(nn.Conv2d(4, 8, 3, groups=2).to(memory_format=memory_format), variant=variant)
         optimizer = AdamW(trainable(model), lr=1e-2)
         for _ in range(6):
-            model(torch.randn(2, 4, 6, 6).to(memory_format=memory_format)).square().mean().backward()
+            model(torch.randn(2, 4, 6, 6, device=DEVICE).to(memory_format=memory_format)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         assert not model.dps_status().frozen_moved
@@ -185,10 +189,10 @@ def test_channels_last_trains_the_same(variant):
 @pytest.mark.parametrize("variant", ["dense", "mix"])
 def test_half_precision_and_autocast(variant):
     model = wrap(nn.Conv1d(4, 8, 3, padding=1).bfloat16(), variant=variant)
-    x = torch.randn(2, 4, 6, dtype=torch.bfloat16)
+    x = torch.randn(2, 4, 6, dtype=torch.bfloat16, device=DEVICE)
     assert model(x).dtype == torch.bfloat16
     model(x).float().square().mean().backward()
     assert model.base_model.model[0].dps_weight["default"].grad.dtype == torch.float32
     model = wrap(nn.Conv1d(4, 8, 3, padding=1), variant=variant)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         assert model(x.float()).dtype == torch.bfloat16

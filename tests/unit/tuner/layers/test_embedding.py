@@ -13,15 +13,18 @@ from peft_dps.errors import TargetError
 from peft_dps.masking.effective import AmplifiedWeight, NoisyWeight
 from peft_dps.masking.mask import Mask
 from peft_dps.masking.noise import ColumnNoise
+from tests.device import DEVICE
 from tests.reference import ReferenceDense, ReferenceMix
 from tests.unit.conftest import trainable
 
-INDICES = torch.tensor([[3, 1, 4, 1], [0, 9, 2, 3]])
+pytestmark = pytest.mark.device
+
+INDICES = torch.tensor([[3, 1, 4, 1], [0, 9, 2, 3]], device=DEVICE)
 
 
 def wrap(embedding, **fields):
     config = DPSConfig(**{"target_modules": ["0"], "stage_steps": 2, "density": 0.5, **fields})
-    return get_peft_model(nn.Sequential(embedding), config)
+    return get_peft_model(nn.Sequential(embedding).to(DEVICE), config)
 
 
 MAKE = {
@@ -62,7 +65,7 @@ def test_mix_follows_the_formulas_in_float64(kind, stage):
     weight = layer.dps_weight["default"]
     base = torch.randn_like(weight)
     if stage == "noisy":
-        factor = torch.tensor([1.0, 0, 0, 1, 1, 0], dtype=torch.float64)
+        factor = torch.tensor([1.0, 0, 0, 1, 1, 0], dtype=torch.float64, device=DEVICE)
         effective = NoisyWeight(base, layer.layout.columns.spread(factor), 0.6)
     else:
         factor = (torch.rand_like(weight) < 0.6).double()
@@ -82,19 +85,19 @@ def test_mix_follows_the_formulas_in_float64(kind, stage):
 @pytest.mark.parametrize("variant", ["dense", "mix"])
 def test_training_follows_the_reference(variant, scope):
     torch.manual_seed(0)
-    model, plain = nn.Embedding(9, 4, padding_idx=0), nn.Embedding(9, 4, padding_idx=0)
+    model, plain = nn.Embedding(9, 4, padding_idx=0, device=DEVICE), nn.Embedding(9, 4, padding_idx=0, device=DEVICE)
     plain.load_state_dict(model.state_dict())
     fields = {"density": 0.6, "stage_steps": 3, "scope": scope}
     model = wrap(model, variant=variant, seed=5, **fields)
     if variant == "mix":
         noise = ColumnNoise(0.6, seed=5)
-        draw = lambda step: [row.float() for row in noise.draw(step, [4], torch.device("cpu"))]  # noqa: E731
+        draw = lambda step: [row.float() for row in noise.draw(step, [4], DEVICE)]  # noqa: E731
         reference = ReferenceMix([plain.weight], draw=draw, decay=False, **fields)
     else:
         reference = ReferenceDense([plain.weight], **fields)
     ours, theirs = AdamW(trainable(model), lr=1e-2), AdamW(plain.parameters(), lr=1e-2)
     for _ in range(14):
-        x, y = torch.randint(9, (8,)), torch.randint(4, (8,))
+        x, y = torch.randint(9, (8,), device=DEVICE), torch.randint(4, (8,), device=DEVICE)
         ours.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         ours.step()

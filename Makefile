@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# What `make test-device` computes on.
+DEVICE ?= cuda
 # Test processes. One thread each, see `test`.
 WORKERS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
@@ -16,10 +18,10 @@ export HF_HUB_OFFLINE := 1
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SECONDARY:
-.PHONY: help demo test quality style docs benchmark clean
+.PHONY: help demo test test-device quality style docs benchmark clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed-compare ## Compare full fine-tuning, LoRA, BitFit, DPS Dense and DPS Mix on a small model
 	$(RUN) peft_dps.compare demo $(ARGS)
@@ -29,6 +31,13 @@ test: export OMP_NUM_THREADS := 1
 test: export TOKENIZERS_PARALLELISM := false
 test: $(VENV)/.installed-test ## Run the tests (those that need the package index: ARGS="-m network")
 	$(RUN) pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+
+# Processes share the GPU. The tolerances are those of the CPU, but where a test says otherwise.
+test-device: export OMP_NUM_THREADS := 1
+test-device: export PEFT_DPS_TEST_DEVICE := $(DEVICE)
+test-device: export CUBLAS_WORKSPACE_CONFIG := :4096:8
+test-device: $(VENV)/.installed-test ## Run the tests that tell something of a GPU on it
+	$(RUN) pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m device $(ARGS)
 
 quality: $(VENV)/.installed-dev ## Check style, formatting, types and layering
 	$(RUN) ruff check

@@ -44,6 +44,15 @@ DECODERS: dict[str, dict[str, Any]] = {
         "intermediate_size": 4864,
         "tie_word_embeddings": True,
     },
+    "decoder-1.5b": {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "intermediate_size": 8960,
+        "tie_word_embeddings": True,
+    },
     "decoder-small": {**_SMALL, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "decoder-toy": {**_TOY, "num_hidden_layers": 1, "num_key_value_heads": 1, "tie_word_embeddings": True},
 }

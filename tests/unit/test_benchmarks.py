@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import page, scaling, suite
+from benchmarks import device, page, scaling, suite
 from benchmarks.archive import Archive
 from benchmarks.cases import Case, grouped
+from benchmarks.device_methods import FULL, METHODS
 from benchmarks.footprint import ACTIVATIONS
 from benchmarks.memory import KINDS
 from benchmarks.ratio import Spread, target
@@ -217,3 +218,24 @@ def test_what_engines_communicate_is_counted(scaled):
         assert dense[figure] - in_file[figure] == mix[figure] - mix_in_file[figure] > 0
     assert in_file["subnetwork"] < 1.05 * plain["subnetwork"]
     assert mix["subnetwork"] > dense["subnetwork"]  # W_eff is collected too
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # SHiRA
+def test_methods_on_a_device(tmp_path):
+    out = tmp_path / "device.json"
+    tiny = "--device cpu --models decoder-toy --batch 2 --tokens 8 --stage-steps 3 --cycles 2 --profile dps"
+    device.main([*tiny.split(), "--out", str(out)])
+    found = json.loads(out.read_text())["models"]["decoder-toy"]
+    assert set(found) == set(METHODS)
+    for name, method in METHODS.items():
+        assert "error" not in found[name]
+        assert set(found[name]["figures"]) == (set(FIGURES) if method.stages else {"step"})
+        assert (found[name]["engaged"], found[name]["frozen_moved"]) == (
+            (True, False) if method.stages else (None,) * 2
+        )
+    linear = {found[name]["trained_entries"] for name in METHODS if name not in (FULL, "lora", "shira")}
+    assert len(linear) == 1
+    assert found["shira"]["trained_entries"] == pytest.approx(0.05 * linear.pop(), rel=0.5)  # one rank for all layers
+    table = out.with_suffix(".md").read_text()
+    assert all(f"| {name} |" in table for name in METHODS)
+    assert "selecting" in (tmp_path / "device_decoder-toy_kernels.txt").read_text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,42 +13,8 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from peft_dps.errors import AdapterFileError, ConfigError
-from peft_dps.masking.frozen_policy import FROZEN
-from peft_dps.recipes import Recipe, make_recipe
-from peft_dps.selection.budget import SCOPES
-from peft_dps.selection.evidence import EVIDENCE
-from peft_dps.selection.granularity import GRANULARITIES
-from peft_dps.selection.schedule import SCHEDULES
-from peft_dps.selection.scores import SCORES, evidence_of
-from peft_dps.tensors.registry import Registry
-
-NOISES = {"dense": "none", "mix": "columns"}  # by variant
-# What makes two trainings the same method. Only the length of the training may change.
-METHOD = (
-    "variant",
-    "density",
-    "schedule",
-    "stage_steps",
-    "score_steps",
-    "granularity",
-    "reduction",
-    "scope",
-    "frozen",
-    "score",
-    "evidence",
-    "score_dtype",
-    "participation_decay",
-    "lean",
-    "seed",
-)
-_OPEN: dict[str, Registry[Any]] = {  # fields that take names which users may register
-    "schedule": SCHEDULES,
-    "granularity": GRANULARITIES,
-    "scope": SCOPES,
-    "frozen": FROZEN,
-    "score": SCORES,
-    "evidence": EVIDENCE,
-}
+from peft_dps.recipes import Recipe
+from peft_dps.tuner.method import recipe_of
 
 
 class DPSPeftType(str, enum.Enum):
@@ -255,7 +221,7 @@ class DPSConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         self.validate()
         if self.scope is None:
-            self.scope = "model" if self._choice("granularity").spans_weights else "tensor"
+            self.scope = "model" if self.recipe().granularity.spans_weights else "tensor"
 
     def validate(self) -> None:
         """Check every field, also if it was set after the configuration was made.
@@ -275,45 +241,7 @@ class DPSConfig(PeftConfig):
         Raises:
             ConfigError: If a field that says what the method is has a value that cannot work.
         """
-        variant: Any = self.variant
-        if not isinstance(variant, str) or variant not in NOISES:
-            raise ConfigError(f"`variant` must be one of {', '.join(map(repr, NOISES))}, got {variant!r}.")
-        # A trained adapter loads without the names that its training had registered.
-        names = {name: getattr(self, name) for name, known in _OPEN.items() if self._is_usable(name, known)}
-        if self.lean:
-            self._save_memory(names)
-        recipe = make_recipe(
-            density=self.density,
-            stage_steps=self.stage_steps,
-            score_steps=self.score_steps,
-            score_dtype=self.score_dtype,
-            reduction=self.reduction,
-            noise=NOISES[variant],
-            participation_decay=self.participation_decay,
-            seed=self.seed,
-            **names,
-        )
-        return replace(recipe, settings={name: getattr(self, name) for name in METHOD})
-
-    def _save_memory(self, names: dict[str, Any]) -> None:
-        """Apply the choices that `lean=True` stands for."""
-        if self.score_dtype != "float32" or self.evidence is not None:
-            field_ = "score_dtype" if self.evidence is None else "evidence"
-            raise ConfigError(
-                f"`{field_}={getattr(self, field_)!r}` has nothing to do with `lean=True`, which takes scores from "
-                "the optimizer's second moment. Use one of the two."
-            )
-        if evidence_of(names.get("score", "squared_gradient")) == "squared_gradient":
-            names["evidence"] = "second_moment"
-        if names.get("frozen") == "exact":
-            names["frozen"] = "exact_in_step"
-
-    def _is_usable(self, name: str, known: Registry[Any]) -> bool:
-        return not self.inference_mode or getattr(self, name) is None or getattr(self, name) in known
-
-    def _choice(self, name: str) -> Any:
-        known = _OPEN[name]
-        return known.find(getattr(self, name) if self._is_usable(name, known) else next(iter(known)))
+        return recipe_of(self)
 
     def _validate_targets(self) -> None:
         parameters = self.target_parameters

@@ -19,10 +19,11 @@ from peft_dps.training.controller import Controller
 from peft_dps.training.status import DPSStatus
 from peft_dps.tuner.adapter import DPSAdapter, all_controllers, dps_adapter, find_controllers
 from peft_dps.tuner.adapter_name import one_adapter, require_adapter_name
-from peft_dps.tuner.config import METHOD, DPSConfig
+from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.dispatch import check_layout, check_reach, make_layer, wrap_parameter
 from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tuner.loading import read_state, require_saved_shapes
+from peft_dps.tuner.method import settings_of
 from peft_dps.tuner.model_card import make_section, write_section
 from peft_dps.tuner.offload import offload_bases, offload_originals
 from peft_dps.tuner.removal import remove_adapter
@@ -108,7 +109,7 @@ class DPSModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         # PEFT asks for the weights before it saves the configuration, which brings the model card up to date.
         own = _as_dps(config)
-        settings = {name: getattr(own, name) for name in METHOD}
+        settings = settings_of(own)
         controller = next(
             (
                 each

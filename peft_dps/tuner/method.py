@@ -1,0 +1,66 @@
+"""The method that a configuration names: the one place where fields become a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from peft_dps.errors import ConfigError
+from peft_dps.masking.frozen_policy import FROZEN
+from peft_dps.recipes import Recipe, make_recipe
+from peft_dps.selection.budget import SCOPES
+from peft_dps.selection.evidence import EVIDENCE
+from peft_dps.selection.granularity import GRANULARITIES
+from peft_dps.selection.schedule import SCHEDULES
+from peft_dps.selection.scores import SCORES, evidence_of
+from peft_dps.tensors.registry import Registry
+
+_NOISE_OF = {"dense": "none", "mix": "columns"}  # by variant
+_NAMED: dict[str, Registry[Any]] = {  # fields that take names which users may register
+    "schedule": SCHEDULES,
+    "granularity": GRANULARITIES,
+    "scope": SCOPES,
+    "frozen": FROZEN,
+    "score": SCORES,
+    "evidence": EVIDENCE,
+}
+_PLAIN = ("density", "stage_steps", "score_steps", "reduction", "score_dtype", "participation_decay", "seed")
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """Return what makes two trainings the same method. Only the length of the training may change."""
+    return {name: getattr(config, name) for name in ("variant", *_NAMED, *_PLAIN, "lean")}
+
+
+def recipe_of(config: Any) -> Recipe:
+    """Return the method that a `DPSConfig` names: one object per axis.
+
+    Raises:
+        ConfigError: If a field that says what the method is has a value that cannot work.
+    """
+    variant = config.variant
+    if not isinstance(variant, str) or variant not in _NOISE_OF:
+        raise ConfigError(f"`variant` must be one of {', '.join(map(repr, _NOISE_OF))}, got {variant!r}.")
+    names = {name: getattr(config, name) for name in _NAMED}
+    if config.inference_mode:  # a trained adapter loads without the names that its training had registered
+        names = {name: value for name, value in names.items() if value is None or value in _NAMED[name]}
+    if config.lean:
+        names |= _less_memory(config, names)
+    plain = {name: getattr(config, name) for name in _PLAIN}
+    return replace(make_recipe(noise=_NOISE_OF[variant], **names, **plain), settings=settings_of(config))
+
+
+def _less_memory(config: Any, names: dict[str, Any]) -> dict[str, str]:
+    """Return the choices that `lean=True` stands for."""
+    for name, given in (("score_dtype", config.score_dtype != "float32"), ("evidence", config.evidence is not None)):
+        if given:
+            raise ConfigError(
+                f"`{name}={getattr(config, name)!r}` has nothing to do with `lean=True`, which takes scores from the "
+                "optimizer's second moment. Use one of the two."
+            )
+    chosen = {}
+    if evidence_of(names.get("score", "squared_gradient")) == "squared_gradient":
+        chosen["evidence"] = "second_moment"
+    if names.get("frozen") == "exact":
+        chosen["frozen"] = "exact_in_step"
+    return chosen

@@ -211,6 +211,35 @@ def what_does_not_belong_together_is_refused_on_all(folder: Path) -> None:
     on_first(assert_same, now, before)
 
 
+def a_save_that_fails_on_one_leaves_the_earlier_one(folder: Path) -> None:
+    rank = dist.get_rank()
+    place, plan = plans(folder)[0]
+    training = Training(plan)
+    training.load(place, plan["stop"])
+    before = everything(training.model)
+    (place / "folder").mkdir(exist_ok=True)
+    dist.barrier()
+    files = sorted(entry.name for entry in place.iterdir())
+    refused(lambda: dps_adapter(training.model).save_state(place / "folder"), "is a folder")
+    assert sorted(entry.name for entry in place.iterdir()) == files
+    dist.barrier()
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    for failing, name in ((1, "save_file"), (0, "save_file"), (1, "_flush")):
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == failing:
+                patch.setattr(statefile, name, full_disk)
+            with pytest.raises(OSError if rank == failing else StateError):
+                dps_adapter(training.model).save_state(place / STATE)
+        dist.barrier()
+        assert sorted(entry.name for entry in place.iterdir()) == files
+        training.load(place, plan["stop"])
+    now = everything(training.model)
+    on_first(assert_same, now, before)
+
+
 def die_in_a_save(folder: Path) -> None:
     """The second rank is killed when its file of the second save is half written."""
     place, plan = plans(folder)[0]

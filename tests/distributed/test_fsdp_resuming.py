@@ -69,6 +69,7 @@ def test_fsdp2_resumes_bitwise_and_refuses_what_does_not_belong_together(folder)
         "resume=two",
         "a_save_and_a_load_communicate_little=two",
         "what_does_not_belong_together_is_refused_on_all=two",
+        "a_save_that_fails_on_one_leaves_the_earlier_one=two",
         "accelerate_resumes=accelerate",
     )
     compare(folder / "two", len(PLANS))

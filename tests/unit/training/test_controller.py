@@ -14,7 +14,7 @@ from torch.optim import SGD, Adafactor, AdamW
 
 from peft_dps import DPSConfig, Stage, dps_adapter, register_score
 from peft_dps.errors import ConfigError, EngineError, ScheduleError, ScoreError
-from peft_dps.masking import frozen as frozen_module
+from peft_dps.masking import frozen_policy
 from peft_dps.masking.frozen_policy import FrozenWeight
 from peft_dps.masking.mask import Mask
 from peft_dps.selection.schedule import Cycle
@@ -498,7 +498,7 @@ def test_frozen_bits_that_could_not_be_copied_are_held_when_the_step_is_repeated
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(frozen_module, "hold_frozen", no_memory)
+        patch.setattr(frozen_policy, "hold_frozen", no_memory)
         with pytest.raises(MemoryError):
             train(model, optimizer, data[2:3])
     train(model, optimizer, data[2:])

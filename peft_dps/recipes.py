@@ -9,12 +9,12 @@ from peft_dps.errors import ConfigError
 from peft_dps.masking.frozen_policy import FROZEN, FrozenPolicy, exact
 from peft_dps.masking.noise import NOISES, Noise
 from peft_dps.masking.storage import STORAGES, Storage
-from peft_dps.selection.budget import SCOPES, Budget, EntryBudget, Scope
+from peft_dps.selection.budget import SCOPES, Budget, EntryBudget, Scope, UnitBudget
 from peft_dps.selection.evidence import EVIDENCE, Evidence, SquaredGradients
 from peft_dps.selection.granularity import GRANULARITIES, Entry, Granularity
 from peft_dps.selection.moment_evidence import SecondMoments  # noqa: F401  # registers it
 from peft_dps.selection.schedule import SCHEDULES, Schedule, ScheduleSettings
-from peft_dps.selection.scores import SCORES, ScoreFunction, evidence_of, squared_gradient
+from peft_dps.selection.scores import SCORES, ScoreFunction, evidence_of, is_per_unit, squared_gradient
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Recipe:
 def make_recipe(
     *,
     density: float = 0.7,
+    units: int | None = None,
+    max_density: float | None = None,
     schedule: str = "cycle",
     stage_steps: int | float = 0.05,
     score_steps: int = 8,
@@ -75,6 +77,8 @@ def make_recipe(
 
     Args:
         density: Fraction of entries that the subnetwork holds, in (0, 1].
+        units: Number of rows or columns of each weight in place of a density.
+        max_density: Fraction of units that compact storage may hold values of, over all selections.
         schedule: Name of the schedule.
         stage_steps: Length of a stage, in steps or as a fraction of all.
         score_steps: Steps of scoring before a subnetwork is selected once.
@@ -94,7 +98,8 @@ def make_recipe(
         ConfigError: If a name is unknown, a value is out of range, or two do not go together.
     """
     settings = dict(locals())
-    budget, kind = EntryBudget(density), GRANULARITIES.find(granularity)
+    kind = GRANULARITIES.find(granularity)
+    budget = EntryBudget(density, max_density) if units is None else UnitBudget(units, max_density)
     scope = scope or ("model" if kind.spans_weights else "tensor")
     if kind.spans_weights and not SCOPES.find(scope).across:
         raise ConfigError(
@@ -102,6 +107,16 @@ def make_recipe(
             f"`scope` is {scope!r}. Use `scope='model'`."
         )
     made_from = evidence or evidence_of(score)
+    if units is not None and (kind.per_entry or kind.spans_weights or SCOPES.find(scope).across):
+        named, given = ("scope", scope) if SCOPES.find(scope).across else ("granularity", granularity)
+        raise ConfigError(
+            f"`units={units!r}` is a number of rows or columns of each weight, and `{named}` is {given!r}. Use "
+            "`granularity='column'` or `'row'` with `scope='tensor'`, or a `density`."
+        )
+    if STORAGES.find(storage).compact:
+        _check_compact(settings, made_from)
+    elif max_density is not None:
+        raise ConfigError(f"`max_density={max_density!r}` bounds what `storage='compact'` holds, got {storage!r}.")
     # At density 1 every column takes part in each step.
     noise_kind = NOISES.find("none" if budget.takes_all else noise)
     return Recipe(
@@ -117,6 +132,23 @@ def make_recipe(
         seed=seed,
         settings={**settings, "scope": scope, "evidence": made_from},
     )
+
+
+def _check_compact(settings: dict[str, Any], evidence: str) -> None:
+    """Check that the other axes go with compact storage."""
+    impossible = {
+        "noise": settings["noise"] != "none" and "which computes with the whole weight; use `storage='copy'`",
+        "frozen": settings["frozen"] != "exact" and "and what is frozen has no entries there; leave it out",
+        "evidence": EVIDENCE.find(evidence).looks
+        and EVIDENCE.find(evidence).power is None
+        and "which cannot be added up in a backward pass; use 'squared_gradient' or 'absolute_gradient'",
+        "score": not is_per_unit(settings["score"])
+        and "which may look at single entries; register it with `per_unit=True` if it does not",
+    }
+    for name, why in impossible.items():
+        if why:
+            given = evidence if name == "evidence" else settings[name]
+            raise ConfigError(f"`storage='compact'` does not go with `{name}={given!r}`, {why}.")
 
 
 def dps_dense(**settings: Any) -> Recipe:

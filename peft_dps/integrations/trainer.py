@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers.trainer
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -175,8 +174,7 @@ def _check_reference(controllers: Iterable[Controller]) -> None:
     if reference is None or trained is None or not reference.at_rest:
         return
     trained_moved, reference_moved = (
-        any(not torch.equal(weight.weight, weight.base_weight.to(weight.weight)) for weight in controller.weights)
-        for controller in (trained, reference)
+        any(weight.has_moved() for weight in controller.weights) for controller in (trained, reference)
     )
     if trained_moved and not reference_moved:
         raise EngineError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -9,7 +11,13 @@ from peft_dps.tensors.registry import Registry
 
 
 class Storage:
-    """A trainable copy of the whole weight: frozen entries are in it, too."""
+    """A trainable copy of the whole weight: frozen entries are in it, too.
+
+    Attributes:
+        compact: Whether the base layer computes with its own weight, and parameters hold the selected units alone.
+    """
+
+    compact: ClassVar[bool] = False
 
     def parameter(self, base: torch.Tensor, *, on_meta: bool, perturb: bool) -> nn.Parameter:
         """Make the parameter that is trained in place of a pretrained tensor."""
@@ -23,3 +31,10 @@ class Storage:
 
 STORAGES: Registry[type[Storage]] = Registry("storage")
 STORAGES.register("copy")(Storage)
+
+
+@STORAGES.register("compact")
+class Compact(Storage):
+    """Parameters for the selected units alone, see `peft_dps.masking.compact`. Biases are copied."""
+
+    compact = True

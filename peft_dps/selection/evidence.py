@@ -81,9 +81,11 @@ class Evidence:
 
     Attributes:
         looks: Whether gradients are looked at.
+        power: What is added up is abs(G) ** power; None for anything else, which compact storage cannot gather.
     """
 
     looks: ClassVar[bool] = False
+    power: ClassVar[int | None] = None
 
     def __init__(self, dtype: Any = "float32") -> None:
         if not isinstance(dtype, str) or dtype not in SCORE_DTYPES:
@@ -205,6 +207,8 @@ class SummedGradients(Evidence):
 class SquaredGradients(SummedGradients):
     """S = sum over the phase of G * G (arXiv:2211.01642)."""
 
+    power = 2
+
     @torch.no_grad()
     def add_(self, totals: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], scale: float) -> None:
         """Add (G / scale)^2; see `SummedGradients.add_`."""
@@ -220,6 +224,8 @@ class SquaredGradients(SummedGradients):
 @EVIDENCE.register("absolute_gradient")
 class AbsoluteGradients(SummedGradients):
     """S = sum over the phase of abs(G) (SIFT, arXiv:2312.11875)."""
+
+    power = 1
 
     @torch.no_grad()
     def add_(self, totals: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor], scale: float) -> None:

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from peft_dps.errors import ConfigError
+from peft_dps.errors import ConfigError, TargetError
+from peft_dps.masking.compact.delta import Delta, EntryDelta, WholeDelta, slot_axis
 from peft_dps.tensors.layout import Layout, Units
 from peft_dps.tensors.registry import Registry
 
@@ -29,6 +30,7 @@ class Granularity:
 
     per_entry: ClassVar[bool] = False
     spans_weights: ClassVar[bool] = False
+    _delta: ClassVar[type[Delta]] = Delta
 
     def __init__(self, reduction: str = "mean") -> None:
         if reduction not in ("mean", "sum"):
@@ -42,6 +44,26 @@ class Granularity:
     def owner(self, name: str) -> str:
         """Return what the units belong to: weights with the same owner share theirs."""
         return name
+
+    def delta(self, layout: Layout, slots: int, like: torch.Tensor) -> Delta:
+        """Make what holds the selected units of a weight in compact storage.
+
+        Args:
+            layout: Of the weight.
+            slots: Number of units; 0 if that is known at the selection only.
+            like: Tensor of the dtype and device that the values are to have.
+
+        Raises:
+            TargetError: If the units are no slices of the weight.
+        """
+        units = self.units(layout)
+        if units is None or (self._delta is Delta and slot_axis(units) < 0):
+            raise TargetError(
+                f"The units of a weight of shape {layout.shape} are no slices along one of its axes, as the columns of "
+                "a grouped convolution and the rows and columns of experts. Use `storage='copy'` or "
+                "`granularity='entry'`, or leave it out of the targets."
+            )
+        return self._delta(units, slots, like)
 
     def reduce(self, sums: torch.Tensor, size: int) -> torch.Tensor:
         """Return the scores of units.
@@ -61,6 +83,7 @@ class Entry(Granularity):
     """One scalar of a weight."""
 
     per_entry = True
+    _delta = EntryDelta
 
     def units(self, layout: Layout) -> Units:
         """Return each entry as a unit."""
@@ -90,6 +113,7 @@ class Tensor(Granularity):
     """One weight."""
 
     spans_weights = True
+    _delta = WholeDelta
 
     def units(self, layout: Layout) -> Units:
         """Return the weight as one unit."""

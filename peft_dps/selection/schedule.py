@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from peft_dps.errors import ConfigError, ScheduleError
 from peft_dps.tensors.registry import Registry
@@ -62,7 +62,13 @@ class Position:
 
 
 class Schedule:
-    """Tells the phase of each step. A subclass says `at`, and is a frozen dataclass if it has settings of its own."""
+    """Tells the phase of each step. A subclass says `at`, and is a frozen dataclass if it has settings of its own.
+
+    Attributes:
+        selects_again: Whether another subnetwork may be selected after the first.
+    """
+
+    selects_again: ClassVar[bool] = True
 
     def at(self, step: int) -> Position:
         """Return the position of an optimizer step, counted from 1."""
@@ -96,7 +102,7 @@ class ScheduleSettings:
 
     Attributes:
         stage_steps: Length of a stage: optimizer steps if an int, a fraction of all steps if a float.
-        score_steps: Steps of scoring before a subnetwork is selected once.
+        score_steps: Steps of scoring before a subnetwork is selected, where that is no stage.
     """
 
     stage_steps: int | float = 0.05
@@ -116,6 +122,11 @@ def _once(settings: ScheduleSettings) -> Schedule:
     return Once(settings.score_steps)
 
 
+@SCHEDULES.register("every")
+def _every(settings: ScheduleSettings) -> Schedule:
+    return Every(settings.stage_steps, settings.score_steps)
+
+
 @dataclass(frozen=True)
 class Cycle(Schedule):
     """Alternates two stages of equal length: step t is in ACCUMULATE iff ((t - 1) // stage_steps) is even.
@@ -132,15 +143,7 @@ class Cycle(Schedule):
 
     def resolve(self, total_steps: int | None) -> Cycle:
         """Return the schedule with its stages in steps; see `Schedule.resolve`."""
-        steps = self.stage_steps
-        if isinstance(steps, float):
-            if total_steps is None:
-                raise ScheduleError(
-                    f"`stage_steps={steps}` is a fraction of all training steps, and their number is unknown. Either "
-                    "set `DPSConfig(total_steps=...)`, or give `stage_steps` as an int, in steps, or call "
-                    "`model.set_dps_total_steps(...)` before the first step. (The HF Trainer does that by itself.)"
-                )
-            steps = max(1, int(total_steps * steps))
+        steps = _in_steps(self.stage_steps, total_steps)
         _require_selection("stage_steps", steps, total_steps)
         return Cycle(steps)
 
@@ -153,6 +156,42 @@ class Cycle(Schedule):
 
 
 @dataclass(frozen=True)
+class Every(Schedule):
+    """Selects anew every so many steps, from evidence of the first few of them.
+
+    Attributes:
+        stage_steps: Steps from one selection to the next; a float as in `Cycle`.
+        score_steps: Those at the beginning in which evidence is gathered.
+    """
+
+    stage_steps: int | float
+    score_steps: int
+
+    def __post_init__(self) -> None:
+        _require_number("stage_steps", self.stage_steps, 2)
+        if type(self.score_steps) is not int or self.score_steps < 1:
+            raise ConfigError(f"`score_steps` must be an integer of at least 1, got {self.score_steps!r}.")
+        if isinstance(self.stage_steps, int) and self.score_steps >= self.stage_steps:
+            raise ConfigError(
+                f"`score_steps` must be less than `stage_steps`, the steps from one selection to the next, got "
+                f"{self.score_steps} of {self.stage_steps}."
+            )
+
+    def resolve(self, total_steps: int | None) -> Every:
+        """Return the schedule in steps; see `Schedule.resolve`."""
+        _require_selection("score_steps", self.score_steps, total_steps)
+        return Every(_in_steps(self.stage_steps, total_steps), self.score_steps)
+
+    def at(self, step: int) -> Position:
+        """Return the position of an optimizer step; see `Schedule.at`."""
+        done, into = divmod(_counted(step) - 1, int(self.stage_steps))
+        if into < self.score_steps:
+            return Position(2 * done, ACCUMULATE, into + 1, self.score_steps, done + 1)
+        length = int(self.stage_steps) - self.score_steps
+        return Position(2 * done + 1, SUBNETWORK, into - self.score_steps + 1, length, done + 1)
+
+
+@dataclass(frozen=True)
 class Once(Schedule):
     """Gathers evidence for some steps, selects, and keeps the mask until training ends.
 
@@ -160,6 +199,7 @@ class Once(Schedule):
         score_steps: Steps of scoring; 0 where evidence is gathered from batches before training.
     """
 
+    selects_again = False
     score_steps: int
 
     def __post_init__(self) -> None:
@@ -185,6 +225,18 @@ def _require_number(name: str, steps: Any, at_least: int) -> None:
         raise ConfigError(f"`{name}` as a number of steps must be at least {at_least}, got {steps}.")
     if isinstance(steps, float) and not 0.0 < steps < 1.0:
         raise ConfigError(f"`{name}` as a fraction of all steps must be in (0, 1), got {steps}. Use an int for steps.")
+
+
+def _in_steps(steps: int | float, total_steps: int | None) -> int:
+    if isinstance(steps, int):
+        return steps
+    if total_steps is None:
+        raise ScheduleError(
+            f"`stage_steps={steps}` is a fraction of all training steps, and their number is unknown. Either "
+            "set `DPSConfig(total_steps=...)`, or give `stage_steps` as an int, in steps, or call "
+            "`model.set_dps_total_steps(...)` before the first step. (The HF Trainer does that by itself.)"
+        )
+    return max(1, int(total_steps * steps))
 
 
 def _require_selection(name: str, steps: int, total_steps: int | None) -> None:

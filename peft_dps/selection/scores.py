@@ -63,14 +63,19 @@ class ScoreContext:
 ScoreFunction = Callable[[ScoreContext], torch.Tensor]
 SCORES: Registry[ScoreFunction] = Registry("score")
 _EVIDENCE: dict[str, str] = {}  # what each score is made from, unless a configuration says otherwise
+_PER_UNIT: set[str] = set()  # those that need no more of a unit than what the evidence of its entries adds up to
 
 
-def register_score(name: str, *, evidence: str = "squared_gradient") -> Callable[[ScoreFunction], ScoreFunction]:
+def register_score(
+    name: str, *, evidence: str = "squared_gradient", per_unit: bool = False
+) -> Callable[[ScoreFunction], ScoreFunction]:
     """Register a function as the score that `DPSConfig(score=name)` selects by.
 
     Args:
         name: The name, not taken yet. The same function may be registered again, as reloading its module does.
         evidence: What is gathered for it, by its name; "none" saves the memory and time of gathering.
+        per_unit: Whether it needs no more of a unit than the sum of its entries' evidence, and looks at no weight.
+            Compact storage, which keeps nothing else, can then use it.
 
     Returns:
         A decorator that returns its function unchanged.
@@ -83,6 +88,7 @@ def register_score(name: str, *, evidence: str = "squared_gradient") -> Callable
     def register(function: ScoreFunction) -> ScoreFunction:
         add(function)
         _EVIDENCE[name] = evidence
+        (_PER_UNIT.add if per_unit else _PER_UNIT.discard)(name)
         return function
 
     return register
@@ -94,19 +100,24 @@ def evidence_of(score: str) -> str:
     return _EVIDENCE.get(score, "squared_gradient")
 
 
-@register_score("squared_gradient")
+def is_per_unit(score: str) -> bool:
+    """Tell whether a score needs no more of a unit than the sum of its entries' evidence."""
+    return score in _PER_UNIT
+
+
+@register_score("squared_gradient", per_unit=True)
 def squared_gradient(context: ScoreContext) -> torch.Tensor:
     """Score by the accumulated squared gradient: S = sum over the stage of G * G (arXiv:2211.01642)."""
     return context.evidence
 
 
-@register_score("absolute_gradient", evidence="absolute_gradient")
+@register_score("absolute_gradient", evidence="absolute_gradient", per_unit=True)
 def absolute_gradient(context: ScoreContext) -> torch.Tensor:
     """Score by the accumulated absolute gradient: S = sum over the stage of abs(G), as SIFT (arXiv:2312.11875)."""
     return context.evidence
 
 
-@register_score("random", evidence="none")
+@register_score("random", evidence="none", per_unit=True)
 def random(context: ScoreContext) -> torch.Tensor:
     """Score at random: the baseline that a score from gradients has to beat at the same density."""
     return context.random()

@@ -139,6 +139,12 @@ def world_of(ranks: Iterable[Ranks | None]) -> list[Ranks]:
     return [Ranks(group, cut[0].device)] if cut and group is not None else []
 
 
+def world(device: torch.device) -> Ranks | None:
+    """Return all processes of the training, which communicate where `device` is; None if there is one only."""
+    group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    return None if group is None or dist.get_world_size(group) == 1 else Ranks(group, device)
+
+
 @contextmanager
 def together(everyone: list[Ranks], doing: str, error: type[DPSError]) -> Iterator[None]:
     """Make an exception on one process one on all, so that none waits for it in the next communication."""

@@ -49,7 +49,7 @@ def check_agreement(adapter: str, clock: Sequence[int], weights: Sequence[Target
 def _facts(weight: TargetWeight) -> torch.Tensor:
     """Return the first row here, the number of rows, and checksums of the mask and of the bits of the weight."""
     own, sharding = weight.weight, weight.sharding
-    mask = 0 if weight.frozen is None else checksum(weight.frozen.mask.keep)
+    mask = 0 if weight.choice is None else checksum(weight.choice)
     first = 0 if sharding is None else sharding.first
     return torch.tensor([first, own.shape[0], mask, checksum(own)], device="cpu")
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch.optim import Optimizer
 
 from peft_dps.errors import ConfigError, EngineError
+from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.effective import EffectiveWeight, refuse_transforms
 from peft_dps.masking.storage import Storage
 from peft_dps.recipes import Recipe
 from peft_dps.selection.schedule import Position, Stage
+from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.shards import distinct, together
 from peft_dps.training import agreement
 from peft_dps.training.clock import Clock
@@ -22,6 +24,7 @@ from peft_dps.training.guards import EngineGuard, check_observed, refuse_capture
 from peft_dps.training.layer import TargetLayer
 from peft_dps.training.scoring import check_dtypes, check_gathered, gather
 from peft_dps.training.selecting import Selector
+from peft_dps.training.copied_weight import CopiedWeight
 from peft_dps.training.weight import TargetWeight
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,7 @@ class Controller:
         at_rest: Whether it is a copy that a Trainer leaves alone, such as TRL's reference: it gets no noise.
     """
 
+    weight_class: ClassVar[type[TargetWeight]] = CopiedWeight
     alive: ClassVar[weakref.WeakSet[Controller]] = weakref.WeakSet()
     generation: ClassVar[int] = 0  # goes on whenever a weight is tracked anew or forgotten, anywhere
 
@@ -88,7 +92,7 @@ class Controller:
 
     def track(self, name: str, layer: TargetLayer) -> None:
         """Add the adapter's weight of a layer."""
-        self.weights.append(TargetWeight(name, layer, self.adapter, self, self.recipe))
+        self.weights.append(self.weight_class(name, layer, self.adapter, self, self.recipe))
         self._announce()
 
     @property
@@ -105,6 +109,14 @@ class Controller:
     def substitutes(self) -> bool:
         """Whether training forwards compute with something else than the weights."""
         return self.recipe.noise.substitutes
+
+    def make_delta(self, layout: Layout, like: torch.Tensor) -> Delta:
+        """Make what a compact adapter holds of a weight, in the dtype and on the device of `like`."""
+        raise NotImplementedError
+
+    def observer(self, layer: TargetLayer) -> Callable[[torch.Tensor], None] | None:
+        """Prepare a forward of a layer in compact storage: what is to be shown the gradient of its whole weight."""
+        raise NotImplementedError
 
     # What the optimizer hooks tell.
 
@@ -209,12 +221,10 @@ class Controller:
         refuse_transforms()
         refuse_capture(self.adapter)
         # A recomputation in the backward pass (gradient checkpointing) has to see what the forward saw.
-        if self._prepared_for != self.clock.step and not _in_backward():
+        if self._prepared_for != self.clock.step and not in_backward():
             self._prepare_forwards()
-        if not self._by_layer:
-            self._by_layer = {id(weight.layer): weight for weight in self.weights}
-        weight = self._by_layer.get(id(layer))
-        if weight is None:
+        weight = self._find(layer)
+        if not isinstance(weight, CopiedWeight):
             raise EngineError(
                 f"A copy of a layer of adapter {self.adapter!r} computes a training forward, as torch.nn.DataParallel "
                 "makes them; DPS Mix cannot follow it. Use DistributedDataParallel, with one process per device."
@@ -223,6 +233,11 @@ class Controller:
             return self.recipe.noise.noisy(weight)
         weight.follow()
         return self.recipe.noise.amplified(weight)
+
+    def _find(self, layer: TargetLayer) -> TargetWeight | None:
+        if not self._by_layer:
+            self._by_layer = {id(weight.layer): weight for weight in self.weights}
+        return self._by_layer.get(id(layer))
 
     def _prepare_forwards(self) -> None:
         """Get ready for the forwards of the next step: select its subnetwork, or draw its noise.
@@ -285,9 +300,12 @@ class Controller:
                 f"Adapter {self.adapter!r}: evidence is gathered before training with `schedule='once'` and "
                 f"`score_steps=0` only, and before the first step; {self.clock.step} steps have been made."
             )
-        weights = [weight for weight in self.existing if weight.parameter.grad is not None]
+        weights = [weight for weight in self.existing if weight.has_gradient]
         if weights:
             self._gather(weights, None, None)
+
+    def end_scoring(self) -> None:
+        """Take note that there are no more batches to score before training."""
 
     @property
     def gathers(self) -> bool:
@@ -316,6 +334,6 @@ def _columns(weight: TargetWeight) -> int:
     return 0 if columns is None else columns.count
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Tell whether autograd is running a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1

@@ -48,7 +48,7 @@ class _OpenStep:
         if found_inf is not None and float(found_inf) > 0:
             return
         for controller, weights in self.work:
-            with_gradient = [weight for weight in weights if weight.parameter.grad is not None]
+            with_gradient = [weight for weight in weights if weight.has_gradient]
             if not with_gradient:
                 continue
             if self.closure_runs <= 1:

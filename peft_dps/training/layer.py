@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.effective import EffectiveWeight
 from peft_dps.masking.storage import Storage
 from peft_dps.tensors.layout import Layout
@@ -36,6 +38,9 @@ class TargetLayer(Protocol):
     def trained(self, adapter: str) -> nn.Parameter | None:
         """Return an adapter's trained weight, or None."""
 
+    def delta(self, adapter: str) -> Delta | None:
+        """Return what a compact adapter holds of the weight; None for an adapter that has a copy of it."""
+
     def training_of(self, adapter: str) -> Training | None:
         """Return the training that an adapter's weight belongs to."""
 
@@ -51,5 +56,11 @@ class Training(Protocol):
     def storage(self) -> Storage:
         """What makes the parameters that are trained."""
 
+    def make_delta(self, layout: Layout, like: torch.Tensor) -> Delta:
+        """Make what a compact adapter holds of a weight, in the dtype and on the device of `like`."""
+
     def on_forward(self, layer: TargetLayer) -> EffectiveWeight | None:
         """Prepare a training forward of a layer: what to multiply with in place of the weight, None for itself."""
+
+    def observer(self, layer: TargetLayer) -> Callable[[torch.Tensor], None] | None:
+        """Prepare a forward of a layer in compact storage: what is to be shown the gradient of its whole weight."""

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from peft_dps.errors import ConfigError, ScoreError
 from peft_dps.recipes import Recipe
-from peft_dps.selection.scores import ScoreContext, check_scores
+from peft_dps.selection.scores import check_scores
 from peft_dps.training.weight import TargetWeight
 
 
@@ -61,18 +61,8 @@ def check_dtypes(weights: Iterable[TargetWeight], recipe: Recipe) -> None:
 
 def scores_of(weight: TargetWeight, recipe: Recipe, *, index: int, step: int, steps: int) -> torch.Tensor:
     """Evaluate the score of one weight; relaxes its evidence in place."""
-    gathered = weight.gathered.value(weight)
-    if gathered is not None:
-        weight.noise.relax_(gathered, weight, steps)
     seed = random.Random(f"peft_dps/score/{recipe.seed}/{step}/{index}").getrandbits(63)
-    scores = recipe.score(
-        ScoreContext(
-            gathered=gathered,
-            weight=weight.weight.detach(),
-            load_base=lambda: weight.base_weight,
-            generator=torch.Generator().manual_seed(seed),
-            sharding=weight.sharding,
-        )
-    )
-    check_scores(scores, weight.weight, score=recipe.score_name, name=weight.name)
+    context = weight.score_context(torch.Generator().manual_seed(seed), steps)
+    scores = recipe.score(context)
+    check_scores(scores, context.weight, score=recipe.score_name, name=weight.name)
     return scores

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 
 from peft_dps.errors import EngineError, ScoreError, TargetError
-from peft_dps.masking.mask import Mask
 from peft_dps.recipes import Recipe
 from peft_dps.selection.sharded_topk import WEIGHTS_AT_ONCE, select_sharded
 from peft_dps.selection.topk import SortableScores, check_one_dtype, select, select_within
@@ -52,8 +51,7 @@ class Selector:
         """Give every weight its mask."""
         if self._recipe.budget.takes_all:
             for weight in self._weights:
-                weight.drop_evidence()
-                weight.selected = weight.entries
+                weight.choose_all(self._phase)
             return
         # Those that have a mask of this phase got it in an earlier attempt, which an exception ended.
         for weight in self._weights:
@@ -84,7 +82,7 @@ class Selector:
             return [list(weights)]
         alike: dict[tuple[Ranks | None, torch.dtype | None], list[TargetWeight]] = {}
         for weight in weights:
-            alike.setdefault((weight.ranks, self._recipe.evidence.dtype_for(weight.weight)), []).append(weight)
+            alike.setdefault((weight.score_ranks, self._recipe.evidence.dtype_for(weight.weight)), []).append(weight)
         batches = []
         for (ranks, _), found in alike.items():
             at_once = 1 if ranks is None else WEIGHTS_AT_ONCE
@@ -92,7 +90,7 @@ class Selector:
         return batches
 
     def _select_entries(self, batch: list[TargetWeight]) -> None:
-        ranks, budget = batch[0].ranks, self._recipe.budget
+        ranks, budget = batch[0].score_ranks, self._recipe.budget
         with together([] if ranks is None else [ranks], _SELECTING, EngineError):
             scores = [self._sortable(weight) for weight in batch]
             check_one_dtype(scores)
@@ -103,7 +101,8 @@ class Selector:
             selected = counts if len(problems) == len(batch) else [int(mask.count_nonzero()) for mask in masks]
         else:
             masks, selected = select_sharded(scores, problems, counts, ranks)
-        self._freeze(batch, masks, selected)
+        for weight, mask, count in zip(batch, masks, selected, strict=True):
+            weight.choose_entries(mask, count, self._phase)
         self._note_empty(batch, scores, ranks)
 
     def _select_units(self, weights: list[TargetWeight]) -> None:
@@ -112,12 +111,11 @@ class Selector:
         everyone = distinct(weight.ranks for weight in weights)
         with together(everyone, _SELECTING, EngineError):
             own = [
-                units.sums(self._scores(weight), weight.rows[0])
-                for weight, units in zip(weights, layouts, strict=True)
+                weight.unit_sums(units, self._scores(weight)) for weight, units in zip(weights, layouts, strict=True)
             ]
         sums = [
-            part if weight.ranks is None else weight.ranks.gather(part).sum(0)
-            for weight, part in zip(weights, own, strict=True)
+            part if ranks is None else ranks.gather(part).sum(0)
+            for ranks, part in zip((weight.score_ranks for weight in weights), own, strict=True)
         ]
         owners = self._owners(weights)
         scores, sizes = [], []
@@ -130,9 +128,7 @@ class Selector:
         chosen = self._choose(scores, sizes)
         for members, choice in zip(owners, chosen, strict=True):
             for index in members:
-                weight, units = weights[index], layouts[index]
-                mask = units.expand(choice.to(weight.weight.device), *weight.rows)
-                self._freeze([weight], [mask], [int(choice.count_nonzero()) * units.size])
+                weights[index].choose(choice, layouts[index], self._phase)
         self._note_empty([weights[members[0]] for members in owners], scores, None)
 
     def _choose(self, scores: list[SortableScores], sizes: list[int]) -> list[torch.Tensor]:
@@ -166,11 +162,6 @@ class Selector:
         scores = self._scores(weight)
         with _named(weight.name):
             return SortableScores.of(scores)
-
-    def _freeze(self, weights: list[TargetWeight], selections: list[torch.Tensor], selected: Sequence[int]) -> None:
-        masks = [Mask.of(selection) for selection in selections]  # what may fail comes before any scores are dropped
-        for weight, mask, count in zip(weights, masks, selected, strict=True):
-            weight.freeze(mask, count, self._phase)
 
     def _note_empty(self, weights: list[TargetWeight], scores: list[SortableScores], ranks: Ranks | None) -> None:
         """Take note of weights that all evidence says nothing of."""

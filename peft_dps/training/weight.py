@@ -18,13 +18,14 @@ from peft_dps.masking.mask import Mask
 from peft_dps.masking.noise import WeightNoise
 from peft_dps.recipes import Recipe
 from peft_dps.selection.evidence import Gathered
-from peft_dps.tensors.layout import Layout
+from peft_dps.selection.scores import ScoreContext
+from peft_dps.tensors.layout import Layout, Units
 from peft_dps.tensors.shards import Ranks, Sharding, local_part, sharding_of
 from peft_dps.tensors.spare_memory import SpareMemory
 from peft_dps.training.layer import TargetLayer, Training
 
 _REFERENCES = ("_layer", "_owner")
-_UNKNOWN = -1  # version counter of a weight that was copied or unpickled
+UNKNOWN = -1  # version counter of a weight that was copied or unpickled
 
 
 class TargetWeight:
@@ -65,7 +66,7 @@ class TargetWeight:
 
     def __getstate__(self) -> dict[str, Any]:
         unknown = dict.fromkeys(("_sharded", "_sharded_base", "_sharding"))
-        known = {"memory": SpareMemory(), "version": _UNKNOWN}
+        known = {"memory": SpareMemory(), "version": UNKNOWN}
         return {**self.__dict__, **unknown, **known, "_layer": self._layer(), "_owner": self._owner()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -108,7 +109,7 @@ class TargetWeight:
             return parameter if known is None else known
         if known is not parameter:
             self._sharding = None
-            self._sharded, self.version = weakref.ref(parameter), _UNKNOWN
+            self._sharded, self.version = weakref.ref(parameter), UNKNOWN
             base = self.layer.pretrained_parameter
             self._sharded_base = weakref.ref(base) if isinstance(base, DTensor) else None
         return parameter
@@ -136,6 +137,11 @@ class TargetWeight:
         return None if sharding is None else sharding.ranks
 
     @property
+    def score_ranks(self) -> Ranks | None:
+        """The processes over which its scores are cut; None if each has all of them."""
+        return self.ranks
+
+    @property
     def rows(self) -> tuple[int, int]:
         """The first of the rows that are here, and their number."""
         sharding = self.sharding
@@ -150,33 +156,6 @@ class TargetWeight:
     def entries(self) -> int:
         """Number of entries of the whole weight."""
         return self.parameter.numel()
-
-    @property
-    def base_weight(self) -> torch.Tensor:
-        """The pretrained weight W0, or this process's rows of it."""
-        sharding = self.sharding
-        if sharding is None:
-            return local_part(self.layer.pretrained_weight())
-        known = None if self._sharded_base is None else self._sharded_base()
-        if known is not None:
-            return local_part(known)
-        base = self.layer.pretrained_parameter.data
-        return local_part(base) if isinstance(base, DTensor) else sharding.part_of(base).to(self.weight.device)
-
-    def whole_base(self) -> torch.Tensor:
-        """Return the whole W0, wherever it lies."""
-        base = self.layer.pretrained_parameter.data
-        if isinstance(base, DTensor):
-            raise EngineError(
-                f"Mix computes with the pretrained weight of {self.name!r}, which is sharded apart from the trained "
-                "one. Apply `fully_shard` to blocks that hold both, not to base layers."
-            )
-        return base
-
-    def whole_dtype(self) -> torch.Tensor:
-        """Return the trained weight as a forward sees it, for its device and dtype."""
-        weight = self.layer.trained(self.adapter)
-        return self.parameter if weight is None else weight
 
     @property
     def gradient(self) -> torch.Tensor:
@@ -194,7 +173,36 @@ class TargetWeight:
             )
         return local_part(gradient)
 
-    # What the phases keep of it.
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the coming optimizer step has a gradient of it."""
+        return self.parameter.grad is not None
+
+    # What the phases keep of it. A storage of its own has a subclass that says what it does about it.
+
+    @property
+    def choice(self) -> torch.Tensor | None:
+        """What tells which entries are updated, on every process alike; None where all or none are."""
+        return None
+
+    def entry_mask(self) -> torch.Tensor | None:
+        """Return which entries are updated, a bool tensor of the weight's shape; None where no mask holds."""
+        return None
+
+    def restart(self) -> None:
+        """Forget everything, and begin a new training."""
+        self.selected: int | None = None
+        self.masked_in: int | None = None
+        self.gathered: Gathered = self.begin_evidence()
+        self.noise: WeightNoise = self.recipe.noise.begin()
+        self.frozen: FrozenWeight | None = None
+        self.observed = 0
+        self.memory.drop()
+        self.see_version()
+
+    def begin_evidence(self) -> Gathered:
+        """Return evidence of which nothing has been gathered yet."""
+        return self.recipe.evidence.begin()
 
     def settled(self) -> TargetWeight:
         """Return a copy, of the same layer and tensors, that needs no optimizer any more to be selected from."""
@@ -202,69 +210,58 @@ class TargetWeight:
         alone.gathered = self.gathered.settled(alone)
         return alone
 
-    def restart(self) -> None:
-        """Forget everything, and begin a new training."""
-        self.selected: int | None = None
-        self.masked_in: int | None = None
-        self._waiting: Mask | None = None  # selected, and not frozen with yet
-        self.gathered: Gathered = self.recipe.evidence.begin()
-        self.noise: WeightNoise = self.recipe.noise.begin()
-        self.frozen: FrozenWeight | None = None
-        self.observed = 0
-        self.memory.drop()
-        self.see_version()
-
     def begin_gathering(self) -> None:
         """Begin a phase that gathers evidence."""
-        self.memory.give(self.gathered.memory())
-        self.gathered = self.recipe.evidence.begin()
-        columns = self.noise.columns  # drawn for the coming step already
-        self.noise = self.recipe.noise.begin()
-        self.noise.columns = columns
+        self.gathered = self.begin_evidence()
         self.observed = 0
 
     def thaw(self) -> None:
         """Begin a phase in which no mask holds."""
-        if self.frozen is not None:
-            self.memory.give(self.frozen.memory())
-        self.frozen = self._waiting = None
         self.see_version()
 
     @property
     def mask(self) -> Mask | None:
         """Which entries are updated; None where no mask holds."""
-        return self._waiting if self.frozen is None else self.frozen.mask
+        return None
 
-    def freeze(self, mask: Mask, selected: int, phase: int) -> None:
-        """Begin a phase in which a mask holds, and drop the evidence, whose memory serves again.
+    def score_context(self, generator: torch.Generator, steps: int) -> ScoreContext:
+        """Return what a score may look at, after so many steps of gathering; relaxes the evidence in place."""
+        raise NotImplementedError
 
-        If that fails midway, `refreeze` makes up for it.
+    def unit_sums(self, units: Units, scores: torch.Tensor) -> torch.Tensor:
+        """Add up the scores of the entries of each unit that are here, `[units]`, fp64."""
+        raise NotImplementedError
+
+    def choose(self, choice: torch.Tensor, units: Units, phase: int) -> None:
+        """Begin a phase in which the chosen units are updated, and drop the evidence.
+
+        Args:
+            choice: Bool, `[units]`.
+            units: How they lie in the weight.
+            phase: Number of the phase.
         """
-        self.thaw()
-        self._waiting, self.selected, self.masked_in = mask, selected, phase
-        self.drop_evidence()
-        self.refreeze()
+        raise NotImplementedError
+
+    def choose_entries(self, selection: torch.Tensor, selected: int, phase: int) -> None:
+        """Begin a phase in which the chosen entries are updated, and drop the evidence.
+
+        Args:
+            selection: Bool, the shape of the weight, or of this process's rows of it.
+            selected: Number of chosen entries of the whole weight.
+            phase: Number of the phase.
+        """
+        raise NotImplementedError
+
+    def choose_all(self, phase: int) -> None:
+        """Begin a phase in which everything is updated, and drop the evidence."""
+        raise NotImplementedError
 
     def refreeze(self) -> None:
         """Let the frozen policy begin anew with the weight as it is, which may have changed since the selection."""
-        weight, mask, snapshot = self.weight, self.mask, None
-        if mask is None:
-            return
-        if self.frozen is not None:
-            self.memory.give(self._followed(self.frozen).memory())
-        if self.recipe.noise.substitutes:
-            snapshot = self.take_memory(weight.dtype).copy_(weight)
-        memory = self.memory.fitting(weight, weight.dtype)
-        self.frozen = self.recipe.frozen(weight, mask, snapshot, memory)
-        self._waiting = None
-        self.memory.drop()
-        self.see_version()
 
     def drop_evidence(self) -> None:
         """Forget what was gathered."""
-        self.memory.give(self.gathered.memory())
-        self.gathered = self.recipe.evidence.begin()
-        self.noise = self.recipe.noise.begin()
+        self.gathered = self.begin_evidence()
 
     def take_memory(self, dtype: torch.dtype) -> torch.Tensor:
         """Return memory of the weight's shape: that of the phase before, if it fits."""
@@ -272,60 +269,35 @@ class TargetWeight:
 
     def see_version(self) -> None:
         """Take note of the weight's version: up to now any change was fine."""
-        self.version = self.parameter._version if self.exists() else _UNKNOWN
+        self.version = self.parameter._version if self.exists() else UNKNOWN
 
     def was_changed(self) -> bool:
         """Tell whether something but the optimizer has changed the weight since its version was seen."""
-        return self.version not in (_UNKNOWN, self.parameter._version)
-
-    def is_at_snapshot(self) -> bool:
-        """Tell whether frozen entries have the bits of the snapshot for sure: nothing has touched them since."""
-        return self.frozen is not None and self.frozen.holds_bits and self.version == self.parameter._version
-
-    def follow(self) -> None:
-        """Let what the mask that holds keeps of the weight follow it to another device."""
-        if self.frozen is not None:
-            self._followed(self.frozen)
+        return self.version not in (UNKNOWN, self.parameter._version)
 
     def count_participation(self) -> None:
         """Count the columns that took part in this step; all of them if the weight was read without noise."""
-        columns = self.layout.columns
-        if columns is not None:  # a layer in eval mode computes without noise
-            self.noise.count_step(columns.count, self.weight.device, noisy=self.layer.training)
 
     def before_step(self) -> None:
         """Get ready for an optimizer that may change the weight."""
-        if self.frozen is not None:
-            self._followed(self.frozen).before_step(self.weight)
 
     def mask_gradient(self) -> None:
         """Apply the frozen policy to the gradient."""
-        if self.frozen is not None:
-            self._followed(self.frozen).mask_gradient_(self.gradient)
 
     def after_step(self, optimizer: Optimizer) -> None:
         """Apply the frozen policy to what the optimizer has done."""
-        self.gathered.after_step(self, optimizer)
-        if self.frozen is not None:
-            self._followed(self.frozen).after_step(self.weight)
-            self.version = self.parameter._version
 
     def accept_changes(self) -> bool:
         """Take values that were written from outside since the latest step, such as a loaded state, as they are."""
-        if self.frozen is None:
-            return False
-        changed = self.was_changed()
-        self.version = self.parameter._version
-        return changed and self._followed(self.frozen).accept(self.weight)
+        return False
 
     def frozen_moved(self) -> bool:
         """Tell whether any frozen entry has other bits than when the mask began to hold."""
-        frozen = self.frozen
-        return frozen is not None and self._followed(frozen).moved(self.weight)
+        return False
 
-    def _followed(self, frozen: FrozenWeight) -> FrozenWeight:
-        frozen.follow(self.weight, self.name)
-        return frozen
+    def has_moved(self) -> bool:
+        """Tell whether the weight is another one than the pretrained one."""
+        raise NotImplementedError
 
 
 def _nothing() -> None:

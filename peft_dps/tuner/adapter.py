@@ -38,8 +38,8 @@ class DPSAdapter:
             Per path of a layer, a bool tensor of the weight's shape (or of this process's rows of it), True where
             entries are updated. A layer of which all entries are updated has none.
         """
-        weights = self._controller.existing
-        return {each.name: each.frozen.mask.keep.bool() for each in weights if each.frozen is not None}
+        masks = {weight.name: weight.entry_mask() for weight in self._controller.existing}
+        return {name: mask for name, mask in masks.items() if mask is not None}
 
     def set_total_steps(self, total_steps: int) -> None:
         """Begin a training of so many optimizer steps: a fractional `stage_steps` refers to them.
@@ -143,6 +143,7 @@ class DPSAdapter:
                 model.zero_grad()
                 loss(model, batch).backward()
                 controller.gather_before_training()
+            controller.end_scoring()
         finally:
             controller.at_rest = rested
             model.zero_grad()

@@ -42,12 +42,20 @@ class DPSConfig(PeftConfig):
             to ACCUMULATE, relaxes scores by how often a column took part, and trains SUBNETWORK on
             W_eff = T + M * (W - T) / density, T being the weight when the stage began.
         density (`float`, defaults to 0.7): Fraction of entries that the subnetwork holds, in (0, 1].
+        units (`int`, *optional*): Number of rows or columns that are trained of each weight, in place of a density: as
+            many parameters as a LoRA of that rank, for half of its factors.
+        storage (`"copy" | "compact"`, defaults to `"copy"`): `"copy"`: parameters are copies of whole weights, which
+            masks are put on; `"compact"`: they hold the selected units alone, beside a base model that is never
+            written, so that frozen entries cost no gradient, no optimizer state and no memory.
+        max_density (`float`, *optional*): With `storage="compact"`, the fraction of units of a weight of which the
+            adapter may hold values, over all selections: units that are selected no more keep what they learned.
         schedule (`str`, defaults to `"cycle"`): Which phases follow each other: `"cycle"`, the two stages in turns;
-            `"once"`, ACCUMULATE for `score_steps` steps and SUBNETWORK from then on; or a registered name.
-        stage_steps (`int | float`, defaults to 0.05): Length of a stage of `"cycle"`: optimizer steps if an int, a
-            fraction of all steps in (0, 1) if a float.
-        score_steps (`int`, defaults to 8): Steps of ACCUMULATE with `schedule="once"`; 0 to score before training,
-            from batches of yours (`model.score(batches)`).
+            `"once"`, ACCUMULATE for `score_steps` steps and SUBNETWORK from then on; `"every"`, the same anew every
+            `stage_steps` steps; or a registered name.
+        stage_steps (`int | float`, defaults to 0.05): Length of a stage of `"cycle"`, or steps from one selection of
+            `"every"` to the next: optimizer steps if an int, a fraction of all steps in (0, 1) if a float.
+        score_steps (`int`, defaults to 8): Steps of ACCUMULATE with `"once"` and `"every"`; with `"once"` 0 to score
+            before training, from batches of yours (`model.score(batches)`).
         granularity (`str`, defaults to `"entry"`): What is selected as a whole: `"entry"`; `"row"`, all that makes
             one output; `"column"`, all that takes one input; `"tensor"`, one weight; `"block"`, all targets of one
             layer of the model; or a registered name.
@@ -106,8 +114,18 @@ class DPSConfig(PeftConfig):
         default="dense", metadata={"help": "'dense', or 'mix', which trains with column noise and relaxed scores."}
     )
     density: float = field(default=0.7, metadata={"help": "Fraction of entries in the subnetwork, in (0, 1]."})
+    units: int | None = field(
+        default=None, metadata={"help": "Number of rows or columns of each weight, in place of a density."}
+    )
+    storage: str = field(
+        default="copy", metadata={"help": "'copy' of whole weights, or 'compact': the selected units alone."}
+    )
+    max_density: float | None = field(
+        default=None, metadata={"help": "Fraction of units that compact storage may hold over all selections."}
+    )
     schedule: str = field(
-        default="cycle", metadata={"help": "Which phases follow each other: 'cycle', 'once', or a registered name."}
+        default="cycle",
+        metadata={"help": "Which phases follow each other: 'cycle', 'once', 'every', or a registered name."},
     )
     stage_steps: int | float = field(
         default=0.05, metadata={"help": "Steps of a stage if int, a fraction in (0, 1) of all steps if float."}
@@ -190,6 +208,30 @@ class DPSConfig(PeftConfig):
             "train_remaining": True,
         }
         return cls(variant=variant, **{**paper, **fields})
+
+    @classmethod
+    def compact(cls, units: int = 16, **fields: Any) -> DPSConfig:
+        """Build the configuration that costs least: columns, chosen once by the gradients of the first eight steps.
+
+        The sixteen columns of each linear layer in which the gradient is largest are trained from then on, and nothing
+        else: half of the parameters of a LoRA of rank 16.
+
+        Args:
+            units: Number of columns of each weight, as the rank of a LoRA.
+            **fields: Fields to set otherwise.
+
+        Returns:
+            The configuration.
+        """
+        cheap: dict[str, Any] = {
+            "storage": "compact",
+            "granularity": "column",
+            "schedule": "once",
+            "score_steps": 8,
+            "units": None if "density" in fields else units,
+            "train_bias": False,
+        }
+        return cls(**{**cheap, **fields})
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write the configuration, and what is known of the training into the folder's model card, if it has one."""

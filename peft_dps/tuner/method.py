@@ -7,6 +7,7 @@ from typing import Any
 
 from peft_dps.errors import ConfigError
 from peft_dps.masking.frozen_policy import FROZEN
+from peft_dps.masking.storage import STORAGES
 from peft_dps.recipes import Recipe, make_recipe
 from peft_dps.selection.budget import SCOPES
 from peft_dps.selection.evidence import EVIDENCE
@@ -23,8 +24,19 @@ _NAMED: dict[str, Registry[Any]] = {  # fields that take names which users may r
     "frozen": FROZEN,
     "score": SCORES,
     "evidence": EVIDENCE,
+    "storage": STORAGES,
 }
-_PLAIN = ("density", "stage_steps", "score_steps", "reduction", "score_dtype", "participation_decay", "seed")
+_PLAIN = (
+    "density",
+    "units",
+    "max_density",
+    "stage_steps",
+    "score_steps",
+    "reduction",
+    "score_dtype",
+    "participation_decay",
+    "seed",
+)
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -42,12 +54,28 @@ def recipe_of(config: Any) -> Recipe:
     if not isinstance(variant, str) or variant not in _NOISE_OF:
         raise ConfigError(f"`variant` must be one of {', '.join(map(repr, _NOISE_OF))}, got {variant!r}.")
     names = {name: getattr(config, name) for name in _NAMED}
+    if isinstance(config.storage, str) and config.storage == "compact":
+        _check_base_is_needed(config)
     if config.inference_mode:  # a trained adapter loads without the names that its training had registered
         names = {name: value for name, value in names.items() if value is None or value in _NAMED[name]}
     if config.lean:
         names |= _less_memory(config, names)
     plain = {name: getattr(config, name) for name in _PLAIN}
     return replace(make_recipe(noise=_NOISE_OF[variant], **names, **plain), settings=settings_of(config))
+
+
+def _check_base_is_needed(config: Any) -> None:
+    """Refuse what compact storage, whose forwards compute with the pretrained weights, has no use for."""
+    for name, given in (
+        ("variant", config.variant != "dense"),
+        ("lean", config.lean),
+        ("offload_base", config.offload_base),
+    ):
+        if given:
+            raise ConfigError(
+                f"`storage='compact'` does not go with `{name}={getattr(config, name)!r}`: its forwards compute with "
+                f"the pretrained weights, and there are no others. Leave `{name}` out, or use `storage='copy'`."
+            )
 
 
 def _less_memory(config: Any, names: dict[str, Any]) -> dict[str, str]:

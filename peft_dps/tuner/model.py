@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_dps.errors import AdapterFileError, ConfigError
+from peft_dps.training.compact_controller import make_controller
 from peft_dps.training.controller import Controller
 from peft_dps.training.status import DPSStatus
 from peft_dps.tuner.adapter import DPSAdapter, all_controllers, dps_adapter, find_controllers
@@ -73,7 +74,7 @@ class DPSModel(BaseTuner):
         config = _as_dps(self.peft_config[adapter_name])
         require_adapter_name(adapter_name)
         config.validate()  # fields may have been set since it was made
-        controller = Controller(adapter_name, config.recipe(), config.total_steps)
+        controller = make_controller(adapter_name, config.recipe(), config.total_steps)
         self._injecting = controller, low_cpu_mem_usage
         try:
             super().inject_adapter(
@@ -299,6 +300,10 @@ class DPSModel(BaseTuner):
         # PEFT's version makes new parameters, which makes inactive adapters trainable.
         for module in self.model.modules():
             if isinstance(module, DPSLayer):
+                if (delta := module.delta(adapter_name)) is not None and module.pretrained()[
+                    0
+                ].dtype in HALF_PRECISION:
+                    delta.weight.data = delta.weight.data.to(torch.float32 if autocast_adapter_dtype else None)
                 for container, base in zip((module.dps_weight, module.dps_bias), module.pretrained(), strict=True):
                     if adapter_name in container and base is not None and base.dtype in HALF_PRECISION:
                         dtype = torch.float32 if autocast_adapter_dtype else base.dtype

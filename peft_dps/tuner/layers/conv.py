@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.effective import EffectiveWeight
 from peft_dps.masking.operations import effective_conv
 from peft_dps.tensors.layout import Layout, out_in
@@ -43,6 +45,45 @@ class Conv(DPSLayer):
             stride=base.stride, padding=padding, dilation=base.dilation, groups=base.groups,
         )  # fmt: skip
         return output if batched else output.squeeze(0)
+
+    def _add_delta(
+        self, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, delta: Delta
+    ) -> torch.Tensor:
+        base: Any = self.get_base_layer()
+        y, channels = compute(x), -len(base.kernel_size) - 1
+        for values, numbers in delta.parts():
+            values = values.to(y.dtype)
+            if delta.axis == 1:
+                y = y + base._conv_forward(x.index_select(channels, numbers).to(y.dtype), values, None)
+            elif base.groups == 1:
+                y = y.index_add(channels, numbers, base._conv_forward(x.to(y.dtype), values, None))
+            else:
+                y = y + self._grouped_rows(x.to(y.dtype), values, numbers)
+        return y
+
+    def _grouped_rows(self, x: torch.Tensor, values: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """Convolve with rows of several groups, each of which sees its own input channels."""
+        base: Any = self.get_base_layer()
+        whole = values.new_zeros(tuple(base.weight.shape)).index_add(0, numbers, values)
+        output: torch.Tensor = base._conv_forward(x, whole, None)
+        return output
+
+    def _weight_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        base: Any = self.get_base_layer()
+        batched = x.dim() == len(base.kernel_size) + 2
+        x, gradient = (x, gradient) if batched else (x.unsqueeze(0), gradient.unsqueeze(0))
+        x, padding = _pad(x.to(gradient.dtype), base)
+        weight = base.weight.to(gradient.dtype)
+        empty = [0] * len(base.stride)
+        of_weight: torch.Tensor = torch.ops.aten.convolution_backward(
+            gradient, x, weight, None, base.stride, padding, base.dilation, False, empty, base.groups,
+            [False, True, False],
+        )[1]  # fmt: skip
+        return of_weight
+
+    def _add_bias(self, y: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        base: Any = self.get_base_layer()
+        return y + bias.to(y.dtype).view(-1, *[1] * len(base.kernel_size))
 
 
 class Conv1d(Conv):

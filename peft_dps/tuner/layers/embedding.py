@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.effective import EffectiveWeight
 from peft_dps.masking.operations import effective_embedding
 from peft_dps.tensors.layout import Layout, out_in
@@ -41,6 +43,33 @@ class Embedding(DPSLayer):
                 scale_grad_by_freq=base.scale_grad_by_freq,
             )  # fmt: skip
         return _scaled(rows.to(base.weight.dtype), base)
+
+    def _add_delta(
+        self, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, delta: Delta
+    ) -> torch.Tensor:
+        base: Any = self.get_base_layer()
+        y = compute(x)
+        for values, numbers in delta.parts():
+            if delta.axis == 0:
+                slots = numbers.new_full((self.in_features,), len(numbers))
+                slots[numbers.long()] = torch.arange(len(numbers), dtype=slots.dtype, device=slots.device)
+                if base.padding_idx is not None:
+                    slots[base.padding_idx] = len(numbers)  # it has no gradient
+                values = torch.cat([values, values.new_zeros((1, *values.shape[1:]))])  # of tokens that are no units
+                own = F.embedding(slots[x], values, len(numbers), scale_grad_by_freq=base.scale_grad_by_freq)
+                y = y + _scaled(own.to(y.dtype), base)
+            else:
+                own = F.embedding(x, values, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+                y = y.index_add(-1, numbers, _scaled(own.to(y.dtype), base))
+        return y
+
+    def _weight_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        base: Any = self.get_base_layer()
+        padding = -1 if base.padding_idx is None else base.padding_idx
+        whole: torch.Tensor = torch.ops.aten.embedding_dense_backward(
+            _scaled(gradient, base), x, self.in_features, padding, base.scale_grad_by_freq
+        )
+        return whole
 
 
 def _scaled(rows: torch.Tensor, base: Any) -> torch.Tensor:

@@ -1,8 +1,10 @@
-"""`DPSLayer`: wraps a target module and holds, per adapter, a full trainable copy of its weight and bias."""
+"""`DPSLayer`: wraps a target module and holds, per adapter, what is trained of its weight and bias."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.func import functional_call
 
+from peft_dps.masking.compact.delta import Delta
+from peft_dps.masking.compact.observing import observed, observed_weight
 from peft_dps.masking.effective import EffectiveWeight, materialize
 from peft_dps.tensors.layout import Layout
 from peft_dps.training.layer import Training
@@ -18,14 +22,16 @@ from peft_dps.tuner.layers.pretrained import PretrainedWeight
 
 
 class DPSLayer(nn.Module, BaseTunerLayer):
-    """Tuner layer that trains a copy of the base layer's weight.
+    """Tuner layer that trains a copy of the base layer's weight, or values of its selected units.
 
     The base layer stays frozen: it is the pretrained weight W0, it is what runs when adapters are disabled, and
-    `dps_weight - W0` is the delta by which several adapters are combined and merged. With one active adapter the
-    forward is the base layer's operation with the adapter's weight in place of W0.
+    what the adapter adds to W0 is the delta by which several adapters are combined and merged. With one active adapter
+    the forward is the base layer's operation with the adapter's weight in place of W0; in compact storage it is that of
+    the base layer, and what the selected units add.
 
     Attributes:
         dps_weight: Per adapter, the trainable weight, in the base weight's shape and layout.
+        dps_delta: Per adapter in compact storage, values of the selected units.
         dps_bias: Per adapter, the trainable bias; missing where the base layer has none or `train_bias=False`.
         dps_controllers: Per adapter, what drives its training.
         in_features: Size of the input, as PEFT wants it of every layer.
@@ -34,7 +40,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         supports_lora: Whether the weight is a matrix, whose delta a LoRA of the same kind of layer can approximate.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("dps_weight", "dps_bias")
+    adapter_layer_names: tuple[str, ...] = ("dps_weight", "dps_delta", "dps_bias")
     other_param_names: tuple[str, ...] = ("dps_controllers",)
     base_layer: nn.Module
     in_features: int
@@ -47,6 +53,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.dps_weight = nn.ParameterDict({})
+        self.dps_delta = nn.ModuleDict({})
         self.dps_bias = nn.ParameterDict({})
         self.dps_controllers: dict[str, Training] = {}
         self._base = PretrainedWeight(self.parameter_name, self.bias_name)
@@ -90,10 +97,14 @@ class DPSLayer(nn.Module, BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, config: DPSConfig, controller: Training, low_cpu_mem_usage: bool = False
     ) -> None:
-        """Add an adapter: copy the base layer's weight and bias as its starting point."""
+        """Add an adapter, which begins as the base layer's weight and bias."""
         weight, bias = self.pretrained()
         make, perturb = controller.storage.parameter, not config.init_weights
-        self.dps_weight[adapter_name] = make(weight, on_meta=low_cpu_mem_usage, perturb=perturb)
+        if controller.storage.compact:
+            like = weight.new_empty((), device="meta" if low_cpu_mem_usage else None)
+            self.dps_delta[adapter_name] = controller.make_delta(self.layout, like)
+        else:
+            self.dps_weight[adapter_name] = make(weight, on_meta=low_cpu_mem_usage, perturb=perturb)
         if bias is not None and config.train_bias:
             self.dps_bias[adapter_name] = make(bias, on_meta=low_cpu_mem_usage, perturb=perturb)
         self.dps_controllers[adapter_name] = controller
@@ -103,10 +114,17 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         """Return an adapter's trainable weight, or None: `dps_weight.get`, for whoever asks many times a step."""
         # `dps_weight[adapter]` is several attribute lookups, each of which fails first: many times as long.
         parameter = self._modules["dps_weight"]._parameters.get(adapter)  # type: ignore[union-attr]
+        if parameter is None and (delta := self.delta(adapter)) is not None:
+            return delta.weight
         return self.dps_weight.get(adapter) if parameter is None else parameter
 
+    def delta(self, adapter: str) -> Delta | None:
+        """Return what a compact adapter holds of the weight; None for an adapter that has a copy of it."""
+        delta: Any = self._modules["dps_delta"]._modules.get(adapter)  # type: ignore[union-attr]
+        return delta  # type: ignore[no-any-return]
+
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """Return what the adapter adds to the pretrained weight: dps_weight - W0.
+        """Return what the adapter adds to the pretrained weight.
 
         Args:
             adapter: Name of the adapter.
@@ -114,8 +132,11 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         Returns:
             The difference in the adapter's dtype, in the shape and layout of the base weight.
         """
+        delta, base = self.delta(adapter), self.pretrained()[0]
+        if delta is not None:
+            return delta.dense(base)
         weight: torch.Tensor = self.dps_weight[adapter]
-        return weight - self.pretrained()[0].to(weight.dtype)
+        return weight - base.to(weight.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the adapters' weights into the base layer.
@@ -131,7 +152,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: If `safe_merge` finds a value that is not finite.
         """
-        new_names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dps_weight]
+        new_names = [name for name in check_adapters_to_merge(self, adapter_names) if self.trained(name) is not None]
         if not new_names:
             return
         names = [*self.merged_adapters, *new_names]
@@ -194,32 +215,87 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = self._adapters_in_effect()
-        if not names:
-            output: torch.Tensor = self._call_base(x, *args, **kwargs)
-            return output
-        effective = self._prepare_training(names)
-        weight, bias = self._combined(names, effective if len(names) > 1 else {})
-        return self._compute(x, weight, bias, effective.get(names[0]) if len(names) == 1 else None)
+        prepared = self._prepare_training(names)  # which may select units anew
+        whole = [name for name in names if not self._adds_to_output(name)]
+        compute: Callable[[torch.Tensor], torch.Tensor]
+        if len(whole) == 1 and self._adds_entries(whole[0]) and whole[0] not in prepared:
+            compute = partial(self._compute_with_entries, whole[0])
+        elif whole:
+            one = prepared.pop(whole[0], None) if len(whole) == 1 and whole[0] not in self.dps_delta else None
+            weight, bias = self._combined(whole, prepared)
+            compute = partial(self._compute, weight=weight, bias=bias, effective=one)
+        else:
+            compute = partial(self._call_base_on, args, kwargs)
+        for name in names:
+            if name not in whole:
+                compute = partial(self._compute_with_delta, compute, name, prepared.get(name))
+        return compute(x)
 
     def _compute(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None
     ) -> torch.Tensor:
         raise NotImplementedError
 
-    def _prepare_training(self, names: list[str]) -> dict[str, EffectiveWeight]:
-        """Announce a training forward to the adapters; return the effective weights of those that train by Mix."""
-        effective = {}
-        for name in names if self.training else ():
-            weight = self.trained(name)
-            if weight is None or not weight.requires_grad:
-                continue
-            controller = self.dps_controllers[name]
+    def _add_delta(
+        self, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, delta: Delta
+    ) -> torch.Tensor:
+        """Add to what `compute` makes of `x` what the selected rows or columns do."""
+        raise NotImplementedError
+
+    def _weight_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the weight, of an input and the gradient of the output."""
+        raise NotImplementedError
+
+    def _compute_with_delta(
+        self, compute: Callable[[torch.Tensor], torch.Tensor], name: str, observe: Any, x: torch.Tensor
+    ) -> torch.Tensor:
+        delta: Any = self.dps_delta[name]
+        y = self._add_delta(compute, x, delta) if delta.is_selected and delta.parts() else compute(x)
+        if name in self.dps_bias:
+            pretrained: Any = self.pretrained()[1]
+            y = self._add_bias(y, self.dps_bias[name] - pretrained.to(self.dps_bias[name].dtype))
+        if observe is None:
+            return y
+        return observed(y, x, self._weight_gradient, observe, None if delta.is_selected else delta.weight)
+
+    def _adds_entries(self, name: str) -> bool:
+        """Tell whether an adapter adds to single entries, and the layer can compute with these."""
+        return False
+
+    def _compute_with_entries(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _add_bias(self, y: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return y + bias.to(y.dtype)
+
+    def _adds_to_output(self, name: str) -> bool:
+        """Tell whether an adapter adds rows or columns to the output, and leaves the weight alone."""
+        delta = self.delta(name)
+        return delta is not None and (delta.is_slices or not delta.is_selected or not delta.parts())
+
+    def _prepare_training(self, names: list[str]) -> dict[str, Any]:
+        """Announce a training forward to the adapters, of which some want their part in it.
+
+        Returns:
+            Per adapter, its effective weight, or what is to be shown the gradient of the weight in compact storage.
+        """
+        prepared = {}
+        for name in names:
+            controller, delta, made = self.dps_controllers[name], self.delta(name), None
+            if delta is not None:
+                if delta.observes or (self.training and not torch.compiler.is_compiling()):
+                    made = _observer(controller, self)
             # Dense leaves a compiled graph whole; Mix breaks it here.
-            if controller.substitutes or not torch.compiler.is_compiling():
-                made = _announce(controller, self)
-                if made is not None:
-                    effective[name] = made
-        return effective
+            elif self.training and (controller.substitutes or not torch.compiler.is_compiling()):
+                weight = self.trained(name)
+                made = _announce(controller, self) if weight is not None and weight.requires_grad else None
+            if made is not None:
+                prepared[name] = made
+        return prepared
+
+    def _call_base_on(self, args: Any, kwargs: Any, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self._call_base(x, *args, **kwargs)
+        return output
 
     def _home(self) -> torch.device | None:
         """Return the device that W0 is computed with on, if it lies in a file."""
@@ -255,15 +331,10 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         return self._combined(names, self._prepare_training(names))
 
     def _combined(
-        self, names: list[str], effective: dict[str, EffectiveWeight] | None = None
+        self, names: list[str], prepared: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the weight and bias of one adapter, or W0 plus the deltas of several."""
-        effective = effective or {}
-        weights: list[Any] = [self.trained(name) for name in names]
-        weights = [
-            materialize(weight, effective[name]) if name in effective else weight
-            for name, weight in zip(names, weights, strict=True)
-        ]
+        weights = [self._own_weight(name, (prepared or {}).get(name)) for name in names]
         biases = [self.dps_bias[name] for name in names if name in self.dps_bias]
         if len(names) == 1:
             return weights[0], biases[0] if biases else self.pretrained()[1]
@@ -274,9 +345,22 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             bias = sum((own - pretrained_bias.to(own.dtype) for own in biases), start=pretrained_bias)
         return weight, bias
 
+    def _own_weight(self, name: str, prepared: Any) -> Any:
+        """Return an adapter's weight, as a training forward sees it where something is prepared for that."""
+        delta = self.delta(name)
+        if delta is None:
+            weight: Any = self.trained(name)
+            return weight if prepared is None else materialize(weight, prepared)
+        weight = delta.applied(self.pretrained()[0])
+        if prepared is None:
+            return weight
+        return observed_weight(weight, prepared, None if delta.is_selected else delta.weight)
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version makes new parameters, which forgets requires_grad and rounds fp32 copies to the base's dtype.
         device = device or self._base.offloaded_from or self.pretrained_parameter.device
+        if (delta := self.delta(adapter_name)) is not None and delta.weight.device.type != "meta":
+            delta.to(device)
         for container in (self.dps_weight, self.dps_bias):
             if adapter_name in container and container[adapter_name].device not in (device, torch.device("meta")):
                 container[adapter_name].data = container[adapter_name].data.to(device)
@@ -288,6 +372,11 @@ class DPSLayer(nn.Module, BaseTunerLayer):
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _announce(controller: Training, layer: DPSLayer) -> EffectiveWeight | None:
     return controller.on_forward(layer)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _observer(controller: Training, layer: DPSLayer) -> Callable[[torch.Tensor], None] | None:
+    return controller.observer(layer)
 
 
 def _detached_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

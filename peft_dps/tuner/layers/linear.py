@@ -2,19 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peft_dps.masking.compact.delta import Delta, EntryDelta
+from peft_dps.masking.compact.entries import linear_with_entries
+from peft_dps.masking.compact.linear import add_columns, add_rows
 from peft_dps.masking.effective import EffectiveWeight, effective_linear
 from peft_dps.tensors.layout import Layout, in_out, out_in
 from peft_dps.tuner.layers.layer import DPSLayer, cast_to_activation
 
 
-class Linear(DPSLayer):
-    """DPS on `torch.nn.Linear`; weight `[out, in]`."""
+class _AnyLinear(DPSLayer):
+    """DPS on a linear module, whichever axis of its weight holds the inputs."""
 
     supports_lora = True
+    input_axis: ClassVar[int]
+
+    def _compute(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None
+    ) -> torch.Tensor:
+        if effective is not None:
+            return effective_linear(x, weight, bias, effective, input_axis=self.input_axis)
+        weight, bias = cast_to_activation(x, weight, bias)
+        return F.linear(x, self._out_in(weight), bias)
+
+    def _add_delta(
+        self, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, delta: Delta
+    ) -> torch.Tensor:
+        add = add_columns if delta.axis == self.input_axis else add_rows
+        kept = None if delta.kept is None else (self._out_in(delta.kept[0]), delta.kept[1])
+        return add(compute, x, self._out_in(delta.weight), delta.index, kept)
+
+    def _weight_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        rows, columns = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1]).to(gradient.dtype)
+        return rows.t() @ columns if self.input_axis == 1 else columns.t() @ rows
+
+    def _adds_entries(self, name: str) -> bool:
+        return isinstance(self.delta(name), EntryDelta)
+
+    def _compute_with_entries(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.pretrained()
+        bias = self.dps_bias[name] if name in self.dps_bias else bias
+        return linear_with_entries(x, weight, bias, self.dps_delta[name].parts(), input_axis=self.input_axis)  # type: ignore[operator]
+
+    def _out_in(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight if self.input_axis == 1 else weight.t()
+
+
+class Linear(_AnyLinear):
+    """DPS on `torch.nn.Linear`; weight `[out, in]`."""
+
+    input_axis = 1
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -25,20 +68,13 @@ class Linear(DPSLayer):
         """A row per output, a column per input."""
         return out_in((self.out_features, self.in_features))
 
-    def _compute(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None
-    ) -> torch.Tensor:
-        if effective is not None:
-            return effective_linear(x, weight, bias, effective, input_axis=1)
-        return F.linear(x, *cast_to_activation(x, weight, bias))
 
-
-class Conv1DLinear(DPSLayer):
+class Conv1DLinear(_AnyLinear):
     """DPS on transformers' `Conv1D`, a linear layer that stores its weight as `[in, out]`."""
 
-    supports_lora = True
-
     # "Linear" in the class name is what lets PEFT find the layer for a second "all-linear" adapter.
+
+    input_axis = 0
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -48,11 +84,3 @@ class Conv1DLinear(DPSLayer):
     def layout(self) -> Layout:
         """A row per output, a column per input."""
         return in_out((self.in_features, self.out_features))
-
-    def _compute(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None
-    ) -> torch.Tensor:
-        if effective is not None:
-            return effective_linear(x, weight, bias, effective, input_axis=0)
-        weight, bias = cast_to_activation(x, weight, bias)
-        return F.linear(x, weight.t(), bias)

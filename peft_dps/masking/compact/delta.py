@@ -1,0 +1,258 @@
+"""What a compact adapter holds of one weight: values of the selected units alone, and which units they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from peft_dps.tensors.layout import Units
+
+NONE = -1  # in place of the number of a unit, where none has been selected yet
+
+Part = tuple[torch.Tensor, torch.Tensor]  # values of units, and their numbers
+LoadBase = Callable[[], torch.Tensor]
+
+
+class Delta(nn.Module):
+    """What is added to the selected units of a weight: D, with a slot for each along one axis.
+
+    Args:
+        units: How the units lie in the weight.
+        slots: Number of units that will be trained; 0 if that is known at the selection only.
+        like: Tensor of the dtype and device that the values are to have.
+
+    Attributes:
+        weight: D: the trained values, in the layout of the base weight.
+        index: Per slot, the number of its unit, `[slots]`, int32; -1 before the first selection.
+        kept_weight: Values of units that were selected once and are not trained any more; None if there are none.
+        kept_index: Their numbers, int32.
+        is_selected: Whether units have been selected.
+        observes: Whether training forwards have to ask what to do.
+        is_slices: Whether units are slices of the weight, so that a layer can compute with them alone.
+    """
+
+    is_slices: ClassVar[bool] = True
+    weight: nn.Parameter
+    index: torch.Tensor
+    kept_weight: torch.Tensor | None
+    kept_index: torch.Tensor | None
+
+    def __init__(self, units: Units, slots: int, like: torch.Tensor) -> None:
+        super().__init__()
+        self.units = units
+        self.axis = self._axis()
+        self.is_selected = False
+        self.observes = False
+        self.weight = nn.Parameter(like.new_zeros(self.shape_of(slots)))
+        self.register_buffer("index", torch.full((slots,), NONE, dtype=torch.int32, device=like.device))
+        self.register_buffer("kept_weight", None)
+        self.register_buffer("kept_index", None)
+
+    def _axis(self) -> int:
+        return slot_axis(self.units)
+
+    def shape_of(self, slots: int) -> tuple[int, ...]:
+        """Return the shape of the values of so many units."""
+        shape = list(self.units.shape)
+        shape[self.axis] = slots
+        return tuple(shape)
+
+    @property
+    def slots(self) -> int:
+        """Number of units that are trained."""
+        return self.index.numel()
+
+    @property
+    def kept(self) -> Part | None:
+        """The units that are not trained any more."""
+        return None if self.kept_weight is None or self.kept_index is None else (self.kept_weight, self.kept_index)
+
+    def parts(self) -> list[Part]:
+        """Return the units that the adapter holds: those that are trained, and those that were."""
+        trained = [(self.weight, self.index)] if self.is_selected and self.slots else []
+        return trained if self.kept is None else [*trained, self.kept]
+
+    @property
+    def held(self) -> torch.Tensor:
+        """Numbers of all units that the adapter holds."""
+        return torch.cat([self.index[:0], *(numbers for _, numbers in self.parts())])
+
+    def resize(self, slots: int, kept: int = 0) -> None:
+        """Make room for other numbers of units, whose values are to come. The parameter stays the same object."""
+        if slots != self.slots:
+            self.weight.data = self.weight.new_zeros(self.shape_of(slots))
+            self.index = self.index.new_full((slots,), NONE)
+        self.keep(self.weight.detach().new_zeros(self.shape_of(kept)), self.index.new_full((kept,), NONE))
+
+    def keep(self, values: torch.Tensor, numbers: torch.Tensor) -> None:
+        """Hold these values of units that are not trained any more, and of no others."""
+        self.kept_weight, self.kept_index = (values, numbers) if numbers.numel() else (None, None)
+
+    @torch.no_grad()
+    def take(self, numbers: torch.Tensor, load_base: LoadBase) -> None:
+        """Begin with units, before which none have been selected.
+
+        Args:
+            numbers: Theirs, ascending, int32.
+            load_base: Returns W0.
+        """
+        if len(numbers) != self.slots:
+            self.resize(len(numbers))
+        self.index.copy_(numbers)
+        self.is_selected = True
+
+    @torch.no_grad()
+    def exchange(
+        self, numbers: torch.Tensor, load_base: LoadBase, write: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor:
+        """Train other units from now on. Those that stay keep their slots if as many are trained as before.
+
+        New units start with what the adapter has learned of them before; the values of those that leave are kept.
+
+        Args:
+            numbers: Theirs, ascending, int32.
+            load_base: Returns W0.
+            write: Writes the values of all slots into the parameter.
+
+        Returns:
+            Per slot, the one that its unit had before, `[slots]`; -1 for a new unit.
+        """
+        before, values = self.index, self.values()
+        slot_of = torch.full((self.units.count,), NONE, dtype=torch.int64, device=before.device)
+        slot_of[before.long()] = torch.arange(len(before), device=before.device)
+        arrived = numbers[slot_of[numbers.long()] < 0]
+        stays = torch.isin(before, numbers)
+        if len(numbers) == len(before):
+            index, moved = before.clone(), torch.arange(len(before), device=before.device)
+            index[~stays], moved[~stays] = arrived, NONE
+        else:
+            index = torch.cat([before[stays], arrived])
+            moved = slot_of[index.long()]
+        left = values.index_select(self.axis, (~stays).nonzero().view(-1)), before[~stays]
+        parts = [(values, before)] if self.kept is None else [(values, before), self.kept]
+        write(self._collected(parts, index))
+        others = [left] if self.kept is None else [self.kept, left]
+        kept = torch.cat([own for _, own in others])
+        kept = kept[~torch.isin(kept, index)]
+        self.keep(self._collected(others, kept), kept)
+        self.index = index
+        return moved
+
+    def _collected(self, parts: list[Part], index: torch.Tensor) -> torch.Tensor:
+        """Return the values of units, 0 where no part has them."""
+        found = parts[0][0].new_zeros(self.shape_of(len(index)))
+        place = torch.full((self.units.count,), NONE, dtype=torch.int64, device=index.device)
+        place[index.long()] = torch.arange(len(index), device=index.device)
+        for values, numbers in parts:
+            at = place[numbers.long()]
+            found.index_copy_(self.axis, at[at >= 0], values.index_select(self.axis, (at >= 0).nonzero().view(-1)))
+        return found
+
+    def values(self) -> torch.Tensor:
+        """Return the trained values as a whole, also where FSDP2 has cut them: all processes have to call it."""
+        weight = self.weight.detach()
+        return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+    def dense(self, base_weight: torch.Tensor) -> torch.Tensor:
+        """Return what the adapter adds to the weight, in its shape; differentiable.
+
+        Args:
+            base_weight: W0.
+        """
+        whole = self.weight.new_zeros(self.units.shape)
+        for values, numbers in self.parts():
+            whole = whole.index_add(self.axis, numbers, values.to(whole.dtype))
+        return whole
+
+    def applied(self, base_weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight as the adapter has it, differentiable; W0 itself where nothing is added to it."""
+        return base_weight.to(self.weight.dtype) + self.dense(base_weight) if self.parts() else base_weight
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.see_selection()
+
+    def see_selection(self) -> None:
+        """Take note of whether the index, which was loaded, names units."""
+        self.is_selected = self.index.device.type != "meta" and bool((self.index != NONE).all())
+
+
+class EntryDelta(Delta):
+    """What is added to the selected entries of a weight, which are numbered in row-major order."""
+
+    is_slices = False
+
+    def shape_of(self, slots: int) -> tuple[int, ...]:
+        """Return the shape of the values of so many entries."""
+        return (slots,)
+
+    def _axis(self) -> int:
+        return 0
+
+    def dense(self, base_weight: torch.Tensor) -> torch.Tensor:
+        """Return what the adapter adds to the weight; see `Delta.dense`."""
+        whole = self.weight.new_zeros(math.prod(self.units.shape))
+        for values, numbers in self.parts():
+            whole = whole.index_add(0, numbers, values.to(whole.dtype))
+        return whole.view(self.units.shape)
+
+
+class WholeDelta(Delta):
+    """A weight that is selected as a whole. `weight` is then a copy of it that is trained, and is empty until then."""
+
+    is_slices = False
+
+    def shape_of(self, slots: int) -> tuple[int, ...]:
+        """Return the shape of the weight, or one without entries."""
+        return (self.units.shape[0] * slots, *self.units.shape[1:])
+
+    @torch.no_grad()
+    def take(self, numbers: torch.Tensor, load_base: LoadBase) -> None:
+        """Begin with a copy of the weight, if it is selected."""
+        super().take(numbers, load_base)
+        if self.slots:
+            self.weight.data = self._copied(load_base)
+
+    @torch.no_grad()
+    def exchange(
+        self, numbers: torch.Tensor, load_base: LoadBase, write: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor:
+        """Train the weight from now on, or no more; see `Delta.exchange`."""
+        if len(numbers) == self.slots:
+            return torch.zeros_like(numbers)
+        if self.slots:
+            self.keep(self.weight.detach(), self.index)
+            write(self.weight.new_zeros(self.shape_of(0)))
+        else:
+            write(self._copied(load_base) if self.kept is None else self.kept[0])
+            self.keep(self.weight.detach()[:0], numbers[:0])
+        self.index = numbers.clone()
+        return torch.full_like(numbers, NONE)
+
+    def _copied(self, load_base: LoadBase) -> torch.Tensor:
+        return load_base().to(self.weight, copy=True)
+
+    def dense(self, base_weight: torch.Tensor) -> torch.Tensor:
+        """Return what the adapter adds to the weight; see `Delta.dense`."""
+        weight = self.applied(base_weight)
+        return weight - base_weight.to(weight.dtype)
+
+    def applied(self, base_weight: torch.Tensor) -> torch.Tensor:
+        """Return the weight as the adapter has it; see `Delta.applied`."""
+        parts = self.parts()
+        return parts[0][0] if parts else base_weight
+
+
+def slot_axis(units: Units) -> int:
+    """Return the axis of a weight along which units are slices; -1 if they are none."""
+    if units.lead == 1 and all(length == 1 for length in units.inner):
+        return 0
+    spread = [axis for axis, length in enumerate(units.inner, 1) if length > 1]
+    single = [axis for axis, length in enumerate(units.shape) if length == 1]  # the only column of a weight
+    along = spread or single
+    return along[0] if units.lead == units.shape[0] and len(spread) <= 1 and along else -1

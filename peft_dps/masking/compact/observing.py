@@ -1,0 +1,86 @@
+"""Gradients of a whole weight, seen in its layer's backward pass one layer at a time, and thrown away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+# The input and the gradient of the output of a layer -> the gradient of its weight, in the weight's layout.
+WeightGradient = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def observed(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight_gradient: WeightGradient,
+    observe: Callable[[torch.Tensor], None],
+    trained: nn.Parameter | None,
+) -> torch.Tensor:
+    """Return the output of a layer; its backward pass shows the gradient of the weight to `observe`.
+
+    Args:
+        y: Output of the layer.
+        x: Its input, which is kept for the backward pass.
+        weight_gradient: Returns dL/dW of `x` and dL/dy.
+        observe: Is given dL/dW.
+        trained: What is to have a gradient, of zeros, since engines wait for one of every parameter; None for none.
+    """
+    anchor = y.new_zeros((), requires_grad=True) if trained is None else trained
+    output: torch.Tensor = _Observed.apply(y, x.detach(), anchor, weight_gradient, observe)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Observed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        anchor: torch.Tensor,
+        weight_gradient: WeightGradient,
+        observe: Callable[[torch.Tensor], None],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.zeros = anchor.shape, anchor.dtype
+        ctx.weight_gradient, ctx.observe = weight_gradient, observe
+        return y.detach()  # no view: a later module may write into it
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            ctx.observe(ctx.weight_gradient(x, gradient))
+        return gradient, None, gradient.new_zeros(ctx.zeros[0], dtype=ctx.zeros[1]), None, None
+
+
+def observed_weight(
+    weight: torch.Tensor, observe: Callable[[torch.Tensor], None], trained: nn.Parameter | None
+) -> torch.Tensor:
+    """Return a weight for a module that reads it; its backward pass shows its gradient to `observe`.
+
+    Args:
+        weight: The weight, which needs no gradient of its own.
+        observe: Is given dL/dW.
+        trained: What is to have a gradient, of zeros; None for none.
+    """
+    anchor = weight.new_zeros((), requires_grad=True) if trained is None else trained
+    output: torch.Tensor = _ObservedWeight.apply(weight, anchor, observe)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _ObservedWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, anchor: torch.Tensor, observe: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor:
+        ctx.observe, ctx.zeros = observe, (anchor.shape, anchor.dtype)
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with torch.no_grad():
+            ctx.observe(gradient)
+        return gradient, gradient.new_zeros(ctx.zeros[0], dtype=ctx.zeros[1]), None

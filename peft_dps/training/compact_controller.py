@@ -1,0 +1,139 @@
+"""Drives a recipe in compact storage: evidence from backward passes, units that change before a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from peft_dps.errors import EngineError
+from peft_dps.masking.compact.delta import Delta
+from peft_dps.recipes import Recipe
+from peft_dps.tensors.layout import Layout
+from peft_dps.training.compact_weight import CompactWeight
+from peft_dps.training.controller import Controller, in_backward
+from peft_dps.training.layer import TargetLayer
+from peft_dps.training.weight import TargetWeight
+
+
+class CompactController(Controller):
+    """Drives a recipe in compact storage.
+
+    A phase begins with the first training forward of its first step, which has to compute with the units of that phase.
+    Where the engine shows no optimizer (DeepSpeed, FSDP1), training passes are counted in place of steps.
+    """
+
+    weight_class = CompactWeight
+    weights: list[CompactWeight]  # type: ignore[assignment]
+
+    def make_delta(self, layout: Layout, like: torch.Tensor) -> Delta:
+        """Make what a compact adapter holds of a weight; see `Controller.make_delta`."""
+        recipe = self.recipe
+        units = recipe.granularity.units(layout)
+        known = units is not None and not (recipe.scope.across or recipe.granularity.spans_weights)
+        delta = recipe.granularity.delta(layout, recipe.budget.count(units.count) if known and units else 0, like)
+        delta.observes = True
+        return delta
+
+    def observer(self, layer: TargetLayer) -> Callable[[torch.Tensor], None] | None:
+        """Prepare a forward of a layer; see `Controller.observer`."""
+        weight = self._weight_of(layer)
+        if self.at_rest:  # scores batches before training, or is a copy that is not trained
+            return weight.observe
+        if not layer.training:
+            return None
+        if not in_backward():  # else gradient checkpointing computes again what a forward has computed
+            self._count_pass(weight)
+            self._enter_coming_phase()
+            self._see_phase()
+        return weight.observe if self.clock.coming().phase.gathers else None
+
+    def _weight_of(self, layer: TargetLayer) -> CompactWeight:
+        weight = self._find(layer)
+        if not isinstance(weight, CompactWeight):
+            raise EngineError(
+                f"A copy of a layer of adapter {self.adapter!r} computes a training forward, as torch.nn.DataParallel "
+                "makes them, and its gradients cannot be scored. Use DistributedDataParallel, with one process per "
+                "device."
+            )
+        return weight
+
+    def _count_pass(self, weight: CompactWeight) -> None:
+        """Count the passes since the latest forward as a step, if no optimizer will."""
+        if not any(each.sums.pending is not None for each in self.weights) or not _hides_optimizer(weight):
+            return
+        if self.recipe.schedule.selects_again:
+            raise EngineError(
+                f"Adapter {self.adapter!r}: units that are selected anew take their values and optimizer state with "
+                "them, and the engine (DeepSpeed ZeRO-1, 2 or 3, FSDP1) keeps these where DPS cannot follow. Use "
+                "`schedule='once'`, or train with DDP or FSDP2."
+            )
+        position, weights = self.clock.coming(), [each for each in self.weights if each.has_gradient]
+        self.clock.begin_step(position, {each.name for each in weights})
+        self._gather(weights, None, None)
+        self.clock.calls += 1
+
+    def begin_call(self, weights: Sequence[TargetWeight], optimizer: Optimizer) -> None:
+        """Take note that an optimizer is about to make a step; see `Controller.begin_call`."""
+        super().begin_call(weights, optimizer)
+        for weight in weights:
+            if isinstance(weight, CompactWeight):
+                weight.see_optimizer(optimizer)
+
+    def _gather(
+        self, weights: Sequence[TargetWeight], optimizer: Optimizer | None, grad_scale: torch.Tensor | None
+    ) -> None:
+        """Take over what the passes of a step have added to the evidence, if all of it is finite."""
+        known = [weight for weight in weights if isinstance(weight, CompactWeight)]
+        seen = [weight for weight in known if weight.sums.pending is not None]
+        for weight in known:
+            weight.observed += 1
+        if not self.recipe.evidence.looks or not seen:
+            return
+        device = seen[0].sums.pending.device  # type: ignore[union-attr]
+        sums = [weight.sums.pending.sum(dtype=torch.float64).to(device) for weight in seen]  # type: ignore[union-attr]
+        finite = bool(torch.stack(sums).isfinite().all())
+        for weight in seen:
+            if finite:
+                weight.sums.fold(1.0 if grad_scale is None else float(grad_scale))
+            else:
+                weight.sums.drop()
+        self.clock.count_scored(finite)
+
+    def after_step(self, weights: Any, optimizer: Optimizer) -> None:
+        """Tell the layers, once a step is made, whether the next one has to ask what to do."""
+        super().after_step(weights, optimizer)
+        self._see_phase()
+
+    def take_clock(self, clock: Any) -> None:
+        """Go on from where a clock is."""
+        super().take_clock(clock)
+        for weight in self.weights:
+            if weight.exists():
+                weight.delta.observes = True  # until a forward has asked
+
+    def _see_phase(self) -> None:
+        coming = self.clock.coming()
+        asks = coming.phase.gathers or coming.number != self.clock.entered
+        for weight in self.weights:
+            if weight.exists():
+                weight.delta.observes = asks
+
+    def end_scoring(self) -> None:
+        """Select at once when there are no more batches to score before training."""
+        self._enter_coming_phase()
+        self._see_phase()
+
+
+def _hides_optimizer(weight: CompactWeight) -> bool:
+    """Tell whether an engine steps something else than the parameter: flat copies, of DeepSpeed or FSDP1."""
+    parameter: Any = weight.layer.trained(weight.adapter)
+    return not isinstance(parameter, nn.Parameter) or hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def make_controller(adapter: str, recipe: Recipe, total_steps: int | None) -> Controller:
+    """Return what drives a recipe, in the storage that it names."""
+    return (CompactController if recipe.storage.compact else Controller)(adapter, recipe, total_steps)

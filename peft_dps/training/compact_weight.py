@@ -1,0 +1,194 @@
+"""A target weight in compact storage: units that are chosen anew, and what becomes of the optimizer's state of them."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from peft_dps.errors import EngineError
+from peft_dps.masking.compact.delta import Delta
+from peft_dps.selection.scores import ScoreContext
+from peft_dps.selection.unit_sums import UnitSums
+from peft_dps.tensors.layout import Units
+from peft_dps.tensors.shards import world
+from peft_dps.training.optimizer_slots import move_slots, refuse_state
+from peft_dps.training.weight import TargetWeight
+
+
+class CompactWeight(TargetWeight):
+    """A target weight of which an adapter trains selected units alone.
+
+    Attributes:
+        optimizers: Those that have made a step with it.
+        moved: Per slot, the one that its optimizer state is in, -1 for none; None where they are as they were.
+    """
+
+    @property
+    def delta(self) -> Delta:
+        """What the adapter holds of the weight."""
+        delta = self.layer.delta(self.adapter)
+        if delta is None:
+            raise EngineError(f"The layer {self.name!r} has no adapter {self.adapter!r} any more.")
+        return delta
+
+    @property
+    def entries(self) -> int:
+        """Number of entries of the whole weight."""
+        return self.layer.entries
+
+    @property
+    def sums(self) -> UnitSums:
+        """The evidence of this phase."""
+        return self.gathered  # type: ignore[return-value]
+
+    def observe(self, gradient: torch.Tensor) -> None:
+        """Look at the gradient of the whole weight, in the backward pass of its layer."""
+        self.sums.add(gradient)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the coming optimizer step has a gradient of it, or one of the whole weight has been seen."""
+        return self.sums.pending is not None or super().has_gradient
+
+    @property
+    def score_ranks(self) -> None:
+        """None: each process has all scores, which have been added up over all of them."""
+        return None
+
+    @property
+    def choice(self) -> torch.Tensor:
+        """What tells which entries are updated: the numbers of the units."""
+        return self.delta.index
+
+    def entry_mask(self) -> torch.Tensor | None:
+        """Return which entries are updated; see `TargetWeight.entry_mask`."""
+        if not self.delta.is_selected:
+            return None
+        units = self.sums.units
+        chosen = torch.zeros(units.count, dtype=torch.bool, device=self.delta.index.device)
+        chosen[self.delta.index.long()] = True
+        return units.expand(chosen)
+
+    def restart(self) -> None:
+        """Forget evidence, and begin a new training; units that have been selected stay until others are."""
+        self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self.moved: torch.Tensor | None = None
+        super().restart()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "optimizers": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "optimizers": weakref.WeakSet()})
+
+    def begin_evidence(self) -> UnitSums:
+        """Return evidence of which nothing has been gathered yet."""
+        units = self.recipe.granularity.units(self.layer.layout)
+        power = self.recipe.evidence.power if self.recipe.evidence.looks else None
+        return UnitSums(units or self.layer.layout.whole, power)
+
+    def score_context(self, generator: torch.Generator, steps: int) -> ScoreContext:
+        """Return what a score may look at: per unit, the sums over all processes. All of them have to call it."""
+        sums = self.sums
+        shape = sums.units.shape if self.recipe.granularity.per_entry else (sums.units.count,)
+        device = self.delta.index.device
+        total = sums.total
+        if sums.power is not None:
+            dtype = torch.float32 if self.recipe.granularity.per_entry else torch.float64
+            total = torch.zeros(shape, dtype=dtype, device=device) if total is None else total.to(device)
+            ranks = world(device)
+            total = total if ranks is None else ranks.sum(total)
+            total = self._bounded(total)
+        alike = torch.empty((), device=device).expand(shape)
+        return ScoreContext(gathered=total, weight=alike, load_base=self.layer.pretrained_weight, generator=generator)
+
+    def _bounded(self, total: torch.Tensor) -> torch.Tensor:
+        """Leave scores to so many units that are new as the adapter may still hold."""
+        most = self.recipe.budget.most_held(self.sums.units.count)
+        held, flat = self.delta.held.long(), total.view(-1)
+        if most is None or not self.delta.is_selected:
+            return total
+        new = flat.clone()
+        new[held] = -1.0
+        room = max(0, most - len(held))
+        best = new.topk(min(room, max(0, len(new) - len(held)))).indices
+        kept = torch.zeros_like(flat)
+        kept[held] = flat[held].clamp(min=torch.finfo(flat.dtype).tiny)  # before all that there is no room for
+        kept[best] = flat[best]
+        return kept.view(total.shape)
+
+    def unit_sums(self, units: Units, scores: torch.Tensor) -> torch.Tensor:
+        """Return the scores of units, times their size where these are no sums."""
+        return scores.double() * (1 if self.recipe.evidence.looks else units.size)
+
+    def choose(self, choice: torch.Tensor, units: Units, phase: int) -> None:
+        """Begin a phase in which the chosen units are updated; see `TargetWeight.choose`."""
+        delta = self.delta
+        numbers = choice.to(delta.index.device).view(-1).nonzero().view(-1).to(torch.int32)
+        if delta.is_selected:
+            self._exchange(delta, numbers)
+        else:
+            self._require_room(delta, len(numbers))
+            delta.take(numbers, self.layer.pretrained_weight)
+        if not delta.slots:
+            delta.weight.requires_grad_(False)
+        self.selected, self.masked_in = len(numbers) * units.size, phase
+        self.drop_evidence()
+
+    def choose_entries(self, selection: torch.Tensor, selected: int, phase: int) -> None:
+        """Begin a phase in which the chosen entries are updated; see `TargetWeight.choose_entries`."""
+        self.choose(selection, self.sums.units, phase)
+
+    def choose_all(self, phase: int) -> None:
+        """Begin a phase in which all units are updated."""
+        units = self.sums.units
+        self.choose(torch.ones(units.count, dtype=torch.bool, device="cpu"), units, phase)
+
+    def _require_room(self, delta: Delta, slots: int) -> None:
+        """Check that another number of units may be trained than the parameter was made for."""
+        if slots != delta.slots and (self.sharding is not None or world(delta.index.device) is not None):
+            raise EngineError(
+                f"The weight of {self.name!r} is to have {slots} units, and engines on several processes took note of "
+                f"its parameter with {delta.slots}. Select before the model is wrapped (`score_steps=0` and "
+                "`model.score(batches)`), or use `scope='tensor'`."
+            )
+
+    @torch.no_grad()
+    def _exchange(self, delta: Delta, numbers: torch.Tensor) -> None:
+        """Let units that stay keep their slots and values; keep the values of those that leave."""
+        self._require_room(delta, len(numbers))
+        for optimizer in self.optimizers:
+            refuse_state(optimizer, self.parameter, self.name)
+        moved = delta.exchange(numbers, self.layer.pretrained_weight, self._write)
+        self.moved = moved if self.moved is None else torch.where(moved >= 0, self.moved[moved.clamp(min=0)], moved)
+
+    def _write(self, values: torch.Tensor) -> None:
+        """Write the values of all units, or this process's part of them, into the parameter."""
+        sharding = self.sharding
+        if sharding is not None:
+            self.weight.copy_(sharding.part_of(values))
+        elif values.shape == self.parameter.shape:
+            self.parameter.data.copy_(values)
+        else:
+            self.parameter.data = values
+        self.parameter.requires_grad_(bool(values.numel()))
+
+    def see_optimizer(self, optimizer: Optimizer) -> None:
+        """Take note of an optimizer that is about to make a step, and let its state follow units to their slots."""
+        self.optimizers.add(optimizer)
+        if self.moved is not None:
+            refuse_state(optimizer, self.parameter, self.name)
+            move_slots(optimizer, self.parameter, self.moved, self.delta.axis, self.sharding)
+            self.moved = None
+
+    def mask_gradient(self) -> None:
+        """Leave no gradient to the optimizer where nothing has been selected yet, so that it makes no state."""
+        if not self.delta.is_selected:
+            self.parameter.grad = None
+
+    def has_moved(self) -> bool:
+        """Tell whether the adapter adds anything to the pretrained weight."""
+        return bool(self.weight.count_nonzero())

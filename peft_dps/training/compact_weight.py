@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from peft_dps.errors import EngineError
-from peft_dps.masking.compact.delta import Delta
+from peft_dps.masking.compact.delta import Delta, set_values
 from peft_dps.selection.scores import ScoreContext
 from peft_dps.selection.unit_sums import UnitSums
 from peft_dps.tensors.layout import Units
@@ -170,10 +170,8 @@ class CompactWeight(TargetWeight):
         sharding = self.sharding
         if sharding is not None:
             self.weight.copy_(sharding.part_of(values))
-        elif values.shape == self.parameter.shape:
-            self.parameter.data.copy_(values)
         else:
-            self.parameter.data = values
+            set_values(self.parameter, values)
         self.parameter.requires_grad_(bool(values.numel()))
 
     def see_optimizer(self, optimizer: Optimizer) -> None:

@@ -68,6 +68,11 @@ class Delta(nn.Module):
         return self.index.numel()
 
     @property
+    def waiting(self) -> nn.Parameter | None:
+        """The parameter, if it has its shape already and waits for units; None otherwise."""
+        return self.weight if self.slots and not self.is_selected else None
+
+    @property
     def kept(self) -> Part | None:
         """The units that are not trained any more."""
         return None if self.kept_weight is None or self.kept_index is None else (self.kept_weight, self.kept_index)
@@ -85,7 +90,7 @@ class Delta(nn.Module):
     def resize(self, slots: int, kept: int = 0) -> None:
         """Make room for other numbers of units, whose values are to come. The parameter stays the same object."""
         if slots != self.slots:
-            self.weight.data = self.weight.new_zeros(self.shape_of(slots))
+            set_values(self.weight, self.weight.new_zeros(self.shape_of(slots)))
             self.index = self.index.new_full((slots,), NONE)
         self.keep(self.weight.detach().new_zeros(self.shape_of(kept)), self.index.new_full((kept,), NONE))
 
@@ -216,7 +221,7 @@ class WholeDelta(Delta):
         """Begin with a copy of the weight, if it is selected."""
         super().take(numbers, load_base)
         if self.slots:
-            self.weight.data = self._copied(load_base)
+            set_values(self.weight, self._copied(load_base))
 
     @torch.no_grad()
     def exchange(
@@ -246,6 +251,20 @@ class WholeDelta(Delta):
         """Return the weight as the adapter has it; see `Delta.applied`."""
         parts = self.parts()
         return parts[0][0] if parts else base_weight
+
+
+@torch.no_grad()
+def set_values(parameter: nn.Parameter, values: torch.Tensor) -> None:
+    """Give a parameter values of perhaps another shape. It stays the object that its optimizer has."""
+    if parameter.shape == values.shape:
+        parameter.copy_(values)
+        return
+    parameter.grad = None
+    # Autograd keeps the shape of what it last summed up gradients of, for as long as a loss lives; another dtype makes
+    # it forget that.
+    other = torch.float32 if parameter.dtype is not torch.float32 else torch.float64
+    parameter.data = values.new_empty(0, dtype=other)
+    parameter.data = values.detach()
 
 
 def slot_axis(units: Units) -> int:

@@ -68,7 +68,7 @@ class _EntryLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, base_weight, values)
         ctx.parts, ctx.input_axis = parts, input_axis
-        return F.linear(x, _passing(base_weight, parts, x.dtype, input_axis), bias)
+        return F.linear(x, _passing(base_weight, parts, x.dtype, input_axis), bias).detach()  # no view
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

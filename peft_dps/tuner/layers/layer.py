@@ -256,7 +256,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             y = self._add_bias(y, self.dps_bias[name] - pretrained.to(self.dps_bias[name].dtype))
         if observe is None:
             return y
-        return observed(y, x, self._weight_gradient, observe, None if delta.is_selected else delta.weight)
+        return observed(y, x, self._weight_gradient, observe, delta.waiting)
 
     def _adds_entries(self, name: str) -> bool:
         """Tell whether an adapter adds to single entries, and the layer can compute with these."""
@@ -354,7 +354,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         weight = delta.applied(self.pretrained()[0])
         if prepared is None:
             return weight
-        return observed_weight(weight, prepared, None if delta.is_selected else delta.weight)
+        return observed_weight(weight, prepared, delta.waiting)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version makes new parameters, which forgets requires_grad and rounds fp32 copies to the base's dtype.

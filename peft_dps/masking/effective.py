@@ -35,10 +35,11 @@ class EffectiveWeight(Protocol):
 
     def active_columns(self) -> torch.Tensor | None:
         """Return the input columns whose gradient is not zero, by index; None for all, or where it does not pay."""
+        return None
 
 
 @dataclass(frozen=True)
-class NoisyWeight:
+class NoisyWeight(EffectiveWeight):
     """ACCUMULATE: W_eff = W0 + b * (W - W0) / density, whose mean over b is W; dL/dW = dL/dW_eff * b.
 
     Attributes:
@@ -54,11 +55,7 @@ class NoisyWeight:
     def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return W_eff in the weight's shape and dtype, in `out` if given, else as a new tensor."""
         base, share = self.base_weight.to(weight.device, weight.dtype), self.columns / self.density
-        return (
-            torch.lerp(base, weight.detach(), share)
-            if out is None
-            else torch.lerp(base, weight.detach(), share, out=out)
-        )
+        return torch.lerp(base, weight.detach(), share, out=out)
 
     def at(self, rows: torch.Tensor) -> NoisyWeight:
         """Return the same for some rows of the weight, which all have the same columns."""
@@ -76,7 +73,7 @@ class NoisyWeight:
 
 
 @dataclass(frozen=True)
-class AmplifiedWeight:
+class AmplifiedWeight(EffectiveWeight):
     """SUBNETWORK: W_eff = T + M * (W - T) / density; dL/dW = dL/dW_eff * M.
 
     Attributes:
@@ -111,10 +108,6 @@ class AmplifiedWeight:
             zero_frozen_(gradient, self.mask)
         return gradient
 
-    def active_columns(self) -> torch.Tensor | None:
-        """Return None: entries are frozen, not columns."""
-        return None
-
 
 def effective_linear(
     x: torch.Tensor,
@@ -136,12 +129,7 @@ def effective_linear(
     Returns:
         Activations `[..., out]`.
     """
-    dtype = compute_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        output: torch.Tensor = _EffectiveLinear.apply(  # type: ignore[no-untyped-call]
-            x.to(dtype), weight, None if bias is None else bias.to(dtype), effective, input_axis
-        )
-    return output
+    return apply_uncast(_EffectiveLinear, x, weight, bias, effective, input_axis)
 
 
 def materialize(weight: torch.Tensor, effective: EffectiveWeight) -> torch.Tensor:
@@ -260,11 +248,20 @@ def _rounded_up(columns: int, most: int) -> int:
     return min(-(-columns // _COLUMNS_TOGETHER) * _COLUMNS_TOGETHER, most)
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which autocast, or else the activation, wants the result."""
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype is not torch.float64
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
+def apply_uncast(
+    function: type[torch.autograd.Function],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *settings: Any,
+) -> torch.Tensor:
+    """Apply a function in the dtype that autocast or else `x` asks for; inside of it autocast is off."""
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device) and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        output: torch.Tensor = function.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype), *settings)
+    return output
 
 
 def passing(effective: EffectiveWeight, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from peft_dps.masking.effective import AmplifiedWeight
+from peft_dps.masking.effective import AmplifiedWeight, EffectiveWeight
 from peft_dps.masking.frozen_bits import zero_frozen_
 from peft_dps.masking.mask import Mask
 from peft_dps.tensors.shards import Sharding
 
 
 @dataclass(frozen=True)
-class ShardedAmplifiedWeight:
+class ShardedAmplifiedWeight(EffectiveWeight):
     """SUBNETWORK: W_eff = T + M * (W - T) / density; dL/dW = dL/dW_eff * M.
 
     Each process computes its rows of W_eff, and all collect them: once in the forward and once in the backward pass.
@@ -53,7 +53,3 @@ class ShardedAmplifiedWeight:
             keep = self.sharding.whole_of(self.mask.keep.to(gradient.device))
             zero_frozen_(gradient, Mask.of(keep if self.rows is None else keep[self.rows], in_bits=False))
         return gradient
-
-    def active_columns(self) -> torch.Tensor | None:
-        """Return None: entries are frozen, not columns."""
-        return None

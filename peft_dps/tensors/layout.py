@@ -99,20 +99,10 @@ class Units:
         return leads[torch.arange(first, first + rows, device=values.device) // self.lead]
 
     def expand(self, values: torch.Tensor, first: int = 0, rows: int | None = None) -> torch.Tensor:
-        """Give each entry the value of its unit.
-
-        Args:
-            values: `[count]`.
-            first: The first row.
-            rows: Number of rows; None for all from the first on.
-
-        Returns:
-            A new tensor `[rows, *shape[1:]]`.
-        """
+        """Give each entry the value of its unit: a new tensor `[rows, *shape[1:]]`, of the arguments of `spread`."""
         rows = self.shape[0] - first if rows is None else rows
-        return (
-            self.spread(values, first, rows).expand(rows, *self.shape[1:]).clone(memory_format=torch.contiguous_format)
-        )
+        spread = self.spread(values, first, rows).expand(rows, *self.shape[1:])
+        return spread.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)

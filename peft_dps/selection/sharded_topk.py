@@ -1,6 +1,7 @@
 """Masks of an exact size from scores that are cut over processes: the same masks as one process would choose.
 
-The thresholds are found as in `topk`, from counts that are added up over the processes, for many weights at once.
+The threshold is found as in `selection`, from counts added up over the processes. Each 16-bit digit is found as two
+of 8 bits, from the same local histogram: 256 counts are communicated in place of 65,536, for many weights at once.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from itertools import accumulate
 
 import torch
 
-from peft_dps.selection.topk import SortableScores, find_thresholds, mask_above
+from peft_dps.selection.topk import DIGIT_BITS, SortableScores, digit_histogram, mask_above
 from peft_dps.tensors.shards import Ranks
 
 WEIGHTS_AT_ONCE = 64  # 32 MiB of local histograms
+_HALF = 1 << (DIGIT_BITS // 2)
 
 
 def select_sharded(
@@ -37,7 +39,7 @@ def select_sharded(
     keys = [each.bits for each in scores]
     if not keys:
         return [], []
-    thresholds, wanted, equal = find_thresholds([[keys[index] for index in p] for p in problems], counts, ranks.sum)
+    thresholds, wanted, equal = _find_thresholds([[keys[index] for index in p] for p in problems], counts, ranks)
     tied = [many < all_of_them for many, all_of_them in zip(wanted, equal, strict=True)]
     own_ties = _share_ties(keys, problems, thresholds, wanted, tied, ranks) if any(tied) else [0] * len(keys)
     masks: dict[int, torch.Tensor] = {}
@@ -51,6 +53,37 @@ def select_sharded(
         return in_order, [many[index] for index in range(len(keys))]
     own = torch.stack([mask.count_nonzero() for mask in in_order])
     return in_order, [int(count) for count in ranks.sum(own).tolist()]
+
+
+def _find_thresholds(
+    problems: list[list[torch.Tensor]], counts: Sequence[int], ranks: Ranks
+) -> tuple[list[int], list[int], list[int]]:
+    """Find, per problem, its threshold, how many keys equal to it are wanted, and how many there are."""
+    device = problems[0][0].device
+    remaining = torch.tensor(list(counts), device=device)
+    equal, every = torch.zeros_like(remaining), torch.arange(len(problems), device=device)
+    prefixes = [0] * len(problems)
+    for shift in range(problems[0][0].element_size() * 8 - DIGIT_BITS, -1, -DIGIT_BITS):
+        local = torch.zeros(len(problems), _HALF * _HALF, dtype=torch.int64, device=device)
+        for histogram, keys, prefix in zip(local, problems, prefixes, strict=True):
+            for key in keys:
+                histogram += digit_histogram(key, shift, prefix).to(device)
+        local = local.view(len(problems), _HALF, _HALF)
+        high, remaining, equal = _descend(ranks.sum(local.sum(2)), remaining)
+        low, remaining, equal = _descend(ranks.sum(local[every, high]), remaining)
+        digits = (high * _HALF + low).tolist()
+        prefixes = [(prefix << DIGIT_BITS) | digit for prefix, digit in zip(prefixes, digits, strict=True)]
+    return prefixes, remaining.tolist(), equal.tolist()
+
+
+def _descend(histograms: torch.Tensor, remaining: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Find, per row, the bin of the `remaining`-th key from the top, how many are wanted of it and how many it has."""
+    from_top = histograms.flip(1).cumsum(1)
+    position = (from_top < remaining.unsqueeze(1)).sum(1, keepdim=True)
+    bins = histograms.shape[1] - 1 - position
+    equal = histograms.gather(1, bins)
+    above = from_top.gather(1, position) - equal
+    return bins.squeeze(1), remaining - above.squeeze(1), equal.squeeze(1)
 
 
 def _share_ties(

@@ -18,9 +18,8 @@ from peft_dps.errors import ScoreError
 from peft_dps.masking.frozen_bits import bits_of
 from peft_dps.tensors.scratch import scratch
 
-_DIGIT_BITS = 16
-_DIGITS = 1 << _DIGIT_BITS
-_HALF = 1 << (_DIGIT_BITS // 2)
+DIGIT_BITS = 16
+_DIGITS = 1 << DIGIT_BITS
 _SORTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elementwise work in pieces that stay in a CPU's cache is several times faster than one pass with a large temporary.
 _CPU_CHUNK = 1 << 18
@@ -100,9 +99,7 @@ def select(scores: Sequence[SortableScores], count: int) -> list[torch.Tensor]:
     check_one_dtype(scores)
     if count == 0:
         return [torch.zeros(each.shape, dtype=torch.bool, device=each.bits.device) for each in scores]
-    (threshold,), (ties,), (equal,) = find_thresholds([[each.bits for each in scores]], [count])
-    if ties == equal:  # all of the equal ones are taken: no need to look for the first of them
-        threshold, ties = threshold - 1, 0
+    threshold, ties = _find_threshold([each.bits for each in scores], count)
     masks = []
     for each in scores:
         mask, ties = mask_above(each.bits, threshold, ties)
@@ -138,60 +135,33 @@ def select_within(scores: Sequence[SortableScores], costs: Sequence[int], limit:
     return [part.view(each.shape).to(each.bits.device) for part, each in zip(parts, scores, strict=True)]
 
 
-def find_thresholds(
-    problems: Sequence[Sequence[torch.Tensor]],
-    counts: Sequence[int],
-    sum_up: Callable[[torch.Tensor], torch.Tensor] = lambda histograms: histograms,
-) -> tuple[list[int], list[int], list[int]]:
-    """Find which keys are the largest of several sets, all at once.
-
-    Each 16-bit digit is found as two of 8 bits, from the same histogram: where `sum_up` communicates, it is 256 counts
-    in place of 65,536.
-
-    Args:
-        problems: The keys of each set, on any devices.
-        counts: How many keys are wanted of each set.
-        sum_up: Adds up counts over the processes that have keys of the sets.
-
-    Returns:
-        Per set, the lowest of the wanted keys, how many keys equal to it are wanted, and how many there are.
-    """
-    device = problems[0][0].device
-    remaining = torch.tensor(list(counts), device=device)
-    equal, every = torch.zeros_like(remaining), torch.arange(len(problems), device=device)
-    prefixes = [0] * len(problems)
-    for shift in range(problems[0][0].element_size() * 8 - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        local = torch.zeros(len(problems), _DIGITS, dtype=torch.int64, device=device)
-        for histogram, keys, prefix in zip(local, problems, prefixes, strict=True):
-            for key in keys:
-                histogram += _digit_histogram(key, shift, prefix).to(device)
-        local = local.view(len(problems), _HALF, _HALF)
-        high, remaining, equal = _descend(sum_up(local.sum(2)), remaining)
-        low, remaining, equal = _descend(sum_up(local[every, high]), remaining)
-        digits = (high * _HALF + low).tolist()
-        prefixes = [(prefix << _DIGIT_BITS) | digit for prefix, digit in zip(prefixes, digits, strict=True)]
-    return prefixes, remaining.tolist(), equal.tolist()
+def _find_threshold(keys: Sequence[torch.Tensor], count: int) -> tuple[int, int]:
+    """Find a threshold such that the `count` largest keys are those above it and the first `ties` equal to it."""
+    prefix, remaining, equal = 0, count, 0
+    for shift in range(keys[0].element_size() * 8 - DIGIT_BITS, -1, -DIGIT_BITS):
+        histogram = torch.zeros(_DIGITS, dtype=torch.int64, device="cpu")
+        for key in keys:
+            histogram += digit_histogram(key, shift, prefix).cpu()
+        from_top = histogram.flip(0).cumsum(0)
+        position = int(torch.searchsorted(from_top, remaining))
+        digit = _DIGITS - 1 - position
+        equal = int(histogram[digit])
+        remaining -= int(from_top[position]) - equal
+        prefix = (prefix << DIGIT_BITS) | digit
+    if remaining == equal:  # all of the equal ones are taken: no need to look for the first of them
+        return prefix - 1, 0
+    return prefix, remaining
 
 
-def _descend(histograms: torch.Tensor, remaining: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Find, per row, the bin of the `remaining`-th key from the top, how many are wanted of it and how many it has."""
-    from_top = histograms.flip(1).cumsum(1)
-    position = (from_top < remaining.unsqueeze(1)).sum(1, keepdim=True)
-    bins = histograms.shape[1] - 1 - position
-    equal = histograms.gather(1, bins)
-    above = from_top.gather(1, position) - equal
-    return bins.squeeze(1), remaining - above.squeeze(1), equal.squeeze(1)
-
-
-def _digit_histogram(key: torch.Tensor, shift: int, prefix: int) -> torch.Tensor:
+def digit_histogram(key: torch.Tensor, shift: int, prefix: int) -> torch.Tensor:
     """Count the 16-bit digits at `shift` of the keys whose higher digits are `prefix`."""
     histogram = torch.zeros(_DIGITS, dtype=torch.int64, device=key.device)
-    top_digit = shift + _DIGIT_BITS == key.element_size() * 8
+    top_digit = shift + DIGIT_BITS == key.element_size() * 8
     for chunk in _chunks(key):
         if top_digit:
             digits = chunk >> shift
         else:
-            digits = (chunk[_compare(torch.eq, chunk >> (shift + _DIGIT_BITS), prefix)] >> shift) & (_DIGITS - 1)
+            digits = (chunk[_compare(torch.eq, chunk >> (shift + DIGIT_BITS), prefix)] >> shift) & (_DIGITS - 1)
         histogram += torch.bincount(digits, minlength=_DIGITS)
     return histogram
 

@@ -9,9 +9,8 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from peft_dps.masking.effective import AmplifiedWeight, EffectiveWeight, NoisyWeight
+from peft_dps.masking.effective import AmplifiedWeight, EffectiveWeight, NoisyWeight, ShardedAmplifiedWeight
 from peft_dps.masking.frozen_policy import FrozenWeight
-from peft_dps.masking.sharded_effective import ShardedAmplifiedWeight
 from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.registry import Registry
 from peft_dps.tensors.saved_state import SavedState, State

@@ -51,12 +51,7 @@ def restore_from_snapshot_(weight: torch.Tensor, mask: Mask, snapshot: torch.Ten
 
 
 def checksum(tensor: torch.Tensor, first: int = 0) -> int:
-    """Add up the bits of all entries as `frozen_checksum` does.
-
-    Args:
-        tensor: Any dtype.
-        first: Place of the first entry in the whole tensor.
-    """
+    """Add up the bits of all entries, as `frozen_checksum` does those of frozen ones."""
     nothing_kept = torch.zeros((), dtype=torch.int8, device=tensor.device).expand(tensor.shape)
     return int(frozen_checksum(tensor, nothing_kept, first))
 

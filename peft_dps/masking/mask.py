@@ -68,22 +68,13 @@ class Mask:
 
     @staticmethod
     def state_shape(shape: torch.Size) -> tuple[int, int]:
-        """Return the shape of what `state` returns for a weight.
-
-        Args:
-            shape: Shape of the weight.
-        """
+        """Return the shape of what `state` returns for a weight of some shape."""
         row = shape[1:].numel()
         return shape[0], row if row % _BYTE else row // _BYTE
 
     @classmethod
     def load(cls, state: torch.Tensor, shape: torch.Size) -> Mask:
-        """Undo `state`.
-
-        Args:
-            state: What `state` returned.
-            shape: Shape of the weight.
-        """
+        """Undo `state`, for a weight of some shape."""
         if shape[1:].numel() % _BYTE:
             return cls.of((state != 0).view(shape))
         mask = cls(shape, state.reshape(-1), in_bits=True)
@@ -99,11 +90,7 @@ class Mask:
         return Mask(self.shape, self.stored.to(device), in_bits=self.in_bits)
 
     def rows(self, indices: torch.Tensor) -> Mask:
-        """Return the mask of some rows of the weight.
-
-        Args:
-            indices: Integers of any shape.
-        """
+        """Return the mask of those rows of the weight that `indices`, integers of any shape, name."""
         inner = self.shape[1:].numel()
         shape = torch.Size([*indices.shape, *self.shape[1:]])
         if self.in_bits and inner > 0 and inner % _BYTE == 0:

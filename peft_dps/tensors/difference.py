@@ -55,7 +55,7 @@ def encode(values: torch.Tensor, pretrained: torch.Tensor) -> torch.Tensor:
     """
     reference = pretrained.detach().cpu().to(values.dtype)
     compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
-    frames = [compressor.compress(plane) for plane in byte_planes(values, reference)]
+    frames = [compressor.compress(plane) for plane in _byte_planes(values, reference)]
     name = str(values.dtype).removeprefix("torch.")
     header = _Header(name, list(values.shape), _fingerprint(reference), [len(frame) for frame in frames])
     text = json.dumps(asdict(header)).encode()
@@ -103,20 +103,14 @@ def decode(encoded: torch.Tensor, pretrained: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(bits).view(reference.dtype).view(reference.shape)
 
 
-def byte_planes(values: torch.Tensor, reference: torch.Tensor) -> list[bytes]:
+def _byte_planes(values: torch.Tensor, reference: torch.Tensor) -> list[bytes]:
     """Return the differences of a tensor's bits to a reference's, arranged to be compressed well.
 
     The bits of a float, as an integer with negative numbers turned over, grow with its value. The difference of two
     such integers counts the floats between them; it is small where the values are close, whatever their size, and
     exists for NaN and infinity too. With the sign in the lowest bit, the differences are ordered by the exponent of
-    the reference, so that differences of like size stand together, and cut into bytes.
-
-    Args:
-        values: Any shape, one of `DTYPES`.
-        reference: Same shape and dtype.
-
-    Returns:
-        The lowest bytes of all differences, then the next higher ones, and so on.
+    the reference, so that differences of like size stand together, and cut into bytes: the lowest ones of all, then
+    the next higher ones, and so on.
     """
     difference = _ordered(_bits(values)) - _ordered(_bits(reference))
     width = 8 * difference.itemsize

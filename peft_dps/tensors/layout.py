@@ -143,11 +143,6 @@ def in_out(shape: tuple[int, ...]) -> Layout:
 
 
 def experts(shape: tuple[int, ...], *, transposed: bool) -> Layout:
-    """Lay out a weight `[experts, out, in]`: each expert has rows and columns of its own.
-
-    Args:
-        shape: Its shape.
-        transposed: Whether it is `[experts, in, out]`.
-    """
+    """Lay out a weight `[experts, out, in]`, transposed `[experts, in, out]`: each has rows and columns of its own."""
     second, third = Units(shape, 1, (shape[1], 1)), Units(shape, 1, (1, shape[2]))
     return Layout(shape, third, second) if transposed else Layout(shape, second, third)

@@ -55,7 +55,7 @@ def encode(values: torch.Tensor, pretrained: torch.Tensor) -> torch.Tensor:
     """
     reference = pretrained.detach().cpu().to(values.dtype)
     compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
-    frames = [compressor.compress(plane) for plane in _byte_planes(values, reference)]
+    frames = [compressor.compress(plane) for plane in byte_planes(values, reference)]
     name = str(values.dtype).removeprefix("torch.")
     header = _Header(name, list(values.shape), _fingerprint(reference), [len(frame) for frame in frames])
     text = json.dumps(asdict(header)).encode()
@@ -103,7 +103,7 @@ def decode(encoded: torch.Tensor, pretrained: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(bits).view(reference.dtype).view(reference.shape)
 
 
-def _byte_planes(values: torch.Tensor, reference: torch.Tensor) -> list[bytes]:
+def byte_planes(values: torch.Tensor, reference: torch.Tensor) -> list[bytes]:
     """Return the differences of a tensor's bits to a reference's, arranged to be compressed well.
 
     The bits of a float, as an integer with negative numbers turned over, grow with its value. The difference of two

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> str:
     check_path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state["tensors"].items()}
     header = json.dumps(state["header"])
-    digest = _digest(header, tensors)
-    labels = {_HEADER: header, _DIGEST: digest, _OFFSETS: json.dumps(_offsets(state["header"], tensors))}
+    digest = _digest(header, sorted(tensors.items()))
+    offsets = _offsets(state["header"], {name: tensor.dim() for name, tensor in tensors.items()})
+    labels = {_HEADER: header, _DIGEST: digest, _OFFSETS: json.dumps(offsets)}
     part = path.with_name(f".{path.name}.part")
     try:
         save_file(tensors, part, labels)
@@ -52,18 +53,11 @@ def check_path(path: Path) -> None:
         raise StateError(f"`path` must be the name of a file, and '{path}' is a folder. Name a file in it.")
 
 
-def _offsets(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def _offsets(header: Mapping[str, Any], axes: Mapping[str, int]) -> dict[str, Any]:
     rows = {
         f"{name}.{kind}": facts["offset"][0] for name, facts in header["weights"].items() for kind in facts["rows"]
     }
-    return {
-        name: {"saved_offsets": [rows.get(name, 0), *[0] * (tensor.dim() - 1)]} for name, tensor in tensors.items()
-    }
-
-
-def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a training state that is in one file."""
-    return StateFile(path).read()
+    return {name: {"saved_offsets": [rows.get(name, 0), *[0] * (many - 1)]} for name, many in axes.items()}
 
 
 class StateFile:
@@ -72,6 +66,10 @@ class StateFile:
     Args:
         path: Name of the file.
 
+    Attributes:
+        header: Its plain values.
+        digest: The digest that the file carries.
+
     Raises:
         StateError: If there is no such file, or it is damaged, or holds no training state.
     """
@@ -79,8 +77,11 @@ class StateFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         with self._open() as file:
-            self._header, self._written = _labels(path, file.metadata())
-            self._places = file.metadata().get(_OFFSETS)
+            labels = file.metadata() or {}
+        if _HEADER not in labels or _DIGEST not in labels:
+            raise StateError(f"'{path}' holds no training state of peft_dps.")
+        self._header, self._places = labels[_HEADER], labels.get(_OFFSETS)
+        self.digest: str = labels[_DIGEST]
         self.header: dict[str, Any] = self._parsed(self._header)
         if not isinstance(self.header, dict):
             raise self._damaged()
@@ -89,20 +90,16 @@ class StateFile:
         """Read everything, as `state_of` returned it."""
         with self._open() as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if _digest(self._header, tensors) != self._written:
+        if _digest(self._header, sorted(tensors.items())) != self.digest:
             raise self._damaged()
         return {"header": self.header, "tensors": tensors}
 
     def check(self) -> None:
         """Compare the contents with their digest, one tensor at a time, and the places of rows with the header."""
-        empty = {}
         with self._open() as file:
-            digest = hashlib.sha256(self._header.encode())
-            for name in sorted(file.keys()):
-                tensor = file.get_tensor(name)
-                _add(digest, name, tensor)
-                empty[name] = tensor.to("meta")
-        if digest.hexdigest() != self._written or self._parsed(self._places) != _offsets(self.header, empty):
+            digest = _digest(self._header, ((name, file.get_tensor(name)) for name in sorted(file.keys())))
+        axes = {name: len(size) for name, (_, size) in self.kinds().items()}
+        if digest != self.digest or self._parsed(self._places) != _offsets(self.header, axes):
             raise self._damaged()
 
     def kinds(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
@@ -137,28 +134,18 @@ class StateFile:
 def digest_of(path: str | os.PathLike[str]) -> str | None:
     """Return the digest that a file carries, without reading its tensors; None if it is no readable state."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return _labels(path, file.metadata())[1]
-    except (OSError, SafetensorError, StateError):
+        return StateFile(path).digest
+    except StateError:
         return None
 
 
-def _labels(path: str | os.PathLike[str], metadata: dict[str, str] | None) -> tuple[str, str]:
-    if not metadata or _HEADER not in metadata or _DIGEST not in metadata:
-        raise StateError(f"'{path}' holds no training state of peft_dps.")
-    return metadata[_HEADER], metadata[_DIGEST]
-
-
-def _digest(header: str, tensors: Mapping[str, torch.Tensor]) -> str:
+def _digest(header: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Work out the digest of tensors that come in the order of their names."""
     digest = hashlib.sha256(header.encode())
-    for name in sorted(tensors):
-        _add(digest, name, tensors[name])
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
-    digest.update(name.encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _flush(path: Path) -> None:

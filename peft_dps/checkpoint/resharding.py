@@ -59,28 +59,28 @@ def reshard(controller: Controller, sources: Sequence[StateFile], world: list[Ra
             check_header(controller, source.header)
             if source.header["clock"] != header["clock"]:
                 raise StateError(f"The training state at '{source.path}' is of another step than the files beside it.")
+        entries = {weight.name: [source.header["weights"][weight.name] for source in sources] for weight in weights}
         for weight in weights:
-            found = [source.header["weights"][weight.name] for source in sources]
-            _check_cover(weight, found)
-            _check_alike(weight, found)
-    _check_values(weights, sources, world)
+            _check_cover(weight, entries[weight.name])
+            _check_alike(weight, entries[weight.name])
+    _check_values(weights, entries, world)
     with together(world, LOADING, StateError), damage_told(f"adapter {controller.adapter!r}"):
-        for source in sources:  # what all have in common is read from the last one
-            if source is sources[-1] or any(
-                _overlaps(weight, source.header["weights"][weight.name]) for weight in weights
-            ):
+        for index, source in enumerate(sources):  # what all have in common is read from the last one
+            if source is sources[-1] or any(_overlaps(weight, entries[weight.name][index]) for weight in weights):
                 source.check()
-        tensors = _read(weights, sources)
-        facts = {weight.name: _facts_of(weight, sources, tensors) for weight in weights}
+        tensors = _read(weights, sources, entries)
+        facts = {weight.name: _facts_of(weight, entries[weight.name], tensors) for weight in weights}
     return {"header": {**header, "weights": facts}, "tensors": tensors}
 
 
-def _read(weights: Sequence[TargetWeight], sources: Sequence[StateFile]) -> dict[str, torch.Tensor]:
+def _read(
+    weights: Sequence[TargetWeight], sources: Sequence[StateFile], entries: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> dict[str, torch.Tensor]:
     """Read this process's rows of every tensor."""
     kinds = [source.kinds() for source in sources]
     wanted: dict[str, torch.Tensor] = {}
     for weight in weights:
-        found = [source.header["weights"][weight.name] for source in sources]
+        found = entries[weight.name]
         for kind in found[0]["rows"]:
             key = f"{weight.name}.{kind}"
             wanted[key] = _own_rows(weight, *_kind(key, kinds, [facts["shape"][0] for facts in found]))
@@ -111,13 +111,7 @@ def _kind(
 
 
 def _own_rows(weight: TargetWeight, dtype: torch.dtype, size: torch.Size) -> torch.Tensor:
-    """Return memory for a tensor that is cut over processes as the weight is.
-
-    Args:
-        weight: The weight.
-        dtype: The tensor's dtype.
-        size: Its shape, but for the number of rows.
-    """
+    """Return memory for a tensor of this size, but for the number of rows, that is cut as the weight is."""
     parameter, device = weight.parameter, weight.weight.device
     local = torch.empty((weight.rows[1], *size[1:]), dtype=dtype, device=device)
     if not isinstance(parameter, DTensor):
@@ -182,14 +176,16 @@ def _common(facts: Mapping[str, Any]) -> list[Any]:
     return [plain, sorted(facts["rows"]), sorted(facts["whole"])]
 
 
-def _check_values(weights: Sequence[TargetWeight], sources: Sequence[StateFile], world: list[Ranks]) -> None:
+def _check_values(
+    weights: Sequence[TargetWeight], entries: Mapping[str, Sequence[Mapping[str, Any]]], world: list[Ranks]
+) -> None:
     """Check that the weights are those of the state: checksums of parts add up to the same, however they are cut."""
     own = torch.tensor([values_of(weight) for weight in weights], device="cpu")
     sums = {ranks: ranks.sum(own) for ranks in distinct(weight.ranks for weight in weights)}
     with together(world, LOADING, StateError), damage_told("the weights"):
         for index, weight in enumerate(weights):
-            facts = [source.header["weights"][weight.name] for source in sources]
-            saved = sum({each["offset"][0]: each["values"] for each in facts if each["shape"][0] > 0}.values())
+            found = entries[weight.name]
+            saved = sum({each["offset"][0]: each["values"] for each in found if each["shape"][0] > 0}.values())
             now = int((own if weight.ranks is None else sums[weight.ranks])[index])
             if (saved - now) % 2**64:
                 raise StateError(OTHER_VALUES.format(weight.name))
@@ -202,9 +198,8 @@ def _overlaps(weight: TargetWeight, facts: Mapping[str, Any]) -> bool:
 
 
 def _facts_of(
-    weight: TargetWeight, sources: Sequence[StateFile], tensors: Mapping[str, torch.Tensor]
+    weight: TargetWeight, found: Sequence[Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, Any]:
-    found = [source.header["weights"][weight.name] for source in sources]
     plain = {
         name: any(each["facts"][name] for each in found) if isinstance(value, bool) else value
         for name, value in found[0]["facts"].items()

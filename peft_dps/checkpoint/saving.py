@@ -33,22 +33,18 @@ def save(controller: Controller, path: str | os.PathLike[str]) -> str:
     ranks = world[0]
     _check_path(ranks, Path(path))
     name = f"{common_number(ranks):016x}"
+    digest = ""
     try:
-        return _save_parts(controller, path, name, ranks)
+        with together(world, _SAVING, StateError):
+            check_path(Path(path))
+            state = state_of(controller)
+            write_part(path, state, name, ranks.rank, ranks.size)
+        with together(world, _SAVING, StateError):
+            if ranks.rank == 0:
+                digest = write_index(path, state["header"], name, ranks.size)
     except BaseException:
         drop_part(path, name, ranks.rank, ranks.size)
         raise
-
-
-def _save_parts(controller: Controller, path: str | os.PathLike[str], name: str, ranks: Ranks) -> str:
-    with together([ranks], _SAVING, StateError):
-        check_path(Path(path))
-        state = state_of(controller)
-        write_part(path, state, name, ranks.rank, ranks.size)
-    digest = ""
-    with together([ranks], _SAVING, StateError):
-        if ranks.rank == 0:
-            digest = write_index(path, state["header"], name, ranks.size)
     return digest
 
 

@@ -66,7 +66,8 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
         entries: dict[str, Any] = state.stateful_callbacks  # type: ignore[assignment]
         entries.setdefault(type(self).__name__, self.state())
         self._controllers = list(find_trained(model).values())
-        _rest_all_but(self._controllers, model)
+        for controller in all_controllers(model):
+            controller.at_rest = controller not in self._controllers
         if not resumed:
             _check_reference(all_controllers(model))
         self._first_step = state.global_step
@@ -160,11 +161,6 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
         for controller in self._controllers:
             if controller.clock.step == self._begun_at[controller.adapter]:
                 refuse_unseen_steps(controller.adapter, state.global_step - self._first_step)
-
-
-def _rest_all_but(trained: list[Controller], model: nn.Module) -> None:
-    for controller in all_controllers(model):
-        controller.at_rest = controller not in trained
 
 
 def _check_reference(controllers: Iterable[Controller]) -> None:

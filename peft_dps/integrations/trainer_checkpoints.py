@@ -70,12 +70,6 @@ class PartsSaver:
     A Trainer asks only one process for the state of a callback. But all processes take part in collecting the
     optimizer's state, when the checkpoint's folder is there and before `trainer_state.json` is: each writes its part
     then. Collecting it makes them wait for each other, so that all parts are there before that file.
-
-    Args:
-        controllers: The adapters in training, sharded or not.
-        optimizer: The Trainer's optimizer.
-        args: The Trainer's arguments.
-        state: Its state.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from peft_dps.errors import EngineError
 from peft_dps.masking.frozen_bits import zero_frozen_
 from peft_dps.masking.mask import Mask
 from peft_dps.tensors.scratch import scratch
+from peft_dps.tensors.shards import Sharding
 
 _COLUMNS_TOGETHER = 32
 
@@ -35,10 +36,11 @@ class EffectiveWeight(Protocol):
 
     def active_columns(self) -> torch.Tensor | None:
         """Return the input columns whose gradient is not zero, by index; None for all, or where it does not pay."""
+        return None
 
 
 @dataclass(frozen=True)
-class NoisyWeight:
+class NoisyWeight(EffectiveWeight):
     """ACCUMULATE: W_eff = W0 + b * (W - W0) / density, whose mean over b is W; dL/dW = dL/dW_eff * b.
 
     Attributes:
@@ -54,11 +56,7 @@ class NoisyWeight:
     def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Return W_eff in the weight's shape and dtype, in `out` if given, else as a new tensor."""
         base, share = self.base_weight.to(weight.device, weight.dtype), self.columns / self.density
-        return (
-            torch.lerp(base, weight.detach(), share)
-            if out is None
-            else torch.lerp(base, weight.detach(), share, out=out)
-        )
+        return torch.lerp(base, weight.detach(), share, out=out)
 
     def at(self, rows: torch.Tensor) -> NoisyWeight:
         """Return the same for some rows of the weight, which all have the same columns."""
@@ -76,7 +74,7 @@ class NoisyWeight:
 
 
 @dataclass(frozen=True)
-class AmplifiedWeight:
+class AmplifiedWeight(EffectiveWeight):
     """SUBNETWORK: W_eff = T + M * (W - T) / density; dL/dW = dL/dW_eff * M.
 
     Attributes:
@@ -111,9 +109,48 @@ class AmplifiedWeight:
             zero_frozen_(gradient, self.mask)
         return gradient
 
-    def active_columns(self) -> torch.Tensor | None:
-        """Return None: entries are frozen, not columns."""
-        return None
+
+@dataclass(frozen=True)
+class ShardedAmplifiedWeight(EffectiveWeight):
+    """SUBNETWORK: W_eff = T + M * (W - T) / density; dL/dW = dL/dW_eff * M.
+
+    Each process computes its rows of W_eff, and all collect them: once in the forward and once in the backward pass.
+    Nothing of the whole weight's size stays from one to the other.
+
+    Attributes:
+        weight: This process's rows of W.
+        snapshot: Its rows of T, the weight when the stage began.
+        mask: Its rows of M.
+        density: Density of the subnetwork.
+        sharding: How the weight is cut.
+        masks_gradient: Whether the gradient is masked in the backward pass, for which the mask is collected too.
+        rows: Indices of the rows that the forward uses, an embedding's; None for all.
+    """
+
+    weight: torch.Tensor
+    snapshot: torch.Tensor
+    mask: Mask
+    density: float
+    sharding: Sharding
+    masks_gradient: bool
+    rows: torch.Tensor | None = None
+
+    def of(self, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return W_eff in the dtype of `weight`, as a new tensor; all processes have to call it."""
+        own = AmplifiedWeight(self.snapshot, self.density, self.mask).of(self.weight)
+        whole = self.sharding.whole_of(own.to(weight.device, weight.dtype))
+        return whole if self.rows is None else whole[self.rows]
+
+    def at(self, rows: torch.Tensor) -> ShardedAmplifiedWeight:
+        """Return the same for some rows of the weight."""
+        return replace(self, rows=rows)
+
+    def gradient_(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Zero the gradient of frozen entries, in place; all processes have to call it."""
+        if self.masks_gradient:
+            keep = self.sharding.whole_of(self.mask.keep.to(gradient.device))
+            zero_frozen_(gradient, Mask.of(keep if self.rows is None else keep[self.rows], in_bits=False))
+        return gradient
 
 
 def effective_linear(
@@ -136,12 +173,7 @@ def effective_linear(
     Returns:
         Activations `[..., out]`.
     """
-    dtype = compute_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        output: torch.Tensor = _EffectiveLinear.apply(  # type: ignore[no-untyped-call]
-            x.to(dtype), weight, None if bias is None else bias.to(dtype), effective, input_axis
-        )
-    return output
+    return apply_uncast(_EffectiveLinear, x, weight, bias, effective, input_axis)
 
 
 def materialize(weight: torch.Tensor, effective: EffectiveWeight) -> torch.Tensor:
@@ -260,11 +292,20 @@ def _rounded_up(columns: int, most: int) -> int:
     return min(-(-columns // _COLUMNS_TOGETHER) * _COLUMNS_TOGETHER, most)
 
 
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which autocast, or else the activation, wants the result."""
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype is not torch.float64
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
+def apply_uncast(
+    function: type[torch.autograd.Function],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *settings: Any,
+) -> torch.Tensor:
+    """Apply a function in the dtype that autocast or else `x` asks for; inside of it autocast is off."""
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device) and dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        output: torch.Tensor = function.apply(x.to(dtype), weight, None if bias is None else bias.to(dtype), *settings)
+    return output
 
 
 def passing(effective: EffectiveWeight, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

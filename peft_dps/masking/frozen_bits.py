@@ -3,43 +3,30 @@
 Floats are handled as the integers of their bits, so that the result is exact for every value, NaN and -0.0 included;
 integers wrap around, so that products with 0 and -1 and sums are exact too. One pass that multiplies and adds takes
 less time than several of logic.
+
+Everywhere here weights, their copies and their gradients may be of any floating dtype, and have the mask's shape.
 """
 
 from __future__ import annotations
 
 import torch
 
-from peft_dps.masking.mask import Mask
+from peft_dps.masking.mask import INT_DTYPES, Mask
 from peft_dps.tensors.scratch import scratch
 
-_INT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHECKSUM_CHUNK = 1 << 20  # the same on every device: its int64 temporaries are large
 
 
 @torch.no_grad()
 def zero_frozen_(gradient: torch.Tensor, mask: Mask) -> None:
-    """Set the frozen entries of a gradient to +0.0 in place, also where they are NaN or infinite.
-
-    Args:
-        gradient: Any floating dtype.
-        mask: Of the same shape.
-    """
+    """Set the frozen entries of a gradient to +0.0 in place, also where they are NaN or infinite."""
     for kept, piece in mask.along(bits_of(gradient)):
         piece.bitwise_and_(kept)
 
 
 @torch.no_grad()
 def hold_frozen(weight: torch.Tensor, mask: Mask, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Copy the bits of the frozen entries.
-
-    Args:
-        weight: Any floating dtype.
-        mask: Of the same shape.
-        out: Memory for the result, of the weight's shape and size; None for new memory.
-
-    Returns:
-        An integer tensor of the weight's shape and size: the bits of frozen entries, 0 elsewhere.
-    """
+    """Copy the bits of the frozen entries, as integers, 0 elsewhere; into the memory of `out` if given."""
     bits = bits_of(weight)
     held = torch.empty_like(bits) if out is None else bits_of(out)
     for kept, piece, frozen in mask.along(bits, held):
@@ -49,40 +36,22 @@ def hold_frozen(weight: torch.Tensor, mask: Mask, out: torch.Tensor | None = Non
 
 @torch.no_grad()
 def restore_frozen_(weight: torch.Tensor, mask: Mask, held: torch.Tensor) -> None:
-    """Give the frozen entries the bits they had when `held` was made; the others are left alone.
-
-    Args:
-        weight: Any floating dtype.
-        mask: Of the same shape.
-        held: What `hold_frozen` returned.
-    """
+    """Give the frozen entries the bits they had when `hold_frozen` made `held`; the others are left alone."""
     for kept, piece, bits in mask.along(bits_of(weight), held):
         torch.addcmul(bits, piece, kept, value=-1, out=piece)
 
 
 @torch.no_grad()
 def restore_from_snapshot_(weight: torch.Tensor, mask: Mask, snapshot: torch.Tensor) -> None:
-    """Give the frozen entries the bits they have in a full copy; the others are left alone.
-
-    Args:
-        weight: Any floating dtype.
-        mask: Of the same shape.
-        snapshot: A copy of the weight, same shape and dtype.
-    """
+    """Give the frozen entries the bits they have in a full copy; the others are left alone."""
     for kept, piece, bits in mask.along(bits_of(weight), bits_of(snapshot)):
-        change = torch.sub(
-            piece, bits, out=scratch.like(piece, "change")
-        )  # apart, so that no interrupt can be between
+        # Apart, so that no interrupt can be between.
+        change = torch.sub(piece, bits, out=scratch.like(piece, "change"))
         torch.addcmul(bits, change, kept, value=-1, out=piece)
 
 
 def checksum(tensor: torch.Tensor, first: int = 0) -> int:
-    """Add up the bits of all entries as `frozen_checksum` does.
-
-    Args:
-        tensor: Any dtype.
-        first: Place of the first entry in the whole tensor.
-    """
+    """Add up the bits of all entries, as `frozen_checksum` does those of frozen ones."""
     nothing_kept = torch.zeros((), dtype=torch.int8, device=tensor.device).expand(tensor.shape)
     return int(frozen_checksum(tensor, nothing_kept, first))
 
@@ -114,13 +83,6 @@ def frozen_checksum(weight: torch.Tensor, keep: torch.Tensor, first: int = 0) ->
 
 
 def bits_of(tensor: torch.Tensor) -> torch.Tensor:
-    """View a floating tensor as the integers of its bits.
-
-    Args:
-        tensor: Any floating dtype.
-
-    Returns:
-        An integer view of the same memory, without gradient.
-    """
+    """View a floating tensor as the integers of its bits: the same memory, without gradient."""
     tensor = tensor.detach()
-    return tensor.view(_INT_DTYPES[tensor.element_size()])
+    return tensor.view(INT_DTYPES[tensor.element_size()])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 
@@ -62,8 +62,16 @@ class FrozenWeight:
         """Undo what the optimizer has done to frozen entries."""
 
     def accept(self, weight: torch.Tensor) -> bool:
-        """Take values that were written from outside as they are."""
-        return False  # the optimizer moves frozen entries too: there is no telling
+        """Take values that were written from outside as they are; tell whether frozen entries were among them."""
+        if not self.holds_bits or not self.differs(weight):  # else the optimizer moves them too: there is no telling
+            return False
+        self.hold(weight)
+        self.moved_before = True
+        return True
+
+    def hold(self, weight: torch.Tensor) -> None:
+        """Hold frozen entries as they are now."""
+        self.begin(weight, None)
 
     def moved(self, weight: torch.Tensor) -> bool:
         """Tell whether any frozen entry has other bits than when the mask began to hold."""
@@ -98,15 +106,8 @@ class FrozenWeight:
         return State({"moved": self.moved(weight)}, tensors)
 
 
-class FrozenPolicy(Protocol):
-    """What makes a `FrozenWeight`: a subclass of it, or a function that chooses one."""
-
-    def __call__(
-        self, weight: torch.Tensor, mask: Mask, snapshot: torch.Tensor | None, memory: torch.Tensor | None
-    ) -> FrozenWeight:
-        """Begin to freeze; see `FrozenWeight`."""
-
-
+# What makes a `FrozenWeight`, of the same arguments: a subclass of it, or a function that chooses one.
+FrozenPolicy = Callable[[torch.Tensor, Mask, torch.Tensor | None, torch.Tensor | None], FrozenWeight]
 FROZEN: Registry[FrozenPolicy] = Registry("frozen")
 FROZEN.register("gradient")(FrozenWeight)
 
@@ -126,14 +127,6 @@ class HeldBits(FrozenWeight):
         if self.held is not None:
             restore_frozen_(weight, self.mask, self.held)
 
-    def accept(self, weight: torch.Tensor) -> bool:
-        """Hold the bits as they are now."""
-        if not self.differs(weight):
-            return False
-        self.begin(weight, None)
-        self.moved_before = True
-        return True
-
     def differs(self, weight: torch.Tensor) -> bool:
         """Compare with the copy."""
         return self.held is not None and not torch.equal(hold_frozen(weight, self.mask), self.held)
@@ -143,12 +136,11 @@ class HeldBits(FrozenWeight):
         return self.held
 
 
-class HeldBitsInStep(HeldBits):
+class HeldBitsInStep(FrozenWeight):
     """Frozen entries keep their bits, of which there is a copy only while the optimizer steps; else a checksum."""
 
-    def begin(self, weight: torch.Tensor, memory: torch.Tensor | None) -> None:
-        """Take down the checksum."""
-        self.checksum = frozen_checksum(weight, self.mask.keep)
+    holds_bits = True
+    held: torch.Tensor | None = None
 
     def before_step(self, weight: torch.Tensor) -> None:
         """Copy the bits, unless they are copied already."""
@@ -157,16 +149,9 @@ class HeldBitsInStep(HeldBits):
 
     def after_step(self, weight: torch.Tensor) -> None:
         """Give frozen entries their bits back, and drop the copy."""
-        super().after_step(weight)
+        if self.held is not None:
+            restore_frozen_(weight, self.mask, self.held)
         self.held = None
-
-    def differs(self, weight: torch.Tensor) -> bool:
-        """Compare with the checksum."""
-        return FrozenWeight.differs(self, weight)
-
-    def memory(self) -> torch.Tensor | None:
-        """Return None: nothing is kept."""
-        return None
 
 
 class HeldBySnapshot(FrozenWeight):
@@ -182,13 +167,10 @@ class HeldBySnapshot(FrozenWeight):
         if self.snapshot is not None:
             restore_from_snapshot_(weight, self.mask, self.snapshot)
 
-    def accept(self, weight: torch.Tensor) -> bool:
+    def hold(self, weight: torch.Tensor) -> None:
         """Let the snapshot have the frozen entries as they are now."""
-        if self.snapshot is None or not self.differs(weight):
-            return False
-        restore_from_snapshot_(self.snapshot, self.mask, weight)
-        self.moved_before = True
-        return True
+        if self.snapshot is not None:
+            restore_from_snapshot_(self.snapshot, self.mask, weight)
 
     def differs(self, weight: torch.Tensor) -> bool:
         """Compare with the snapshot."""
@@ -216,9 +198,9 @@ def exact_in_step(
 def load_frozen(policy: FrozenPolicy, saved: SavedState, weight: torch.Tensor, *, with_snapshot: bool) -> FrozenWeight:
     """Freeze a weight as it was when a state was saved."""
     state = saved.tensor("mask", Mask.state_shape(weight.shape), torch.uint8).to(weight.device, copy=True)
-    snapshot = saved.tensor("snapshot", weight.shape, weight.dtype) if with_snapshot else None
-    if snapshot is not None:
-        snapshot = snapshot.to(weight.device, copy=True)
+    snapshot = None
+    if with_snapshot:
+        snapshot = saved.tensor("snapshot", weight.shape, weight.dtype).to(weight.device, copy=True)
     frozen = policy(weight, Mask.load(state, weight.shape), snapshot, None)
     frozen.moved_before = saved.flag("moved")
     return frozen

@@ -10,7 +10,7 @@ import torch
 from peft_dps.tensors.scratch import scratch
 
 _BYTE = 8
-_INT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INT_DTYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Entries that are unpacked at once. On a CPU they stay in its cache.
 _CPU_CHUNK = 1 << 19
 _DEVICE_CHUNK = 1 << 24
@@ -26,13 +26,14 @@ class Mask:
 
     Attributes:
         shape: Shape of the weight.
-        packed: The bits, flat, the first entry of each eight in the lowest bit; None where bytes are kept.
+        stored: The bits, flat, the first entry of each eight in the lowest bit; or the bytes, see `keep`.
+        in_bits: Which of the two.
     """
 
-    def __init__(self, shape: torch.Size, packed: torch.Tensor | None, keep: torch.Tensor | None) -> None:
+    def __init__(self, shape: torch.Size, stored: torch.Tensor, *, in_bits: bool) -> None:
         self.shape = shape
-        self.packed = packed
-        self._keep = keep
+        self.stored = stored
+        self.in_bits = in_bits
 
     @classmethod
     def of(cls, selected: torch.Tensor, *, in_bits: bool | None = None) -> Mask:
@@ -42,18 +43,17 @@ class Mask:
             selected: Bool, or int8 where -1 is updated and 0 is not, of the weight's shape. Its memory may be reused.
             in_bits: Whether to keep bits; None to do so on a CPU.
         """
-        in_bits = selected.device.type == "cpu" if in_bits is None else in_bits
-        if in_bits:
-            return cls(selected.shape, _pack(selected), None)
+        if selected.device.type == "cpu" if in_bits is None else in_bits:
+            return cls(selected.shape, _pack(selected), in_bits=True)
         keep = selected if selected.dtype is torch.int8 else selected.view(torch.int8).neg_()
-        return cls(selected.shape, None, keep)
+        return cls(selected.shape, keep, in_bits=False)
 
     @property
     def keep(self) -> torch.Tensor:
         """The mask in bytes: int8 of the weight's shape, -1 (all bits set) where updated, 0 elsewhere."""
-        if self.packed is None:
-            return self._bytes
-        keep = torch.empty(self.shape, dtype=torch.int8, device=self.packed.device)
+        if not self.in_bits:
+            return self.stored
+        keep = torch.empty(self.shape, dtype=torch.int8, device=self.device)
         for kept, piece in self.along(keep):
             piece.copy_(kept)
         return keep
@@ -63,56 +63,39 @@ class Mask:
         rows, row = self.shape[0], self.shape[1:].numel()
         if row % _BYTE:
             return self.keep.view(torch.uint8).clamp(max=1).view(rows, row)
-        packed = _pack(self._bytes) if self.packed is None else self.packed
+        packed = self.stored if self.in_bits else _pack(self.stored)
         return packed.view(rows, row // _BYTE)
 
     @staticmethod
     def state_shape(shape: torch.Size) -> tuple[int, int]:
-        """Return the shape of what `state` returns for a weight.
-
-        Args:
-            shape: Shape of the weight.
-        """
+        """Return the shape of what `state` returns for a weight of some shape."""
         row = shape[1:].numel()
         return shape[0], row if row % _BYTE else row // _BYTE
 
     @classmethod
     def load(cls, state: torch.Tensor, shape: torch.Size) -> Mask:
-        """Undo `state`.
-
-        Args:
-            state: What `state` returned.
-            shape: Shape of the weight.
-        """
+        """Undo `state`, for a weight of some shape."""
         if shape[1:].numel() % _BYTE:
             return cls.of((state != 0).view(shape))
-        mask = cls(shape, state.reshape(-1), None)
-        return mask if state.device.type == "cpu" else cls(shape, None, mask.keep)
+        mask = cls(shape, state.reshape(-1), in_bits=True)
+        return mask if state.device.type == "cpu" else cls(shape, mask.keep, in_bits=False)
 
     @property
     def device(self) -> torch.device:
         """Where it lies."""
-        return self._stored.device
+        return self.stored.device
 
     def to(self, device: torch.device) -> Mask:
         """Return the mask on another device."""
-        return Mask(
-            self.shape,
-            None if self.packed is None else self.packed.to(device),
-            None if self._keep is None else self._keep.to(device),
-        )
+        return Mask(self.shape, self.stored.to(device), in_bits=self.in_bits)
 
     def rows(self, indices: torch.Tensor) -> Mask:
-        """Return the mask of some rows of the weight.
-
-        Args:
-            indices: Integers of any shape.
-        """
+        """Return the mask of those rows of the weight that `indices`, integers of any shape, name."""
         inner = self.shape[1:].numel()
         shape = torch.Size([*indices.shape, *self.shape[1:]])
-        if self.packed is not None and inner > 0 and inner % _BYTE == 0:
-            return Mask(shape, self.packed.view(-1, inner // _BYTE)[indices].view(-1), None)
-        return Mask(shape, None, self.keep[indices])
+        if self.in_bits and inner > 0 and inner % _BYTE == 0:
+            return Mask(shape, self.stored.view(-1, inner // _BYTE)[indices].view(-1), in_bits=True)
+        return Mask(shape, self.keep[indices], in_bits=False)
 
     def along(self, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         """Cut tensors into equal pieces, with the mask of each.
@@ -126,32 +109,21 @@ class Mask:
         """
         if not all(tensor.is_contiguous() for tensor in tensors):
             return iter([(self.keep, *tensors)])
-        if self.packed is None:
-            return _pieces(self._bytes, *tensors)
-        return self._unpacked(self.packed, tensors)
+        return _unpacked(self.stored, tensors) if self.in_bits else _pieces(self.stored, *tensors)
 
-    def _unpacked(self, packed: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
-        table = _table(_INT_DTYPES[tensors[0].element_size()], packed.device)
-        chunk = _CPU_CHUNK if packed.device.type == "cpu" else _DEVICE_CHUNK
-        cut = (tensor.view(-1).split(chunk) for tensor in tensors)
-        for octets, *parts in zip(packed.split(chunk // _BYTE), *cut, strict=True):
-            if packed.device.type == "cpu":
-                places = scratch.empty(octets.shape, torch.int32, "mask places").copy_(octets)
-                kept = scratch.empty((octets.numel(), _BYTE), table.dtype, "mask")
-                torch.index_select(table, 0, places, out=kept)
-            else:
-                kept = table.index_select(0, octets.int())
-            yield kept.view(-1)[: parts[0].numel()], *parts
 
-    @property
-    def _bytes(self) -> torch.Tensor:
-        if self._keep is None:
-            raise ValueError("This mask is kept in bits.")
-        return self._keep
-
-    @property
-    def _stored(self) -> torch.Tensor:
-        return self._bytes if self.packed is None else self.packed
+def _unpacked(packed: torch.Tensor, tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
+    table = _table(INT_DTYPES[tensors[0].element_size()], packed.device)
+    chunk = _CPU_CHUNK if packed.device.type == "cpu" else _DEVICE_CHUNK
+    cut = (tensor.view(-1).split(chunk) for tensor in tensors)
+    for octets, *parts in zip(packed.split(chunk // _BYTE), *cut, strict=True):
+        if packed.device.type == "cpu":
+            places = scratch.empty(octets.shape, torch.int32, "mask places").copy_(octets)
+            kept = scratch.empty((octets.numel(), _BYTE), table.dtype, "mask")
+            torch.index_select(table, 0, places, out=kept)
+        else:
+            kept = table.index_select(0, octets.int())
+        yield kept.view(-1)[: parts[0].numel()], *parts
 
 
 def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

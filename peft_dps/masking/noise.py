@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 import torch
 
-from peft_dps.masking.effective import AmplifiedWeight, EffectiveWeight, NoisyWeight
+from peft_dps.masking.effective import AmplifiedWeight, EffectiveWeight, NoisyWeight, ShardedAmplifiedWeight
 from peft_dps.masking.frozen_policy import FrozenWeight
-from peft_dps.masking.sharded_effective import ShardedAmplifiedWeight
 from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.registry import Registry
 from peft_dps.tensors.saved_state import SavedState, State
@@ -150,26 +150,17 @@ class ColumnNoise(Noise):
 
     substitutes = True
 
-    def __init__(self, density: float = 1.0, seed: int = 0, decay: bool | None = None) -> None:
-        super().__init__(density, seed, decay)
-        self.threshold = int(density * (1 << _RESOLUTION_BITS))
-        self._counters: dict[tuple[torch.device, tuple[int, ...]], torch.Tensor] = {}
-
     def begin(self) -> WeightNoise:
         """Return what counts how often each column takes part."""
         return Participation(self.decay)
 
     def draw(self, step: int, columns: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
         """Draw the columns of a step; see `Noise.draw`."""
-        key = (device, tuple(columns))
-        if key not in self._counters:
-            self._counters = {**{k: v for k, v in self._counters.items() if k[1] == key[1]}}
-            self._counters[key] = self._make_counters(columns).to(device)
-        words = self._counters[key] ^ _word(f"{self.seed}/step {step}")
+        words = _counters(self.seed, tuple(columns), device) ^ _word(f"{self.seed}/step {step}")
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0x9E3779B97F4A7C15)):
             words = (words ^ _shift_right(words, shift)) * _signed(factor)
         uniform = _shift_right(words, 64 - _RESOLUTION_BITS)
-        rows: tuple[torch.Tensor, ...] = (uniform < self.threshold).split(list(columns))
+        rows: tuple[torch.Tensor, ...] = (uniform < int(self.density * (1 << _RESOLUTION_BITS))).split(list(columns))
         return rows
 
     def noisy(self, weight: NoisedWeight) -> EffectiveWeight | None:
@@ -199,19 +190,6 @@ class ColumnNoise(Noise):
             count = saved.amounts("participation", (layout.columns.count,), torch.float32, at_most=_MOST_STEPS)
             noise.count = count.to(device, copy=True)
         return noise
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_counters": {}}
-
-    def _make_counters(self, columns: Sequence[int]) -> torch.Tensor:
-        """Give every column of every weight a 64-bit word of its own."""
-        odd = _signed(0xD1342543DE82EF95)
-        return torch.cat(
-            [
-                torch.arange(count, dtype=torch.int64, device="cpu") * odd + _word(f"{self.seed}/weight {index}")
-                for index, count in enumerate(columns)
-            ]
-        )
 
 
 class Participation(WeightNoise):
@@ -251,6 +229,17 @@ class Participation(WeightNoise):
     def state(self) -> State:
         """Return the participation."""
         return State(whole={} if self.count is None else {"participation": self.count})
+
+
+@functools.lru_cache(maxsize=8)
+def _counters(seed: int, columns: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Give every column of every weight a 64-bit word of its own."""
+    odd = _signed(0xD1342543DE82EF95)
+    own = [
+        torch.arange(count, dtype=torch.int64, device="cpu") * odd + _word(f"{seed}/weight {index}")
+        for index, count in enumerate(columns)
+    ]
+    return torch.cat(own).to(device)
 
 
 def _word(text: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from peft_dps.masking.effective import EffectiveWeight, compute_dtype, once_differentiable, passing
+from peft_dps.masking.effective import EffectiveWeight, apply_uncast, once_differentiable, passing
 
 
 def effective_conv(
@@ -37,16 +37,8 @@ def effective_conv(
     Returns:
         Activations `[batch, out, *space]`.
     """
-    dtype = compute_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        output: torch.Tensor = _EffectiveConv.apply(  # type: ignore[no-untyped-call]
-            x.to(dtype),
-            weight,
-            None if bias is None else bias.to(dtype),
-            effective,
-            (list(stride), list(padding), list(dilation), False, [0] * len(stride), groups),
-        )
-    return output
+    geometry = (list(stride), list(padding), list(dilation), False, [0] * len(stride), groups)
+    return apply_uncast(_EffectiveConv, x, weight, bias, effective, geometry)
 
 
 def effective_embedding(

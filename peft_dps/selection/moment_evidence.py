@@ -40,7 +40,11 @@ class MomentChange(Gathered):
 
     def count(self, now: SecondMoment, name: str, optimizer: Optimizer) -> None:
         """Count a step."""
-        self._require_same(now, name, optimizer)
+        if self._optimizer is not None and self._made_from() is not optimizer:
+            raise _changed(name, "another optimizer has come")
+        self._require_same_state(now, name)
+        if self._decay not in (None, now.decay):
+            raise _changed(name, f"the optimizer's decay went from {self._decay} to {now.decay}")
         if self.moment is None:
             self.moment = MomentScores(now.value, now.share)
         self.moment.count_step(now.decay)
@@ -57,13 +61,6 @@ class MomentChange(Gathered):
 
     def _keep_track(self, state: torch.Tensor | None) -> None:
         self._value = None if state is None else weakref.ref(state)
-
-    def _require_same(self, now: SecondMoment, name: str, optimizer: Optimizer) -> None:
-        if self._optimizer is not None and self._made_from() is not optimizer:
-            raise _changed(name, "another optimizer has come")
-        self._require_same_state(now, name)
-        if self._decay not in (None, now.decay):
-            raise _changed(name, f"the optimizer's decay went from {self._decay} to {now.decay}")
 
     def _require_same_state(self, now: SecondMoment, name: str) -> None:
         if self._value is not None and (now.state is None or self._value() is not now.state):
@@ -108,10 +105,12 @@ class MomentChange(Gathered):
 
     def state(self, weight: ObservedWeight, *, ends: bool) -> State:
         """Return v_0, or the evidence itself where the phase is over."""
-        facts = {"moment": None if self.moment is None else {**self.moment.facts, "beta2": self._decay}}
         if self.total is not None or (ends and self.moment is not None):
             return State({"moment": None}, {"total": self.value(weight)})
-        before = None if self.moment is None else self.moment.before()
+        if self.moment is None:
+            return State({"moment": None})
+        before = self.moment.before
+        facts = {"moment": {**self.moment.facts, "beta2": self._decay}}
         return State(facts, {} if before is None else {"moment": before})
 
 

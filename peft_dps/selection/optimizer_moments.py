@@ -93,22 +93,21 @@ class MomentScores:
         share: 1 - beta2.
         decay: beta2^n.
         steps: n, the steps so far.
+
+    Attributes:
+        before: v_0, mapped from a file; None for zero.
     """
 
     def __init__(self, before: torch.Tensor | None, share: float, decay: float = 1.0, steps: int = 0) -> None:
         self.share = share
         self.decay = decay
         self.steps = steps
-        self._before = None if before is None else on_disk(before)
+        self.before = None if before is None else on_disk(before)
 
     @property
     def facts(self) -> dict[str, Any]:
         """What there is besides v_0, in plain values."""
         return {"share": self.share, "decay": self.decay, "steps": self.steps}
-
-    def before(self) -> torch.Tensor | None:
-        """Return v_0, mapped from its file; None if it was zero."""
-        return self._before
 
     def count_step(self, decay: float) -> None:
         """Take note of a step."""
@@ -117,11 +116,11 @@ class MomentScores:
 
     def scores(self, now: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Work out the accumulated squared gradients."""
-        if self._before is None:
+        if self.before is None:
             return torch.div(now, self.share, out=out)
         floor = (self.steps + 1) * torch.finfo(now.dtype).eps
         rows = len(out) if out.device.type != "cpu" else max(1, _CPU_CHUNK * len(out) // max(1, out.numel()))
-        pieces = zip(self._before.split(rows), now.split(rows), out.split(rows), strict=True)
+        pieces = zip(self.before.split(rows), now.split(rows), out.split(rows), strict=True)
         for before, value, score in pieces:
             left = scratch.like(score, "second moment")
             torch.mul(before.to(score.device, score.dtype), self.decay, out=left)
@@ -132,7 +131,7 @@ class MomentScores:
         return out
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MomentScores, (self._before, self.share, self.decay, self.steps)  # a copy has a file of its own
+        return MomentScores, (self.before, self.share, self.decay, self.steps)  # a copy has a file of its own
 
 
 def _is_like(value: object, parameter: torch.Tensor) -> bool:

@@ -8,30 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 
 from peft_dps.selection.topk import DIGIT_BITS, SortableScores, digit_histogram, mask_above
+from peft_dps.tensors.shards import Ranks
 
 WEIGHTS_AT_ONCE = 64  # 32 MiB of local histograms
 _HALF = 1 << (DIGIT_BITS // 2)
 
 
-class CountingRanks(Protocol):
-    """Processes that hold the parts of each weight, in the order of the entries."""
-
-    rank: int
-
-    def sum(self, counts: torch.Tensor) -> torch.Tensor:
-        """Add up a tensor over the processes."""
-
-    def gather(self, part: torch.Tensor) -> torch.Tensor:
-        """Collect a tensor from each process as `[size, *shape]`."""
-
-
 def select_sharded(
-    scores: Sequence[SortableScores], problems: Sequence[Sequence[int]], counts: Sequence[int], ranks: CountingRanks
+    scores: Sequence[SortableScores], problems: Sequence[Sequence[int]], counts: Sequence[int], ranks: Ranks
 ) -> tuple[list[torch.Tensor], list[int]]:
     """Select the best-scored entries of weights of which each process holds a part.
 
@@ -68,7 +56,7 @@ def select_sharded(
 
 
 def _find_thresholds(
-    problems: list[list[torch.Tensor]], counts: Sequence[int], ranks: CountingRanks
+    problems: list[list[torch.Tensor]], counts: Sequence[int], ranks: Ranks
 ) -> tuple[list[int], list[int], list[int]]:
     """Find, per problem, its threshold, how many keys equal to it are wanted, and how many there are."""
     device = problems[0][0].device
@@ -104,7 +92,7 @@ def _share_ties(
     thresholds: list[int],
     wanted: list[int],
     tied: list[bool],
-    ranks: CountingRanks,
+    ranks: Ranks,
 ) -> list[int]:
     """Tell, per weight, how many of this process's keys equal to the threshold are among the first wanted."""
     own = torch.zeros(len(keys), dtype=torch.int64, device=keys[0].device)

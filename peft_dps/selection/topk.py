@@ -15,16 +15,12 @@ from dataclasses import dataclass
 import torch
 
 from peft_dps.errors import ScoreError
+from peft_dps.masking.frozen_bits import bits_of
 from peft_dps.tensors.scratch import scratch
 
 DIGIT_BITS = 16
 _DIGITS = 1 << DIGIT_BITS
-_KEY_DTYPES = {
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
+_SORTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elementwise work in pieces that stay in a CPU's cache is several times faster than one pass with a large temporary.
 _CPU_CHUNK = 1 << 18
 _DEVICE_CHUNK = 1 << 24
@@ -56,10 +52,10 @@ class SortableScores:
         Raises:
             ScoreError: If a score is NaN or negative, or the dtype is none of these.
         """
-        if scores.dtype not in _KEY_DTYPES:
+        if scores.dtype not in _SORTABLE:
             raise ScoreError(f"Scores must be fp16, bf16, fp32 or fp64, got {scores.dtype}.")
         flat = scores.detach().reshape(-1)
-        bits = flat.view(_KEY_DTYPES[flat.dtype])
+        bits = bits_of(flat)
         if bits.numel() == 0:
             return cls(bits, scores.shape, scores.dtype, -1)
         lowest, highest = (int(bound) for bound in torch.aminmax(bits))

@@ -109,14 +109,8 @@ def byte_planes(values: torch.Tensor, reference: torch.Tensor) -> list[bytes]:
     The bits of a float, as an integer with negative numbers turned over, grow with its value. The difference of two
     such integers counts the floats between them; it is small where the values are close, whatever their size, and
     exists for NaN and infinity too. With the sign in the lowest bit, the differences are ordered by the exponent of
-    the reference, so that differences of like size stand together, and cut into bytes.
-
-    Args:
-        values: Any shape, one of `DTYPES`.
-        reference: Same shape and dtype.
-
-    Returns:
-        The lowest bytes of all differences, then the next higher ones, and so on.
+    the reference, so that differences of like size stand together, and cut into bytes: the lowest ones of all, then
+    the next higher ones, and so on.
     """
     difference = _ordered(_bits(values)) - _ordered(_bits(reference))
     width = 8 * difference.itemsize

@@ -99,20 +99,10 @@ class Units:
         return leads[torch.arange(first, first + rows, device=values.device) // self.lead]
 
     def expand(self, values: torch.Tensor, first: int = 0, rows: int | None = None) -> torch.Tensor:
-        """Give each entry the value of its unit.
-
-        Args:
-            values: `[count]`.
-            first: The first row.
-            rows: Number of rows; None for all from the first on.
-
-        Returns:
-            A new tensor `[rows, *shape[1:]]`.
-        """
+        """Give each entry the value of its unit: a new tensor `[rows, *shape[1:]]`, of the arguments of `spread`."""
         rows = self.shape[0] - first if rows is None else rows
-        return (
-            self.spread(values, first, rows).expand(rows, *self.shape[1:]).clone(memory_format=torch.contiguous_format)
-        )
+        spread = self.spread(values, first, rows).expand(rows, *self.shape[1:])
+        return spread.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -153,11 +143,6 @@ def in_out(shape: tuple[int, ...]) -> Layout:
 
 
 def experts(shape: tuple[int, ...], *, transposed: bool) -> Layout:
-    """Lay out a weight `[experts, out, in]`: each expert has rows and columns of its own.
-
-    Args:
-        shape: Its shape.
-        transposed: Whether it is `[experts, in, out]`.
-    """
+    """Lay out a weight `[experts, out, in]`, transposed `[experts, in, out]`: each has rows and columns of its own."""
     second, third = Units(shape, 1, (shape[1], 1)), Units(shape, 1, (1, shape[2]))
     return Layout(shape, third, second) if transposed else Layout(shape, second, third)

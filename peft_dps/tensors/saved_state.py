@@ -58,34 +58,25 @@ class SavedState:
     def number(self, name: str, *, at_least: int = 0, optional: bool = False) -> Any:
         """Return a whole number."""
         value = self.fact(name)
-        if optional and value is None:
-            return None
-        if type(value) is not int or value < at_least:
-            raise self.damaged(f"`{name}` is {value!r}, and has to be a whole number of at least {at_least}")
-        return value
+        fits = (optional and value is None) or (type(value) is int and value >= at_least)
+        return self._fitting(name, fits, f"a whole number of at least {at_least}")
 
     def share(self, name: str, *, positive: bool = False) -> float:
         """Return a number from 0 to 1."""
         value = self.fact(name)
-        if type(value) not in (int, float) or not 0 <= value <= 1 or (positive and value == 0):
-            raise self.damaged(
-                f"`{name}` is {value!r}, and has to be a number {'above' if positive else 'from'} 0 to 1"
-            )
-        return float(value)
+        fits = type(value) in (int, float) and 0 <= value <= 1 and not (positive and value == 0)
+        return float(self._fitting(name, fits, f"a number {'above' if positive else 'from'} 0 to 1"))
 
     def flag(self, name: str) -> bool:
         """Return True or False."""
-        value = self.fact(name)
-        if not isinstance(value, bool):
-            raise self.damaged(f"`{name}` is {value!r}, and has to be True or False")
+        value: bool = self._fitting(name, isinstance(self.fact(name), bool), "True or False")
         return value
 
     def names(self, name: str) -> list[str]:
         """Return a list of names."""
         value = self.fact(name)
-        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-            raise self.damaged(f"`{name}` is {value!r}, and has to be a list of names")
-        return value
+        fits = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        return list(self._fitting(name, fits, "a list of names"))
 
     def facts(self, name: str) -> SavedState | None:
         """Return the plain values of a part, or None if there is none."""
@@ -97,10 +88,13 @@ class SavedState:
 
     def table(self, name: str) -> dict[str, Any]:
         """Return a dict of plain values, unchecked."""
-        value = self.fact(name)
-        if not isinstance(value, dict):
-            raise self.damaged(f"`{name}` is {value!r}, and has to be a table")
+        value: dict[str, Any] = self._fitting(name, isinstance(self.fact(name), dict), "a table")
         return value
+
+    def _fitting(self, name: str, fits: bool, what: str) -> Any:
+        if not fits:
+            raise self.damaged(f"`{name}` is {self._facts[name]!r}, and has to be {what}")
+        return self._facts[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors

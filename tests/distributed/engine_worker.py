@@ -112,7 +112,7 @@ def replicas_are_compared() -> None:
     steps(model, optimizer_of(model), batches(4))
     dps_adapter(model).check_ranks_agree()
     if dist.get_rank() == 1:
-        tracked(model)[1].frozen.mask.packed[0] ^= 1
+        tracked(model)[1].frozen.mask.stored[0] ^= 1
     try:
         dps_adapter(model).check_ranks_agree()
     except EngineError as error:

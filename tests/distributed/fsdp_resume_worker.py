@@ -192,7 +192,7 @@ def what_does_not_belong_together_is_refused_on_all(folder: Path) -> None:
     refused(load, "is of another save" if rank == 1 else elsewhere)
     on_first(other.write_bytes, whole)
 
-    mine = statefile.read(own)
+    mine = statefile.StateFile(own).read()
     if rank == 1:
         mine["header"]["clock"]["scored_steps"] -= 1  # as good by itself
     refused(lambda: dps_adapter(training.model).load_state_dict(mine), "from different saves")

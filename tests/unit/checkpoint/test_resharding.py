@@ -101,7 +101,9 @@ def damaged(path, rank, size, change):
     header = json.loads(labels["peft_dps"])
     change(header, tensors)
     signed = json.dumps(header)
-    save_file(tensors, part, {**labels, "peft_dps": signed, "sha256": statefile._digest(signed, tensors)})
+    save_file(
+        tensors, part, {**labels, "peft_dps": signed, "sha256": statefile._digest(signed, sorted(tensors.items()))}
+    )
 
 
 def refuse(training, path, match):

@@ -33,14 +33,14 @@ def in_octets(flags: list[bool]) -> list[int]:
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (8,), (3, 5), (4, 8), (0, 3), (2, 3, 5)], ids=str)
 def test_bits_are_eight_entries_a_byte(shape):
     selected = selection(*shape)
-    assert Mask.of(selected.clone(), in_bits=True).packed.tolist() == in_octets(selected.flatten().tolist())
+    assert Mask.of(selected.clone(), in_bits=True).stored.tolist() == in_octets(selected.flatten().tolist())
 
 
 @given(st.integers(0, 70), st.integers(0, 2**32))
 def test_bits_lose_nothing(entries, seed):
     selected = torch.rand(entries, generator=torch.Generator().manual_seed(seed)) < 0.5
     mask = Mask.of(selected.clone(), in_bits=True)
-    assert mask.packed.numel() == -(-entries // 8)
+    assert mask.stored.numel() == -(-entries // 8)
     assert torch.equal(mask.keep.bool(), selected)
 
 
@@ -75,8 +75,8 @@ def test_what_is_loaded_is_saved_as_the_same(in_bits):
 
 def test_a_cpu_keeps_bits():
     mask = Mask.of(selection(10, 100))
-    assert mask.packed is not None
-    assert mask.packed.nbytes == 125
+    assert mask.in_bits
+    assert mask.stored.nbytes == 125
 
 
 def test_bytes_use_the_memory_of_the_selection():
@@ -104,7 +104,7 @@ def test_moving_a_mask_moves_what_it_keeps(in_bits):
     mask = Mask.of(selection(4, 4), in_bits=in_bits)
     moved = mask.to(torch.device("meta"))
     assert moved.device.type == "meta"
-    assert (moved.packed is None) == (mask.packed is None)
+    assert moved.in_bits is mask.in_bits
 
 
 @given(st.integers(0, 70), st.sampled_from([torch.int8, torch.int16, torch.int32, torch.int64]), st.booleans())

@@ -35,16 +35,16 @@ def test_copies_hold_what_they_were_made_of(copied):
     scores = MomentScores(before, 0.1)
     scores.count_step(0.9)
     other = copied(scores)
-    assert torch.equal(other.before(), before)
+    assert torch.equal(other.before, before)
     assert other.facts == {"share": 0.1, "decay": 0.9, "steps": 1}
-    assert copied(MomentScores(None, 0.1)).before() is None
+    assert copied(MomentScores(None, 0.1)).before is None
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_what_waits_in_the_file_comes_back_bit_for_bit(shape, dtype):
     before = torch.randn(shape).to(dtype)
-    assert torch.equal(MomentScores(before, 0.1).before(), before)
+    assert torch.equal(MomentScores(before, 0.1).before, before)
 
 
 def test_what_only_decayed_scores_exactly_zero():

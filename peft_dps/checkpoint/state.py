@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from peft_dps.checkpoint.weight_state import SavedWeight, read_weight, state_of_weight
+from peft_dps.checkpoint.weight_state import SavedWeight, read_weight
 from peft_dps.errors import StateError
 from peft_dps.masking.frozen_bits import checksum
 from peft_dps.tensors.saved_state import SavedState
@@ -42,7 +42,7 @@ def state_of(controller: Controller) -> dict[str, Any]:
     tensors: dict[str, torch.Tensor] = {}
     weights: dict[str, dict[str, Any]] = {}
     for weight in controller.existing:
-        own = state_of_weight(weight, ends=controller.clock.phase_is_over)
+        own = weight.state(ends=controller.clock.phase_is_over)
         held = {**own.tensors, **own.whole}
         tensors.update({f"{weight.name}.{kind}": tensor for kind, tensor in held.items()})
         weights[weight.name] = {

@@ -7,16 +7,9 @@ from dataclasses import dataclass
 from peft_dps.masking.frozen_policy import FrozenWeight, load_frozen
 from peft_dps.masking.noise import WeightNoise
 from peft_dps.selection.evidence import Gathered
-from peft_dps.tensors.saved_state import SavedState, State
+from peft_dps.tensors.saved_state import SavedState
 from peft_dps.training.clock import Clock
 from peft_dps.training.weight import TargetWeight
-
-
-def state_of_weight(weight: TargetWeight, *, ends: bool) -> State:
-    """Return what the phase keeps of a weight: the sum of what its objects hold."""
-    own = State({"observed": weight.observed, "selected": weight.selected, "masked": weight.frozen is not None})
-    own = own | weight.gathered.state(weight, ends=ends) | weight.noise.state()
-    return own if weight.frozen is None else own | weight.frozen.state(weight.weight)
 
 
 @dataclass(frozen=True)
@@ -63,10 +56,10 @@ def read_weight(weight: TargetWeight, saved: SavedState, clock: Clock) -> SavedW
         raise saved.damaged(f"`observed` is {observed} at step {clock.step}")
     if selected is not None and selected > weight.entries:
         raise saved.damaged(f"`selected` is {selected}, of {weight.entries} entries")
-    gathered = recipe.evidence.load(saved, values)
+    gathered = weight.read_evidence(saved)
     noise = recipe.noise.load(saved, weight.layout, values.device)
     phase, frozen = clock.entered_phase, None
-    masked = phase is not None and phase.masked and not recipe.budget.takes_all
+    masked = weight.takes_masks and phase is not None and phase.masked and not recipe.budget.takes_all
     if saved.flag("masked") is not masked:
         raise saved.damaged(f"`masked` is {not masked} at step {clock.step}")
     if masked:

@@ -242,7 +242,8 @@ class _EffectiveLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.effective, ctx.input_axis = effective, input_axis
-        return F.linear(x, _out_in(passing(effective, weight, x.dtype), input_axis), bias)
+        output = F.linear(x, _out_in(passing(effective, weight, x.dtype), input_axis), bias)
+        return output.detach()  # no view: a later module may write into it
 
     @staticmethod
     @once_differentiable

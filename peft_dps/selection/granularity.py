@@ -59,8 +59,8 @@ class Granularity:
         units = self.units(layout)
         if units is None or (self._delta is Delta and slot_axis(units) < 0):
             raise TargetError(
-                f"The units of a weight of shape {layout.shape} are no slices along one of its axes, as the columns of "
-                "a grouped convolution and the rows and columns of experts. Use `storage='copy'` or "
+                f"The units of a weight of shape {layout.shape} are no slices along one of its axes, like the columns "
+                "of a grouped convolution and the rows and columns of experts. Use `storage='copy'` or "
                 "`granularity='entry'`, or leave it out of the targets."
             )
         return self._delta(units, slots, like)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 
 from peft_dps.selection.evidence import Gathered, ObservedWeight
 from peft_dps.tensors.layout import Units
 from peft_dps.tensors.saved_state import SavedState, State
-
-
-class Power(Protocol):
-    """What is added up: abs(G) ** power."""
-
-    power: int
+from peft_dps.tensors.shards import Ranks
 
 
 class UnitSums(Gathered):
@@ -71,6 +66,17 @@ class UnitSums(Gathered):
         self.total = part if self.total is None else self.total.add_(part)
         self.pending = None
 
+    def zeros(self, device: torch.device) -> torch.Tensor:
+        """Return sums of nothing."""
+        shape = self.units.shape if self._per_entry else (self.units.count,)
+        dtype = torch.float32 if self._per_entry else torch.float64
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether what the passes of the coming step add is finite."""
+        return self.pending is None or bool(self.pending.sum(dtype=torch.float64).isfinite())
+
     def drop(self) -> None:
         """Forget what the passes of a step have added."""
         self.pending = None
@@ -87,3 +93,25 @@ class UnitSums(Gathered):
             dtypes = (torch.float32, torch.float64) if self._per_entry else (torch.float64,)
             read.total = saved.amounts("total", shape, *dtypes).to(device, copy=True)
         return read
+
+
+@torch.no_grad()
+def add_up(every: Sequence[UnitSums], ranks: Ranks | None) -> list[UnitSums]:
+    """Add up over all processes what the passes of a step have added. All of them have to call it.
+
+    Args:
+        every: The sums of all weights.
+        ranks: The processes; None if there is one only.
+
+    Returns:
+        Those that have something to add, on any process.
+    """
+    if ranks is None:
+        return [sums for sums in every if sums.pending is not None]
+    here = torch.tensor([sums.pending is not None for sums in every], dtype=torch.int32, device=ranks.device)
+    seen = [sums for sums, some in zip(every, ranks.sum(here).tolist(), strict=True) if some]
+    own = [sums.zeros(ranks.device) if sums.pending is None else sums.pending for sums in seen]
+    total = ranks.sum(torch.cat([part.view(-1).double() for part in own]))
+    for sums, part, whole in zip(seen, own, total.split([part.numel() for part in own]), strict=True):
+        sums.pending = part.copy_(whole.view(part.shape))
+    return seen

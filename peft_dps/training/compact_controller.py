@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from peft_dps.errors import EngineError
 from peft_dps.masking.compact.delta import Delta
 from peft_dps.recipes import Recipe
+from peft_dps.selection.unit_sums import add_up
 from peft_dps.tensors.layout import Layout
+from peft_dps.tensors.shards import world
 from peft_dps.training.compact_weight import CompactWeight
 from peft_dps.training.controller import Controller, in_backward
 from peft_dps.training.layer import TargetLayer
@@ -22,7 +24,7 @@ from peft_dps.training.weight import TargetWeight
 class CompactController(Controller):
     """Drives a recipe in compact storage.
 
-    A phase begins with the first training forward of its first step, which has to compute with the units of that phase.
+    A phase begins with the first training forward of its first step, which has to compute with its units.
     Where the engine shows no optimizer (DeepSpeed, FSDP1), training passes are counted in place of steps.
     """
 
@@ -86,21 +88,19 @@ class CompactController(Controller):
     def _gather(
         self, weights: Sequence[TargetWeight], optimizer: Optimizer | None, grad_scale: torch.Tensor | None
     ) -> None:
-        """Take over what the passes of a step have added to the evidence, if all of it is finite."""
-        known = [weight for weight in weights if isinstance(weight, CompactWeight)]
-        seen = [weight for weight in known if weight.sums.pending is not None]
-        for weight in known:
-            weight.observed += 1
-        if not self.recipe.evidence.looks or not seen:
+        """Take over what the passes of a step have added to the evidence, on all processes, if it is finite."""
+        every = [weight for weight in self.weights if weight.exists()]
+        for weight in every:
+            weight.observed += int(weight.has_gradient)
+        if not self.recipe.evidence.looks or not any(weight.sums.pending is not None for weight in every):
             return
-        device = seen[0].sums.pending.device  # type: ignore[union-attr]
-        sums = [weight.sums.pending.sum(dtype=torch.float64).to(device) for weight in seen]  # type: ignore[union-attr]
-        finite = bool(torch.stack(sums).isfinite().all())
-        for weight in seen:
+        seen = add_up([weight.sums for weight in every], world(every[0].delta.index.device))
+        finite = all(sums.is_finite for sums in seen)
+        for sums in seen:
             if finite:
-                weight.sums.fold(1.0 if grad_scale is None else float(grad_scale))
+                sums.fold(1.0 if grad_scale is None else float(grad_scale))
             else:
-                weight.sums.drop()
+                sums.drop()
         self.clock.count_scored(finite)
 
     def after_step(self, weights: Any, optimizer: Optimizer) -> None:

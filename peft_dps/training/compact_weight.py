@@ -1,4 +1,4 @@
-"""A target weight in compact storage: units that are chosen anew, and what becomes of the optimizer's state of them."""
+"""A target weight of which an adapter holds selected units alone."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from torch.optim import Optimizer
 
 from peft_dps.errors import EngineError
 from peft_dps.masking.compact.delta import Delta, set_values
+from peft_dps.masking.frozen_bits import checksum
+from peft_dps.masking.mask import Mask
 from peft_dps.selection.scores import ScoreContext
 from peft_dps.selection.unit_sums import UnitSums
 from peft_dps.tensors.layout import Units
+from peft_dps.tensors.saved_state import SavedState, State
 from peft_dps.tensors.shards import world
 from peft_dps.training.optimizer_slots import move_slots, refuse_state
 from peft_dps.training.weight import TargetWeight
@@ -25,6 +28,8 @@ class CompactWeight(TargetWeight):
         optimizers: Those that have made a step with it.
         moved: Per slot, the one that its optimizer state is in, -1 for none; None where they are as they were.
     """
+
+    takes_masks = False
 
     @property
     def delta(self) -> Delta:
@@ -63,6 +68,16 @@ class CompactWeight(TargetWeight):
         """What tells which entries are updated: the numbers of the units."""
         return self.delta.index
 
+    def state(self, *, ends: bool) -> State:
+        """Return what an exact resume needs; which units are trained is in the adapter's own file."""
+        return super().state(ends=ends) | State({"masked": False, "units": checksum(self.delta.index)})
+
+    def read_evidence(self, saved: SavedState) -> UnitSums:
+        """Return the evidence that a saved state holds."""
+        if saved.fact("units") != checksum(self.delta.index):
+            raise saved.damaged("it is that of other units than the adapter trains; load its file of weights first")
+        return self.begin_evidence().load(saved, self.delta.index.device)
+
     def entry_mask(self) -> torch.Tensor | None:
         """Return which entries are updated; see `TargetWeight.entry_mask`."""
         if not self.delta.is_selected:
@@ -76,6 +91,7 @@ class CompactWeight(TargetWeight):
         """Forget evidence, and begin a new training; units that have been selected stay until others are."""
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.moved: torch.Tensor | None = None
+        self._shape_before = torch.Size()  # of the parameter at the latest step, where `moved` is not None
         super().restart()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,17 +107,12 @@ class CompactWeight(TargetWeight):
         return UnitSums(units or self.layer.layout.whole, power)
 
     def score_context(self, generator: torch.Generator, steps: int) -> ScoreContext:
-        """Return what a score may look at: per unit, the sums over all processes. All of them have to call it."""
-        sums = self.sums
-        shape = sums.units.shape if self.recipe.granularity.per_entry else (sums.units.count,)
-        device = self.delta.index.device
+        """Return what a score may look at: the sums of units."""
+        sums, device = self.sums, self.delta.index.device
         total = sums.total
         if sums.power is not None:
-            dtype = torch.float32 if self.recipe.granularity.per_entry else torch.float64
-            total = torch.zeros(shape, dtype=dtype, device=device) if total is None else total.to(device)
-            ranks = world(device)
-            total = total if ranks is None else ranks.sum(total)
-            total = self._bounded(total)
+            total = self._bounded(sums.zeros(device) if total is None else total.to(device))
+        shape = sums.zeros(torch.device("meta")).shape
         alike = torch.empty((), device=device).expand(shape)
         return ScoreContext(gathered=total, weight=alike, load_base=self.layer.pretrained_weight, generator=generator)
 
@@ -138,9 +149,9 @@ class CompactWeight(TargetWeight):
         self.selected, self.masked_in = len(numbers) * units.size, phase
         self.drop_evidence()
 
-    def choose_entries(self, selection: torch.Tensor, selected: int, phase: int) -> None:
+    def choose_entries(self, mask: Mask, selected: int, phase: int) -> None:
         """Begin a phase in which the chosen entries are updated; see `TargetWeight.choose_entries`."""
-        self.choose(selection, self.sums.units, phase)
+        self.choose(mask.keep.bool(), self.sums.units, phase)
 
     def choose_all(self, phase: int) -> None:
         """Begin a phase in which all units are updated."""
@@ -160,9 +171,14 @@ class CompactWeight(TargetWeight):
     def _exchange(self, delta: Delta, numbers: torch.Tensor) -> None:
         """Let units that stay keep their slots and values; keep the values of those that leave."""
         self._require_room(delta, len(numbers))
+        slots = delta.slots
+        before = self.parameter.shape if self.moved is None else self._shape_before
         for optimizer in self.optimizers:
-            refuse_state(optimizer, self.parameter, self.name)
+            refuse_state(optimizer, self.parameter, before, self.name)
+        self._shape_before = before
         moved = delta.exchange(numbers, self.layer.pretrained_weight, self._write)
+        if len(moved) == slots and torch.equal(moved, torch.arange(slots).to(moved)):
+            return  # all of them stay
         self.moved = moved if self.moved is None else torch.where(moved >= 0, self.moved[moved.clamp(min=0)], moved)
 
     def _write(self, values: torch.Tensor) -> None:
@@ -178,7 +194,7 @@ class CompactWeight(TargetWeight):
         """Take note of an optimizer that is about to make a step, and let its state follow units to their slots."""
         self.optimizers.add(optimizer)
         if self.moved is not None:
-            refuse_state(optimizer, self.parameter, self.name)
+            refuse_state(optimizer, self.parameter, self._shape_before, self.name)
             move_slots(optimizer, self.parameter, self.moved, self.delta.axis, self.sharding)
             self.moved = None
 

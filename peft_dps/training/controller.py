@@ -20,11 +20,11 @@ from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.shards import distinct, together
 from peft_dps.training import agreement
 from peft_dps.training.clock import Clock
+from peft_dps.training.copied_weight import CopiedWeight
 from peft_dps.training.guards import EngineGuard, check_observed, refuse_capture
 from peft_dps.training.layer import TargetLayer
 from peft_dps.training.scoring import check_dtypes, check_gathered, gather
 from peft_dps.training.selecting import Selector
-from peft_dps.training.copied_weight import CopiedWeight
 from peft_dps.training.weight import TargetWeight
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,13 @@ class Controller:
         self._announce()
 
     def restart(self, total_steps: int | None) -> None:
-        """Forget evidence, masks and steps, and begin a new training."""
+        """Begin a new training. Only what was scored before it, without a step, belongs to it."""
+        before = self.__dict__.get("clock")
+        if before is not None and before.step == 0 and before.scored_steps:
+            clock = Clock(self.adapter, self.recipe.schedule, total_steps)
+            clock.scored_steps, clock.entered = before.scored_steps, before.entered
+            self.take_clock(clock)
+            return
         self.loaded_after: int | None = None  # the step after which the adapter's weights were loaded
         self.take_clock(Clock(self.adapter, self.recipe.schedule, total_steps))
         for weight in self.weights:

@@ -11,8 +11,9 @@ from peft_dps.masking.frozen_policy import FrozenWeight
 from peft_dps.masking.mask import Mask
 from peft_dps.selection.scores import ScoreContext
 from peft_dps.tensors.layout import Units
+from peft_dps.tensors.saved_state import State
 from peft_dps.tensors.shards import local_part
-from peft_dps.training.weight import UNKNOWN, TargetWeight
+from peft_dps.training.weight import TargetWeight
 
 
 class CopiedWeight(TargetWeight):
@@ -78,6 +79,11 @@ class CopiedWeight(TargetWeight):
         """What tells which entries are updated; see `TargetWeight.choice`."""
         return None if self.frozen is None else self.frozen.mask.keep
 
+    def state(self, *, ends: bool) -> State:
+        """Return what an exact resume needs: the sum of what the objects of the phase hold."""
+        own = State({"masked": self.frozen is not None}) | super().state(ends=ends) | self.noise.state()
+        return own if self.frozen is None else own | self.frozen.state(self.weight)
+
     def entry_mask(self) -> torch.Tensor | None:
         """Return which entries are updated; see `TargetWeight.entry_mask`."""
         return None if self.frozen is None else self.frozen.mask.keep.bool()
@@ -104,9 +110,9 @@ class CopiedWeight(TargetWeight):
         mask = units.expand(choice.to(self.weight.device), *self.rows)
         self.freeze(Mask.of(mask), int(choice.count_nonzero()) * units.size, phase)
 
-    def choose_entries(self, selection: torch.Tensor, selected: int, phase: int) -> None:
+    def choose_entries(self, mask: Mask, selected: int, phase: int) -> None:
         """Begin a phase in which the chosen entries are updated; see `TargetWeight.choose_entries`."""
-        self.freeze(Mask.of(selection), selected, phase)
+        self.freeze(mask, selected, phase)
 
     def choose_all(self, phase: int) -> None:
         """Begin a phase in which everything is updated; see `TargetWeight.choose_all`."""

@@ -12,16 +12,23 @@ from peft_dps.errors import EngineError
 from peft_dps.tensors.shards import Sharding, local_part
 
 
-def refuse_state(optimizer: Optimizer, parameter: torch.Tensor, name: str) -> None:
-    """Refuse an optimizer whose state of a parameter does not tell what belongs to which of its entries."""
+def refuse_state(optimizer: Optimizer, parameter: torch.Tensor, shape: torch.Size, name: str) -> None:
+    """Refuse an optimizer whose state of a parameter does not tell what belongs to which of its entries.
+
+    Args:
+        optimizer: The optimizer.
+        parameter: The parameter.
+        shape: The shape that it had at the latest step.
+        name: What errors call it.
+    """
     for key, value in optimizer.state.get(parameter, {}).items():
         tensor = isinstance(value, torch.Tensor)
-        fits = tensor and value.shape == parameter.shape and value.is_floating_point()
+        fits = tensor and value.shape == shape and value.is_floating_point()
         if isinstance(value, (dict, list, tuple)) or (tensor and value.numel() != 1 and not fits):
             what = f"{value.dtype} {list(value.shape)}" if tensor else type(value).__name__
             raise EngineError(
                 f"{type(optimizer).__name__} keeps {key!r} as {what} of the weight of {name!r}, whose shape is "
-                f"{list(parameter.shape)}, so its state cannot follow units that are selected anew. Use an optimizer "
+                f"{list(shape)}, so its state cannot follow units that are selected anew. Use an optimizer "
                 "that keeps state in the parameter's shape, such as torch.optim.AdamW, or `schedule='once'`."
             )
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from peft_dps.errors import EngineError, ScoreError, TargetError
+from peft_dps.masking.mask import Mask
 from peft_dps.recipes import Recipe
 from peft_dps.selection.sharded_topk import WEIGHTS_AT_ONCE, select_sharded
 from peft_dps.selection.topk import SortableScores, check_one_dtype, select, select_within
@@ -101,7 +102,8 @@ class Selector:
             selected = counts if len(problems) == len(batch) else [int(mask.count_nonzero()) for mask in masks]
         else:
             masks, selected = select_sharded(scores, problems, counts, ranks)
-        for weight, mask, count in zip(batch, masks, selected, strict=True):
+        held = [Mask.of(mask) for mask in masks]  # what may fail comes before any scores are dropped
+        for weight, mask, count in zip(batch, held, selected, strict=True):
             weight.choose_entries(mask, count, self._phase)
         self._note_empty(batch, scores, ranks)
 

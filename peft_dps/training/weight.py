@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from peft_dps.recipes import Recipe
 from peft_dps.selection.evidence import Gathered
 from peft_dps.selection.scores import ScoreContext
 from peft_dps.tensors.layout import Layout, Units
+from peft_dps.tensors.saved_state import SavedState, State
 from peft_dps.tensors.shards import Ranks, Sharding, local_part, sharding_of
 from peft_dps.tensors.spare_memory import SpareMemory
 from peft_dps.training.layer import TargetLayer, Training
@@ -49,7 +50,10 @@ class TargetWeight:
         observed: Steps of this phase, or the latest that gathered evidence, that brought it a gradient.
         selected: Entries selected at the latest selection; None before the first.
         version: Version counter of the weight when nothing but the optimizer was to change it any more.
+        takes_masks: Whether masks hold entries of it in a phase of a selection.
     """
+
+    takes_masks: ClassVar[bool] = True
 
     def __init__(self, name: str, layer: TargetLayer, adapter: str, owner: Training, recipe: Recipe) -> None:
         self.name = name
@@ -219,6 +223,14 @@ class TargetWeight:
         """Begin a phase in which no mask holds."""
         self.see_version()
 
+    def state(self, *, ends: bool) -> State:
+        """Return what an exact resume needs; `ends` tells whether the latest step was the last of its phase."""
+        return State({"observed": self.observed, "selected": self.selected}) | self.gathered.state(self, ends=ends)
+
+    def read_evidence(self, saved: SavedState) -> Gathered:
+        """Return the evidence that a saved state holds."""
+        return self.recipe.evidence.load(saved, self.weight)
+
     @property
     def mask(self) -> Mask | None:
         """Which entries are updated; None where no mask holds."""
@@ -242,11 +254,11 @@ class TargetWeight:
         """
         raise NotImplementedError
 
-    def choose_entries(self, selection: torch.Tensor, selected: int, phase: int) -> None:
+    def choose_entries(self, mask: Mask, selected: int, phase: int) -> None:
         """Begin a phase in which the chosen entries are updated, and drop the evidence.
 
         Args:
-            selection: Bool, the shape of the weight, or of this process's rows of it.
+            mask: They, of the weight or of this process's rows of it.
             selected: Number of chosen entries of the whole weight.
             phase: Number of the phase.
         """

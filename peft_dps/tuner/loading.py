@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from peft_dps.errors import AdapterFileError
+from peft_dps.masking.compact.delta import NONE, Delta
 from peft_dps.tensors.difference import decode, is_encoded
+from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tuner.trained_tensors import TrainedTensor, trained_tensors
 
 logger = logging.getLogger(__name__)
-_OF_LAYERS = (".dps_weight.", ".dps_bias.")
+_OF_LAYERS = (".dps_weight.", ".dps_delta.", ".dps_bias.")
 _SHOWN = 3
 
 
@@ -21,15 +23,59 @@ def read_state(model: nn.Module, adapter: str, state: Mapping[str, torch.Tensor]
     """Check that a state dict holds exactly an adapter's tensors, and decode those that are differences."""
     tensors = {tensor.key: tensor for tensor in trained_tensors(model, adapter)}
     needed = {key for key, tensor in tensors.items() if tensor.in_layer}
+    deltas = {
+        f"{path}.dps_delta.{adapter}": delta
+        for path, module in model.named_modules()
+        if isinstance(module, DPSLayer) and (delta := module.delta(adapter)) is not None
+    }
+    needed |= {f"{path}.{name}" for path in deltas for name in ("weight", "index")}
     _refuse("lacks", sorted(needed - state.keys()), adapter)
     given = {key for key in state if any(part in f"{key}." for part in _OF_LAYERS)}
-    _refuse("has, without a place in the model,", sorted(given - needed), adapter)
+    kept = {f"{path}.{name}" for path in deltas for name in ("kept_weight", "kept_index")}
+    _refuse("has, without a place in the model,", sorted(given - needed - kept), adapter)
+    for path, delta in deltas.items():
+        make_room(path, delta, state)
     restored = {key: _read_tensor(key, tensor, tensors.get(key)) for key, tensor in state.items()}
     keys = model.state_dict().keys()
     unknown = sorted(state.keys() - keys - {f"base_model.model.{key}" for key in keys})
     if unknown:
         logger.warning("What is loaded for adapter %r has tensors that the model lacks: %s.", adapter, _some(unknown))
     return restored
+
+
+def expect_kept_units(model: nn.Module, adapter: str, state: Mapping[str, torch.Tensor]) -> None:
+    """Let layers have units that are not trained any more where a file has them: PEFT goes by the names of a model."""
+    for path, module in model.named_modules():
+        if isinstance(module, DPSLayer) and (delta := module.delta(adapter)) is not None:
+            delta.resize(delta.slots, int(any(key.endswith(f"{path}.dps_delta.kept_index") for key in state)))
+
+
+def make_room(path: str, delta: Delta, state: Mapping[str, torch.Tensor]) -> None:
+    """Check the units that a state dict holds for a layer, and give the layer as many."""
+    values, index = state[f"{path}.weight"], state[f"{path}.index"]
+    kept_values, kept_index = state.get(f"{path}.kept_weight"), state.get(f"{path}.kept_index")
+    kept = index[:0] if kept_index is None else kept_index
+    held = torch.cat([index, kept]) if index.dtype == kept.dtype and index.dim() == kept.dim() == 1 else None
+    waits = held is not None and bool((held == NONE).all())
+    if held is None or held.dtype is not torch.int32:
+        problem = f"`index` is {index.dtype} {list(index.shape)}, and has to be a list of int32"
+    elif not waits and bool(((held < 0) | (held >= delta.units.count)).any()):
+        problem = f"`index` names units that the layer lacks, which has {delta.units.count}"
+    elif not waits and len(held.unique()) != len(held):
+        problem = "`index` names a unit twice"
+    elif (kept_values is None) is not (kept_index is None):
+        problem = "it lacks one of `kept_weight` and `kept_index`"
+    else:
+        parts = [(values, len(index))] if kept_values is None else [(values, len(index)), (kept_values, len(kept))]
+        wrong = [own for own, many in parts if own.shape != delta.shape_of(many) or not own.is_floating_point()]
+        if not wrong:
+            delta.resize(len(index), len(kept))
+            return
+        problem = f"its values are {wrong[0].dtype} {list(wrong[0].shape)}"
+    raise AdapterFileError(
+        f"What is loaded for {path!r} does not fit the layer: {problem}. Load the adapter with its own config, onto "
+        "the base model that it was trained on."
+    )
 
 
 def require_saved_shapes(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:

@@ -23,7 +23,7 @@ from peft_dps.tuner.adapter_name import one_adapter, require_adapter_name
 from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.dispatch import check_layout, check_reach, make_layer, wrap_parameter
 from peft_dps.tuner.layers.layer import DPSLayer
-from peft_dps.tuner.loading import read_state, require_saved_shapes
+from peft_dps.tuner.loading import expect_kept_units, read_state, require_saved_shapes
 from peft_dps.tuner.method import settings_of
 from peft_dps.tuner.model_card import make_section, write_section
 from peft_dps.tuner.offload import offload_bases, offload_originals
@@ -129,6 +129,7 @@ class DPSModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         # PEFT's place for what a tuner does with a loaded state dict, before it reaches the model.
         config = _as_dps(config)
+        expect_kept_units(model, adapter_name, state_dict)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
             return read_state(model, adapter_name, mapped)

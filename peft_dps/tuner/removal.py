@@ -13,7 +13,7 @@ def remove_adapter(tuner: BaseTuner, adapter: str) -> None:
     tuner.delete_adapter(adapter)
     model = tuner.model
     for key, module in reversed(list(model.named_modules())):  # the inner ones first
-        if isinstance(module, DPSLayer) and not module.dps_weight:
+        if isinstance(module, DPSLayer) and not (module.dps_weight or module.dps_delta):
             model.set_submodule(key, module.unload_and_optionally_merge_module(False, False, None))
         elif isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:
             model.set_submodule(key, module.original_module)

@@ -1,4 +1,4 @@
-"""The tensors that an adapter trains, each with the pretrained one that it began as."""
+"""The tensors that an adapter trains, each with the pretrained one that it began as, but for compact ones."""
 
 from __future__ import annotations
 

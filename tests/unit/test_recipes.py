@@ -37,7 +37,7 @@ def add_granularity():
 
 
 def add_schedule():
-    @SCHEDULES.register("every")
+    @SCHEDULES.register("each")
     @dataclasses.dataclass(frozen=True)
     class Every(Schedule):
         settings: object
@@ -69,7 +69,7 @@ def add_evidence():
 ADDED = {
     "score": (add_score, "least_moved", SCORES),
     "granularity": (add_granularity, "pair", GRANULARITIES),
-    "schedule": (add_schedule, "every", SCHEDULES),
+    "schedule": (add_schedule, "each", SCHEDULES),
     "frozen": (add_frozen_policy, "halved", FROZEN),
     "evidence": (add_evidence, "largest_gradient", EVIDENCE),
 }
@@ -139,7 +139,7 @@ def test_a_new_granularity_selects_its_units(added, batches):
 
 
 def test_a_new_schedule_selects_anew_while_a_mask_holds(added, batches):
-    seen = run(make(schedule="every"), batches, 7)
+    seen = run(make(schedule="each"), batches, 7)
     assert [masks[0] is not None for masks in seen] == [False, False, True, True, True, True, True]
     assert torch.equal(seen[2][0], seen[3][0])
     assert not torch.equal(seen[2][0], seen[4][0])

@@ -79,7 +79,7 @@ class Delta(nn.Module):
 
     def parts(self) -> list[Part]:
         """Return the units that the adapter holds: those that are trained, and those that were."""
-        trained = [(self.weight, self.index)] if self.is_selected and self.slots else []
+        trained: list[Part] = [(self.weight, self.index)] if self.is_selected and self.slots else []
         return trained if self.kept is None else [*trained, self.kept]
 
     @property
@@ -179,7 +179,7 @@ class Delta(nn.Module):
         return base_weight.to(self.weight.dtype) + self.dense(base_weight) if self.parts() else base_weight
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
         self.see_selection()
 
     def see_selection(self) -> None:
@@ -215,6 +215,9 @@ class WholeDelta(Delta):
     def shape_of(self, slots: int) -> tuple[int, ...]:
         """Return the shape of the weight, or one without entries."""
         return (self.units.shape[0] * slots, *self.units.shape[1:])
+
+    def _axis(self) -> int:
+        return 0
 
     @torch.no_grad()
     def take(self, numbers: torch.Tensor, load_base: LoadBase) -> None:

@@ -1,4 +1,4 @@
-"""A linear layer with values added to single entries of its weight, whose dense gradient lives for one layer at a time."""
+"""A linear layer with values added to single entries of its weight; one dense gradient exists at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from peft_dps.masking.compact.delta import Part
-from peft_dps.masking.effective import compute_dtype
+from peft_dps.masking.effective import apply_uncast
 from peft_dps.tensors.scratch import scratch
 
 
@@ -35,12 +35,7 @@ def linear_with_entries(
     Returns:
         Activations `[..., out]`.
     """
-    dtype = compute_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        output: torch.Tensor = _EntryLinear.apply(  # type: ignore[no-untyped-call]
-            x.to(dtype), base_weight, None if bias is None else bias.to(dtype), parts[0][0], parts, input_axis
-        )
-    return output
+    return apply_uncast(_EntryLinear, x, base_weight, bias, parts[0][0], parts, input_axis)
 
 
 def _passing(base_weight: torch.Tensor, parts: list[Part], dtype: torch.dtype, input_axis: int) -> torch.Tensor:
@@ -71,7 +66,7 @@ class _EntryLinear(torch.autograd.Function):
         return F.linear(x, _passing(base_weight, parts, x.dtype, input_axis), bias).detach()  # no view
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, base_weight, values = ctx.saved_tensors
         rows, columns = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1])

@@ -111,7 +111,7 @@ class _Tap(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.link.take(gradient), None
 
@@ -139,7 +139,7 @@ class _AddColumns(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         taken, delta, index = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1])
@@ -170,7 +170,7 @@ class _AddRows(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, delta, index = ctx.saved_tensors
         flat = gradient.reshape(-1, gradient.shape[-1])
@@ -195,6 +195,6 @@ def _columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return matrix.index_select(1, index)
 
 
-def _add_columns_(matrix: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+def _add_columns_(matrix: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     # An addition by index goes through the columns one by one on a CPU.
-    matrix.scatter_add_(1, index.long().expand(values.shape), values.to(matrix.dtype))
+    return matrix.scatter_add_(1, index.long().expand(values.shape), values.to(matrix.dtype))

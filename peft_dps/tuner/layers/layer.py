@@ -26,8 +26,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
 
     The base layer stays frozen: it is the pretrained weight W0, it is what runs when adapters are disabled, and
     what the adapter adds to W0 is the delta by which several adapters are combined and merged. With one active adapter
-    the forward is the base layer's operation with the adapter's weight in place of W0; in compact storage it is that of
-    the base layer, and what the selected units add.
+    the forward is the base layer's operation with the adapter's weight in place of W0. In compact storage it is the
+    base layer's own, and what the selected units add.
 
     Attributes:
         dps_weight: Per adapter, the trainable weight, in the base weight's shape and layout.

@@ -47,7 +47,7 @@ class _AnyLinear(DPSLayer):
 
     def _compute_with_entries(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.pretrained()
-        bias = self.dps_bias[name] if name in self.dps_bias else bias
+        bias = self.dps_bias.get(name, bias)
         return linear_with_entries(x, weight, bias, self.dps_delta[name].parts(), input_axis=self.input_axis)  # type: ignore[operator]
 
     def _out_in(self, weight: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from peft_dps import Stage
 from peft_dps.errors import EngineError, ScoreError
 from peft_dps.training import hooks
-from peft_dps.training.weight import TargetWeight
+from peft_dps.training.copied_weight import CopiedWeight as TargetWeight
 from tests.device import DEVICE
 from tests.unit.conftest import controller_of, keep_of, layers_of, train, trainable, weights_of
 

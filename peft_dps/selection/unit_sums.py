@@ -51,7 +51,7 @@ class UnitSums(Gathered):
             return
         wide = gradient if gradient.dtype is torch.float64 else gradient.float()
         wide = wide.square() if self.power == 2 else wide.abs()
-        part = wide if self._per_entry else wide.sum(self._reduced, dtype=torch.float64).view(-1)
+        part = wide if self._per_entry else wide.sum(self._reduced).view(-1).double()
         self.pending = part if self.pending is None else self.pending.add_(part)
 
     def fold(self, scale: float) -> None:

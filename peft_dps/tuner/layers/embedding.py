@@ -24,6 +24,7 @@ class Embedding(DPSLayer):
         base: Any = base_layer
         self.in_features: int = base.num_embeddings
         self.out_features: int = base.embedding_dim
+        self._known_slots: tuple[Any, torch.Tensor, int | None] | None = None  # of the units that were asked for last
 
     @property
     def layout(self) -> Layout:
@@ -51,17 +52,24 @@ class Embedding(DPSLayer):
         y = compute(x)
         for values, numbers in delta.parts():
             if delta.axis == 0:
-                slots = numbers.new_full((self.in_features,), len(numbers))
-                slots[numbers.long()] = torch.arange(len(numbers), dtype=slots.dtype, device=slots.device)
-                if base.padding_idx is not None:
-                    slots[base.padding_idx] = len(numbers)  # it has no gradient
+                slots, padding = self._slots_of(numbers)
                 values = torch.cat([values, values.new_zeros((1, *values.shape[1:]))])  # of tokens that are no units
-                own = F.embedding(slots[x], values, len(numbers), scale_grad_by_freq=base.scale_grad_by_freq)
+                own = F.embedding(slots[x], values, padding, scale_grad_by_freq=base.scale_grad_by_freq)
                 y = y + _scaled(own.to(y.dtype), base)
             else:
                 own = F.embedding(x, values, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
                 y = y.index_add(-1, numbers, _scaled(own.to(y.dtype), base))
         return y
+
+    def _slots_of(self, numbers: torch.Tensor) -> tuple[torch.Tensor, int | None]:
+        """Return the slot of each token, one past the last for those that have none, and that of padding."""
+        key = numbers.data_ptr(), numbers.numel(), numbers._version
+        if self._known_slots is None or self._known_slots[0] != key:
+            base: Any = self.get_base_layer()
+            slots = numbers.new_full((self.in_features,), len(numbers))
+            slots[numbers.long()] = torch.arange(len(numbers), dtype=slots.dtype, device=slots.device)
+            self._known_slots = key, slots, None if base.padding_idx is None else int(slots[base.padding_idx])
+        return self._known_slots[1], self._known_slots[2]
 
     def _weight_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         base: Any = self.get_base_layer()

@@ -102,7 +102,9 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         make, perturb = controller.storage.parameter, not config.init_weights
         if controller.storage.compact:
             like = weight.new_empty((), device="meta" if low_cpu_mem_usage else None)
-            self.dps_delta[adapter_name] = controller.make_delta(self.layout, like)
+            self.dps_delta[adapter_name] = delta = controller.make_delta(self.layout, like)
+            if perturb and not low_cpu_mem_usage:
+                delta.perturb(self.pretrained_weight)
         else:
             self.dps_weight[adapter_name] = make(weight, on_meta=low_cpu_mem_usage, perturb=perturb)
         if bias is not None and config.train_bias:

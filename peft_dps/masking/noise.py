@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
-from peft_dps.masking.effective import AmplifiedWeight, EffectiveWeight, NoisyWeight, ShardedAmplifiedWeight
+from peft_dps.masking.effective_weight import AmplifiedWeight, EffectiveWeight, NoisyWeight, ShardedAmplifiedWeight
 from peft_dps.masking.frozen_policy import FrozenWeight
 from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.registry import Registry

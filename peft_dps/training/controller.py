@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from peft_dps.errors import ConfigError, EngineError
 from peft_dps.masking.compact.delta import Delta
-from peft_dps.masking.effective import EffectiveWeight, refuse_transforms
+from peft_dps.masking.effective_weight import EffectiveWeight, refuse_transforms
 from peft_dps.masking.storage import Storage
 from peft_dps.recipes import Recipe
 from peft_dps.selection.schedule import Position, Stage

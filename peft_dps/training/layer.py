@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peft_dps.masking.compact.delta import Delta
-from peft_dps.masking.effective import EffectiveWeight
+from peft_dps.masking.effective_weight import EffectiveWeight
 from peft_dps.masking.storage import Storage
 from peft_dps.tensors.layout import Layout
 

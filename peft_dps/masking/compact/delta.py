@@ -116,7 +116,7 @@ class Delta(nn.Module):
         """Select the first units, at least one, and give them random values; only for tests."""
         count = max(1, self.slots)
         self.take(torch.arange(count, dtype=torch.int32, device=self.index.device), load_base)
-        self.weight += 0.02 * torch.randn_like(self.weight)
+        self.weight.add_(torch.randn_like(self.weight), alpha=0.02)
 
     @torch.no_grad()
     def exchange(
@@ -232,13 +232,6 @@ class WholeDelta(Delta):
         super().take(numbers, load_base)
         if self.slots:
             set_values(self.weight, self._copied(load_base))
-
-    @torch.no_grad()
-    def perturb(self, load_base: LoadBase) -> None:
-        """Select the first units, at least one, and give them random values; only for tests."""
-        count = max(1, self.slots)
-        self.take(torch.arange(count, dtype=torch.int32, device=self.index.device), load_base)
-        self.weight += 0.02 * torch.randn_like(self.weight)
 
     @torch.no_grad()
     def exchange(

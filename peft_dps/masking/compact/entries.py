@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from peft_dps.masking.compact.delta import Part
-from peft_dps.masking.effective import apply_uncast
+from peft_dps.masking.effective_weight import apply_uncast
 from peft_dps.tensors.scratch import scratch
 
 

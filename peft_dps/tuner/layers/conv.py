@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft_dps.masking.compact.delta import Delta
-from peft_dps.masking.effective import EffectiveWeight
-from peft_dps.masking.operations import effective_conv
+from peft_dps.masking.effective_layers import effective_conv
+from peft_dps.masking.effective_weight import EffectiveWeight
 from peft_dps.tensors.layout import Layout, out_in
 from peft_dps.tuner.layers.layer import DPSLayer, cast_to_activation
 

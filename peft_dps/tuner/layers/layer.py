@@ -14,7 +14,7 @@ from torch.func import functional_call
 
 from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import observed, observed_weight
-from peft_dps.masking.effective import EffectiveWeight, materialize
+from peft_dps.masking.effective_weight import EffectiveWeight, materialize
 from peft_dps.tensors.layout import Layout
 from peft_dps.training.layer import Training
 from peft_dps.tuner.config import DPSConfig

@@ -12,7 +12,8 @@ from torch import nn
 from peft_dps.masking.compact.delta import Delta, EntryDelta
 from peft_dps.masking.compact.entries import linear_with_entries
 from peft_dps.masking.compact.linear import add_columns, add_rows
-from peft_dps.masking.effective import EffectiveWeight, effective_linear
+from peft_dps.masking.effective_linear import effective_linear
+from peft_dps.masking.effective_weight import EffectiveWeight
 from peft_dps.tensors.layout import Layout, in_out, out_in
 from peft_dps.tuner.layers.layer import DPSLayer, cast_to_activation
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peft_dps.errors import StateError
-from peft_dps.masking.effective import NoisyWeight
+from peft_dps.masking.effective_weight import NoisyWeight
 from peft_dps.masking.noise import NOISES, ColumnNoise, Noise, Participation
 from peft_dps.tensors.layout import in_out, out_in
 from peft_dps.tensors.saved_state import SavedState

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from peft_dps.errors import EngineError
-from peft_dps.masking.effective import NoisyWeight
+from peft_dps.masking.effective_weight import NoisyWeight
 from peft_dps.tensors.file import on_disk
 
 

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dps import DPSConfig, Stage
 from peft_dps.errors import EngineError
-from peft_dps.masking.effective import AmplifiedWeight, NoisyWeight, effective_linear
+from peft_dps.masking.effective_linear import effective_linear
+from peft_dps.masking.effective_weight import AmplifiedWeight, NoisyWeight
 from peft_dps.masking.mask import Mask
 from peft_dps.masking.noise import ColumnNoise, Participation
 from tests.device import DEVICE

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from peft_dps import DPSConfig, Stage
-from peft_dps.masking.effective import AmplifiedWeight, NoisyWeight
+from peft_dps.masking.effective_weight import AmplifiedWeight, NoisyWeight
 from peft_dps.masking.mask import Mask
 from peft_dps.masking.noise import ColumnNoise
 from tests.device import DEVICE

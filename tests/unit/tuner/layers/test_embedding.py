@@ -10,7 +10,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 from peft_dps import DPSConfig, Stage
 from peft_dps.errors import TargetError
-from peft_dps.masking.effective import AmplifiedWeight, NoisyWeight
+from peft_dps.masking.effective_weight import AmplifiedWeight, NoisyWeight
 from peft_dps.masking.mask import Mask
 from peft_dps.masking.noise import ColumnNoise
 from tests.device import DEVICE

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from peft_dps.masking.effective import EffectiveWeight, apply_uncast, once_differentiable, passing
+from peft_dps.masking.effective_weight import EffectiveWeight, apply_uncast, once_differentiable, passing
 
 
 def effective_conv(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peft_dps import offloaded_parameters
+from peft_dps.masking.compact.linear import add_columns
 from peft_dps.selection.budget import EntryBudget
 from peft_dps.selection.optimizer_moments import MomentScores
 from peft_dps.selection.topk import SortableScores
@@ -22,6 +23,7 @@ __all__ = [
     "Evidence",
     "MomentScores",
     "TargetWeight",
+    "add_columns",
     "byte_planes",
     "compact_tensors",
     "encode",

@@ -3,8 +3,9 @@ from contextlib import contextmanager
 from itertools import product
 
 import pytest
+import torch
 
-from benchmarks import compact, page
+from benchmarks import compact, compact_layer, page
 from benchmarks.compact_methods import METHODS, REFERENCES, Plan
 from benchmarks.compact_page import AIMS, section
 from benchmarks.compact_worker import Worker
@@ -12,6 +13,7 @@ from benchmarks.engine import target_weights
 from benchmarks.settings import Settings
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled"),  # SHiRA
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
 ]
@@ -122,3 +124,27 @@ def test_methods_share_memory_as_far_as_it_goes():
     assert compact.grouped(list(REFERENCES), needs, 12) == [[*REFERENCES]]
     with pytest.raises(MemoryError, match="Leave 'copy' out"):
         compact.grouped(list(needs), needs, 11)
+
+
+def test_ways_to_compute_a_layer_agree():
+    found, trained = compact_layer.ways(12, 10, rows=6, density=0.2, rank=2)
+    x, delta = trained[:2]
+    expected = {}
+    for name in ("peft_dps", "plain operators", "one function", "one function, padded", "one function, turned"):
+        x.grad = delta.grad = None
+        with torch.no_grad():
+            delta.copy_(torch.arange(30.0).view(10, 3))
+        output = found[name]()
+        output.square().sum().backward()
+        results = {"y": output.detach(), "x": x.grad, "delta": delta.grad}
+        expected = expected or results
+        torch.testing.assert_close(results, expected)
+
+
+def test_ways_to_compute_a_layer_are_timed(capsys, monkeypatch):
+    monkeypatch.setattr(compact_layer, "SHAPES", ((12, 10),))
+    compact_layer.main(["--rows", "4", "--rounds", "2", "--rank", "2", "--density", "0.2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| way |  | 12 to 10 |"
+    assert "| frozen alone |  | 1.000 (1.000 to 1.000) |" in lines
+    assert len(lines) == 12

@@ -8,9 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from benchmarks.settings import Settings
-
-Make = Callable[[str, Settings], Any]
+Make = Callable[[str, Any], Any]
 
 
 class Crew:
@@ -45,13 +43,13 @@ class Crew:
 
 
 @contextmanager
-def crew_of(make: Make, names: Sequence[str], settings: Settings) -> Iterator[Crew]:
+def crew_of(make: Make, names: Sequence[str], settings: Any) -> Iterator[Crew]:
     """Start a process for each name, and end them all afterwards.
 
     Args:
         make: Called in each process, makes its object; a class or function at the top of a module.
         names: Names, the first argument of `make`.
-        settings: The second.
+        settings: The second; what can be pickled.
     """
     context = multiprocessing.get_context("spawn")
     with ExitStack() as stack:
@@ -67,7 +65,7 @@ def crew_of(make: Make, names: Sequence[str], settings: Settings) -> Iterator[Cr
         yield Crew(connections)
 
 
-def _serve(connection: Connection, make: Make, name: str, settings: Settings) -> None:
+def _serve(connection: Connection, make: Make, name: str, settings: Any) -> None:
     one = make(name, settings)
     with suppress(EOFError, BrokenPipeError):  # the other end is gone
         while True:

@@ -87,10 +87,14 @@ def _lora(model: PreTrainedModel, plan: Plan) -> nn.Module:
 
 
 def _shira(model: PreTrainedModel, plan: Plan) -> nn.Module:
-    """PEFT's SHiRA: as many entries in all as DPS selects, at random; its `r` is the same for all layers."""
+    return with_shira(model, plan.density, "CAUSAL_LM")
+
+
+def with_shira(model: PreTrainedModel, density: float, task: str) -> nn.Module:
+    """Add PEFT's SHiRA: as many entries in all as DPS selects, at random; its `r` is the same for all layers."""
     layers = list(targets(model))
     entries, sides = (sum(measure(layer) for layer in layers) for measure in (_entries, _sides))
-    config = ShiraConfig(task_type="CAUSAL_LM", r=max(1, round(plan.density * entries / sides)))
+    config = ShiraConfig(task_type=task, r=max(1, round(density * entries / sides)))
     config.target_modules = "all-linear"
     config.mask_fn = _random_mask
     return get_peft_model(model, config)

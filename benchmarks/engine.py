@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from peft_dps import offloaded_parameters
+from peft_dps.masking.compact.linear import add_columns
 from peft_dps.selection.budget import EntryBudget
 from peft_dps.selection.optimizer_moments import MomentScores
 from peft_dps.selection.topk import SortableScores
@@ -19,18 +20,24 @@ from peft_dps.tuner.adapter import find_controllers
 from peft_dps.tuner.trained_tensors import trained_tensors
 
 __all__ = [
+    "Evidence",
     "MomentScores",
     "TargetWeight",
+    "add_columns",
     "byte_planes",
+    "compact_tensors",
     "encode",
     "held_tensors",
     "masks_in_force",
     "offloaded_parameters",
     "select",
+    "select_now",
     "target_weights",
     "tensors_in",
     "trained_tensors",
 ]
+
+Evidence = Callable[[str, int], torch.Tensor]  # the name of a weight and its number of units -> theirs, `[units]`
 
 # Where a weight keeps what, by the objects of its phase and their fields; anything else counts as a snapshot.
 _KINDS = {"gathered": "scores", "noise.count": "scores", "noise.columns": "masks", "frozen.mask": "masks"}
@@ -71,3 +78,29 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 def masks_in_force(model: nn.Module) -> list[torch.Tensor]:
     """Return the masks of this SUBNETWORK stage, in the order of the weights; none in ACCUMULATE."""
     return [weight.frozen.mask.keep.bool() for weight in target_weights(model) if weight.frozen is not None]
+
+
+def select_now(model: nn.Module, evidence: Evidence) -> None:
+    """Let compact adapters with `score_steps=0` select by evidence that is made up, without any pass.
+
+    Args:
+        model: The model.
+        evidence: Returns the evidence of a weight, of its name and its number of units.
+    """
+    for controller in find_controllers(model).values():
+        for weight in controller.weights:
+            sums = weight.gathered
+            found = evidence(weight.name, sums.units.count)
+            per_entry = sums.units.size == 1
+            sums.total = found.float().view(sums.units.shape) if per_entry else found.double()
+            weight.observed = 1
+        controller.clock.count_scored(True)
+        controller.end_scoring()
+
+
+def compact_tensors(model: nn.Module) -> Iterator[tuple[TargetWeight, torch.Tensor, list[torch.Tensor]]]:
+    """Find what compact adapters hold: of each weight W0, and the tensors of its units."""
+    for weight in target_weights(model):
+        delta = weight.layer.delta(weight.adapter)
+        if delta is not None:
+            yield weight, weight.layer.pretrained_weight(), [*delta.parameters(), *delta.buffers()]

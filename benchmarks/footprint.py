@@ -78,13 +78,13 @@ def count_footprints(names: Sequence[str], settings: Settings) -> dict[str, Foot
     """
     found = {}
     for name in names:
-        with _usual_malloc(), crew_of(Accountant, [name], settings) as crew:
+        with usual_malloc(), crew_of(Accountant, [name], settings) as crew:
             found[name] = crew.ask(name, "count")
     return found
 
 
 @contextmanager
-def _usual_malloc() -> Iterator[None]:
+def usual_malloc() -> Iterator[None]:
     """Let processes begin without settings of malloc: one that keeps freed memory for speed blurs their peaks."""
     settings = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("MALLOC_")}
     try:

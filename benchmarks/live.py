@@ -32,7 +32,8 @@ class LiveTensors(TorchDispatchMode):
     """Counts the bytes of all tensors that operators have made or taken and that are still alive.
 
     It works on any device, and counts the same on every machine. What it misses are temporary buffers inside of
-    kernels. Memory that tensors share counts once, and what is mapped from a file not at all.
+    kernels. Memory that tensors share counts once, and what is mapped from a file not at all. Of a sparse tensor those
+    parts count that operators make or take by themselves.
     """
 
     def __init__(self) -> None:
@@ -49,7 +50,7 @@ class LiveTensors(TorchDispatchMode):
     ) -> Any:
         output = function(*args, **(kwargs or {}))
         for leaf in tree_leaves((output, args, kwargs)):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
                 self._see(leaf.untyped_storage())
         return output
 

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compact_page import section
 from benchmarks.findings import Entry, Findings
 from benchmarks.memory import KINDS
 from benchmarks.plots import SWEEPS, draw_memory, draw_sweep
 from benchmarks.ratio import LOADING, MEMORY, target
 from benchmarks.rounds import FIGURES
 from benchmarks.settings import Settings
+from benchmarks.tables import table
 from benchmarks.variant import VARIANTS
 from peft_dps.compare.report.style import save
 
@@ -25,7 +27,8 @@ _HEAD = """\
 # Benchmarks
 
 What DPS costs in time and memory beside full fine-tuning of the same parameters. This page is made by
-`python -m benchmarks.page` from results of `python -m benchmarks.suite`; do not edit it.
+`python -m benchmarks.page` from results of `python -m benchmarks.suite` and `python -m benchmarks.compact`; do not
+edit it.
 
 In the tables a figure has its aim in brackets, and **bold** means that it misses it. LoRA has no aims; it is there to
 compare.
@@ -74,15 +77,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.page", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--results", type=Path, nargs="+", default=None, help="JSON files (default: all suite_*.json)")
+    usual = "JSON files (default: all suite_*.json and compact_*.json)"
+    parser.add_argument("--results", type=Path, nargs="+", default=None, help=usual)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks.md", help="page to write")
     options = parser.parse_args(arguments)
-    files = options.results or sorted(_RESULTS.glob("suite_*.json"))
+    files = options.results or result_files()
     page = make_page({path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files})
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(page.text, encoding="utf-8")
     for name, draw in page.images.items():
         save(draw(), options.out.parent / "images" / name)
+
+
+def result_files() -> list[Path]:
+    """Return the files of the repository that the page is made of."""
+    return [*sorted(_RESULTS.glob("suite_*.json")), *sorted(_RESULTS.glob("compact_*.json"))]
 
 
 def make_page(documents: dict[str, dict[str, Any]]) -> Page:
@@ -95,6 +104,9 @@ def make_page(documents: dict[str, dict[str, Any]]) -> Page:
     head = _HEAD.format(density=usual.density, dropout=usual.dropout)
     parts, images = [head if documents else f"{head}\n{_NONE}"], {}
     for name, document in documents.items():
+        if "models" in document:
+            parts.append(section(document))
+            continue
         results = Findings(document)
         parts.append(f"## {name.removeprefix('suite_').upper()}\n\n{_machine(results)}")
         parts.append(f"### Beside full fine-tuning\n\n{_summary(results)}")
@@ -135,7 +147,7 @@ def _summary(results: Findings) -> str:
                 "-" if loading is None else f"{_aimed(loading[0], target(variant, LOADING))}; {loading[1]:.2f}"
             )
             rows.append((entry.title, _title(variant), *cells))
-    return _table(rows)
+    return table(rows)
 
 
 def _times(results: Findings) -> str:
@@ -147,7 +159,7 @@ def _times(results: Findings) -> str:
             seconds = [_number(entry.seconds(variant, figure), 3) for figure in FIGURES]
             quartiles = [_quartiles(entry.spread(variant, figure)) for figure in FIGURES]
             rows.append((entry.title, _title(variant), *seconds, *quartiles))
-    return _table(rows)
+    return table(rows)
 
 
 def _memory(results: Findings, name: str) -> str:
@@ -164,7 +176,7 @@ def _memory(results: Findings, name: str) -> str:
             for figure in FIGURES if VARIANTS[variant].method else FIGURES[:1]:
                 kinds = [f"{footprint['kinds'][figure][kind] / _MIB:.0f}" for kind in shown]
                 rows.append((entry.title, _title(variant), figure, *kinds, f"{footprint['peaks'][figure] / _MIB:.0f}"))
-    return text + _table(rows)
+    return text + table(rows)
 
 
 def _sweep(results: Findings, field: str, sizes: dict[str, list[Entry]], image: str) -> str:
@@ -177,7 +189,7 @@ def _sweep(results: Findings, field: str, sizes: dict[str, list[Entry]], image: 
                     cells = [_number(entry.step(variant, figure)) for figure in FIGURES]
                     value = f"{entry.value(field):,}"
                     rows.append((entry.size, value, _title(variant), *cells, _number(entry.memory(variant))))
-    return f"### By {title}\n\n![Ratios by {title}](images/{image})\n\n{_table(rows)}"
+    return f"### By {title}\n\n![Ratios by {title}](images/{image})\n\n{table(rows)}"
 
 
 def _title(variant: str) -> str:
@@ -197,12 +209,6 @@ def _quartiles(spread: dict[str, float] | None) -> str:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    aligned = ["---", "---", *("---:" for _ in head[2:])]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, aligned, *body)) + "\n"
 
 
 if __name__ == "__main__":

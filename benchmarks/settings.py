@@ -32,18 +32,21 @@ ENCODERS: dict[str, dict[str, Any]] = {
     },
     "small": _SMALL,
     "toy": {**_TOY, "num_hidden_layers": 1},
+    "toy-pair": {**_TOY, "num_hidden_layers": 2},
+}
+_HALF_BILLION = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "tie_word_embeddings": True,
 }
 # Fields of Qwen2Config.
 DECODERS: dict[str, dict[str, Any]] = {
-    "decoder-0.5b": {
-        "vocab_size": 151936,
-        "hidden_size": 896,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "intermediate_size": 4864,
-        "tie_word_embeddings": True,
-    },
+    "decoder-0.5b": _HALF_BILLION,
+    "decoder-0.5b-32k": {**_HALF_BILLION, "vocab_size": 32000},
     "decoder-1.5b": {
         "vocab_size": 151936,
         "hidden_size": 1536,
@@ -55,6 +58,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     },
     "decoder-small": {**_SMALL, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "decoder-toy": {**_TOY, "num_hidden_layers": 1, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "decoder-toy-pair": {**_TOY, "num_hidden_layers": 2, "num_key_value_heads": 1, "tie_word_embeddings": True},
 }
 SIZES = {**ENCODERS, **DECODERS}
 OPTIMIZERS: dict[str, dict[str, Any]] = {

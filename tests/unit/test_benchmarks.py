@@ -149,8 +149,7 @@ def test_the_page_shows_every_model_and_the_sweep(document, tmp_path):
 
 
 def test_the_committed_page_is_what_the_results_say():
-    files = sorted((page.ROOT / "benchmarks" / "results").glob("suite_*.json"))
-    made = page.make_page({file.stem: json.loads(file.read_text()) for file in files})
+    made = page.make_page({file.stem: json.loads(file.read_text()) for file in page.result_files()})
     written = (page.ROOT / "docs" / "benchmarks.md").read_text()
     assert written == made.text, "docs/benchmarks.md is out of date: run `python -m benchmarks.page`"
     assert all((page.ROOT / "docs" / "images" / name).exists() for name in made.images)

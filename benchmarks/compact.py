@@ -1,0 +1,212 @@
+"""`python -m benchmarks.compact`: time and memory of compact storage beside full fine-tuning, LoRA and SHiRA."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from benchmarks.archive import rounded
+from benchmarks.compact_methods import METHODS, REFERENCES, USUAL, Plan
+from benchmarks.compact_page import section
+from benchmarks.compact_worker import Worker
+from benchmarks.crew import crew_of
+from benchmarks.footprint import usual_malloc
+from benchmarks.machine import describe_machine, list_versions, load
+from benchmarks.ratio import Spread
+from benchmarks.rounds import turned
+from benchmarks.settings import Settings
+
+VERSION = 1
+BERT, LARGE_DECODER = MODELS = ("bert", "decoder")
+_SETTINGS = {
+    (BERT, False): Settings(size="base", batch=16, tokens=64),
+    (BERT, True): Settings(size="toy-pair", batch=2, tokens=8),
+    (LARGE_DECODER, False): Settings(size="decoder-0.5b-32k", batch=4, tokens=64),
+    (LARGE_DECODER, True): Settings(size="decoder-toy-pair", batch=2, tokens=8),
+}
+_RESULTS = Path(__file__).parent / "results"
+_PROCESS = 600 * 2**20  # what a process takes before it has a model
+_USABLE = 0.9  # of the memory that is free now
+Tell = Callable[[str], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure the models that are asked for, and merge the results into a file.
+
+    Args:
+        arguments: Those of the command line; None for the process's own.
+    """
+    options = _parser().parse_args(arguments)
+    console, start = Console(stderr=True), time.monotonic()
+
+    def tell(text: str) -> None:
+        console.print(f"[{time.monotonic() - start:5.0f} s] {text}", markup=False, highlight=False)
+
+    out = options.out or (Path("runs/compact_tiny.json") if options.tiny else _RESULTS / "compact_cpu.json")
+    document = _known(out)
+    for model in options.model:
+        settings = replace(_SETTINGS[model, options.tiny], threads=options.threads, dropout=0.0)
+        plan = Plan(replace(settings, optimizer=options.optimizer), options.density, options.rank, options.units)
+        names = [name for name in METHODS if name in {*options.methods, *REFERENCES}]
+        document["models"][settings.size] = rounded(measure(names, plan, options.warmup, options.rounds, tell))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(section(document), encoding="utf-8")
+    tell(f"All numbers are in {out}; its tables are beside it.")
+
+
+def measure(names: Sequence[str], plan: Plan, warmup: int, rounds: int, tell: Tell) -> dict[str, Any]:
+    """Measure memory, then step times.
+
+    Args:
+        names: Names of the methods, those of `REFERENCES` among them.
+        plan: What they have in common.
+        warmup: Rounds that count for nothing.
+        rounds: Rounds that count.
+        tell: Told of progress.
+
+    Returns:
+        What was found; JSON-ready.
+    """
+    before, held = load(), {}
+    for name in names:
+        tell(f"{plan.settings.size}: memory of {name}")
+        with usual_malloc(), crew_of(Worker, [name], plan) as crew:
+            held[name] = asdict(crew.ask(name, "hold"))
+    needs = {name: max(each["process"], each["peak"]) + _PROCESS for name, each in held.items()}
+    groups = grouped(names, needs, int(_USABLE * psutil.virtual_memory().available))
+    runs = [run_rounds(group, plan, warmup, rounds, tell) for group in groups]
+    return {
+        "settings": asdict(plan.settings),
+        "plan": {"density": plan.density, "rank": plan.rank, "units": plan.units},
+        "versions": list_versions(),
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
+        "load": [before, load()],
+        "held": held,
+        "groups": groups,
+        "seconds": runs,
+        "ratios": list(_ratios(runs)),
+    }
+
+
+def grouped(names: Sequence[str], needs: dict[str, int], limit: int) -> list[list[str]]:
+    """Put methods together whose needs add up to at most a limit, the references into each group.
+
+    Args:
+        names: Names of the methods.
+        needs: Bytes that each needs.
+        limit: Bytes that there are.
+
+    Raises:
+        MemoryError: If a method and the references need more.
+    """
+    others = sorted((name for name in names if name not in REFERENCES), key=lambda name: -needs[name])
+    groups: list[list[str]] = []
+    for name in others:
+        fitting = (group for group in groups if sum(needs[each] for each in (*group, name)) <= limit)
+        group = next(fitting, None)
+        if group is None:
+            group = [*REFERENCES]
+            groups.append(group)
+        group.append(name)
+        if sum(needs[each] for each in group) > limit:
+            raise MemoryError(
+                f"{', '.join(group)} need {sum(needs[each] for each in group) / 2**30:.1f} GiB together, and "
+                f"{limit / 2**30:.1f} GiB may be used. Leave {name!r} out of `--methods`."
+            )
+    return groups or [[*REFERENCES]]
+
+
+def run_rounds(names: Sequence[str], plan: Plan, warmup: int, rounds: int, tell: Tell) -> dict[str, list[float]]:
+    """Let each method make a step in each round, one after the other in a changing order.
+
+    Args:
+        names: Names of the methods.
+        plan: What they have in common.
+        warmup: Rounds that count for nothing.
+        rounds: Rounds that count.
+        tell: Told of progress.
+
+    Returns:
+        Per method, the seconds of its steps.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with crew_of(Worker, names, plan) as crew:
+        for number in range(warmup + rounds):
+            order = turned(names, number // 2)
+            for name in order if number % 2 else reversed(order):
+                taken = crew.ask(name, "step")
+                if number >= warmup:
+                    seconds[name].append(taken)
+            tell(f"{plan.settings.size}: {len(names)} methods: round {number + 1} of {warmup + rounds}")
+    return seconds
+
+
+def _ratios(runs: Sequence[dict[str, list[float]]]) -> Iterator[dict[str, Any]]:
+    for run in runs:
+        for name, reference in product(run, REFERENCES):
+            pairs = zip(run[name], run[reference], strict=True)
+            if name != reference and (name not in REFERENCES or run is runs[0]):
+                spread = Spread.of([own / other for own, other in pairs])
+                yield {"method": name, "against": reference, **asdict(spread)}
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """Return what a file holds already, if it is of this machine."""
+    machine = describe_machine()
+    if not path.exists():
+        return {"version": VERSION, "machine": machine, "models": {}}
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if (known.get("version"), known.get("machine")) != (VERSION, machine):
+        raise ValueError(
+            f"`out` names {path}, which has results of another machine or form: {known.get('machine')}, and this is "
+            f"{machine}. Name another file, or delete it."
+        )
+    return known
+
+
+def _parser() -> argparse.ArgumentParser:
+    default = Plan(Settings())
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compact",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", nargs="+", choices=MODELS, default=list(MODELS), help="models to measure")
+    add("--methods", nargs="+", choices=METHODS, default=list(USUAL), help=f"methods beside {', '.join(REFERENCES)}")
+    add("--rounds", type=_positive, default=20, help="rounds that count")
+    add("--warmup", type=_positive, default=3, help="rounds before them; `copy` has selected after 2")
+    add("--density", type=float, default=default.density, help="fraction of units or entries to train")
+    add("--rank", type=int, default=default.rank, help="rank of LoRA")
+    add("--units", type=int, default=default.units, help="columns of `columns-units`")
+    add(
+        "--optimizer", choices=("adamw-fused", "adamw-foreach"), default="adamw-fused", help="optimizer of all methods"
+    )
+    add("--threads", type=int, default=2, help="threads that each method computes on")
+    add("--tiny", action="store_true", help="toys in place of the models, to try it out")
+    add(
+        "--out", type=Path, default=None, help="JSON file to merge into (default: benchmarks/results/compact_cpu.json)"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""`python -m benchmarks.compact_layer`: ways to compute a frozen linear layer with trained columns, beside each other.
+
+Times are processor seconds of one thread for a forward and a backward pass. Each way takes its turn in each round, and
+ratios to the frozen layer alone are taken within rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.engine import add_columns
+from benchmarks.ratio import Spread
+from benchmarks.tables import table
+
+SHAPES = ((768, 768), (768, 3072), (3072, 768))  # inputs and outputs
+FROZEN = "frozen alone"
+_MULTIPLE = 8  # columns that padding fills up to
+Pass = Callable[[], torch.Tensor]
+
+
+class _InPlace(torch.autograd.Function):
+    """The trained columns stand in the weight itself, as in PaCA."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any, delta: Any, index: Any) -> torch.Tensor:
+        ctx.save_for_backward(x.index_select(1, index), weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        taken, weight = ctx.saved_tensors
+        return gradient @ weight, None, None, gradient.t() @ taken, None
+
+
+class _Fused(torch.autograd.Function):
+    """One function for the layer and its columns; products padded, or the other way around."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any, delta: Any, index: Any, way: str
+    ) -> torch.Tensor:
+        taken = x.index_select(1, index)
+        ctx.save_for_backward(taken, weight, delta, index)
+        ctx.way = way
+        return F.linear(x, weight, bias).addmm_(taken, delta.t())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        taken, weight, delta, index = ctx.saved_tensors
+        columns = index.numel()
+        if ctx.way == "turned":
+            part, own = (delta.t() @ gradient.t()).t(), (taken.t() @ gradient).t()
+        else:
+            more = (0, -columns % _MULTIPLE if ctx.way == "padded" else 0)
+            part = (gradient @ F.pad(delta, more))[:, :columns]
+            own = (gradient.t() @ F.pad(taken, more))[:, :columns]
+        whole = gradient @ weight
+        whole.scatter_add_(1, index.long().expand(part.shape), part)
+        return whole, None, None, own.contiguous(), None, None
+
+
+def ways(
+    inputs: int, outputs: int, rows: int, density: float, rank: int
+) -> tuple[dict[str, Pass], list[torch.Tensor]]:
+    """Return ways to compute a forward pass, and what gets gradients."""
+    torch.manual_seed(0)
+    columns = math.ceil(density * inputs)
+    x, weight, bias = torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    index = torch.randperm(inputs)[:columns].sort().values.int()
+    delta, a, b = torch.zeros(outputs, columns), torch.randn(rank, inputs), torch.zeros(outputs, rank)
+    trained = [each.requires_grad_() for each in (x, delta, a, b)]
+    fixed, written = a.detach(), weight.clone()
+
+    def frozen(value: torch.Tensor = x) -> torch.Tensor:
+        return F.linear(value, weight, bias)
+
+    def in_place() -> torch.Tensor:
+        written.index_copy_(1, index.long(), delta.detach())  # what the optimizer has changed
+        return _InPlace.apply(x, written, bias, delta, index)
+
+    def fused(way: str) -> Pass:
+        return lambda: _Fused.apply(x, weight, bias, delta, index, way)
+
+    found: dict[str, Pass] = {
+        FROZEN: frozen,
+        "peft_dps": lambda: add_columns(frozen, x, delta, index),
+        "plain operators": lambda: frozen() + F.linear(x.index_select(1, index), delta),
+        "columns in the weight": in_place,
+        "one function": fused("plain"),
+        "one function, padded": fused("padded"),
+        "one function, turned": fused("turned"),
+        "LoRA": lambda: frozen() + F.linear(F.linear(x, a), b) * 0.5,
+        "LoRA-FA": lambda: frozen() + F.linear(F.linear(x, fixed), b) * 0.5,
+    }
+    return found, trained
+
+
+def measure(shape: tuple[int, int], rows: int, density: float, rank: int, rounds: int) -> dict[str, Spread]:
+    """Return per way the ratios of its times to those of the frozen layer alone."""
+    found, trained = ways(*shape, rows=rows, density=density, rank=rank)
+    gradient = torch.randn(rows, shape[1])
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    for number in range(rounds + 1):
+        for name in found if number % 2 else reversed(found):
+            for tensor in trained:
+                tensor.grad = None
+            start = time.thread_time()
+            found[name]().backward(gradient)
+            if number:  # the first warms up
+                seconds[name].append(time.thread_time() - start)
+    base = seconds[FROZEN]
+    return {name: Spread.of([a / b for a, b in zip(own, base, strict=True)]) for name, own in seconds.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure each shape, and print a table.
+
+    Args:
+        arguments: Those of the command line; None for the process's own.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compact_layer", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--rows", type=int, default=1024, help="tokens in a batch")
+    parser.add_argument("--density", type=float, default=0.05, help="fraction of columns")
+    parser.add_argument("--rank", type=int, default=16, help="rank of LoRA")
+    parser.add_argument("--rounds", type=int, default=21, help="rounds that count")
+    options = parser.parse_args(arguments)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of others no processor time is known
+    try:
+        found = [measure(each, options.rows, options.density, options.rank, options.rounds) for each in SHAPES]
+    finally:
+        torch.set_num_threads(threads)
+    rows = [("way", "", *(f"{inputs} to {outputs}" for inputs, outputs in SHAPES))]
+    for name in found[0]:
+        spreads = (each[name] for each in found)
+        rows.append((name, "", *(f"{one.median:.3f} ({one.lower:.3f} to {one.upper:.3f})" for one in spreads)))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from peft_dps.errors import EngineError
 from peft_dps.masking.compact.delta import Delta
+from peft_dps.masking.compact.observing import Observe
 from peft_dps.recipes import Recipe
 from peft_dps.selection.unit_sums import add_up
 from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.shards import world
 from peft_dps.training.compact_weight import CompactWeight
 from peft_dps.training.controller import Controller, in_backward
+from peft_dps.training.grad_scaling import PassScale
 from peft_dps.training.layer import TargetLayer
 from peft_dps.training.weight import TargetWeight
 
@@ -30,6 +32,8 @@ class CompactController(Controller):
 
     weight_class = CompactWeight
     weights: list[CompactWeight]  # type: ignore[assignment]
+    _factor: float | None  # of the gradient scaler that calls the step
+    _forgot: bool  # whether passes were forgotten since the latest step
 
     def make_delta(self, layout: Layout, like: torch.Tensor) -> Delta:
         """Make what a compact adapter holds of a weight; see `Controller.make_delta`."""
@@ -40,7 +44,7 @@ class CompactController(Controller):
         delta.observes = True
         return delta
 
-    def observer(self, layer: TargetLayer) -> Callable[[torch.Tensor], None] | None:
+    def observer(self, layer: TargetLayer) -> Observe | None:
         """Prepare a forward of a layer; see `Controller.observer`."""
         weight = self._weight_of(layer)
         if self.at_rest:  # scores batches before training, or is a copy that is not trained
@@ -48,6 +52,7 @@ class CompactController(Controller):
         if not layer.training:
             return None
         if not in_backward():  # else gradient checkpointing computes again what a forward has computed
+            self._forgot = weight.forget_thrown_away() or self._forgot
             self._count_pass(weight)
             self._enter_coming_phase()
             self._see_phase()
@@ -65,7 +70,7 @@ class CompactController(Controller):
 
     def _count_pass(self, weight: CompactWeight) -> None:
         """Count the passes since the latest forward as a step, if no optimizer will."""
-        if not any(each.sums.pending is not None for each in self.weights) or not _hides_optimizer(weight):
+        if not any(each.sums.pending is not None for each in self.weights) or not weight.hides_optimizer:
             return
         if self.recipe.schedule.selects_again:
             raise EngineError(
@@ -85,6 +90,17 @@ class CompactController(Controller):
             if isinstance(weight, CompactWeight):
                 weight.see_optimizer(optimizer)
 
+    def see_caller(self, frame: FrameType) -> None:
+        """Take note of a gradient scaler, whose factor is in the evidence, and whose skipped steps may be."""
+        if not self.gathers or not self.recipe.evidence.looks:
+            return
+        self._factor, skipped = self._scaling.read(frame)
+        if skipped and not self._forgot:
+            for weight in self.weights:
+                weight.sums.drop()
+            self.clock.count_scored(False)
+        self._forgot = False
+
     def _gather(
         self, weights: Sequence[TargetWeight], optimizer: Optimizer | None, grad_scale: torch.Tensor | None
     ) -> None:
@@ -98,10 +114,15 @@ class CompactController(Controller):
         finite = all(sums.is_finite for sums in seen)
         for sums in seen:
             if finite:
-                sums.fold(1.0 if grad_scale is None else float(grad_scale))
+                sums.fold(self._factor_of(grad_scale))
             else:
                 sums.drop()
         self.clock.count_scored(finite)
+
+    def _factor_of(self, grad_scale: torch.Tensor | None) -> float:
+        if self._factor is not None:
+            return self._factor
+        return 1.0 if grad_scale is None else float(grad_scale)
 
     def after_step(self, weights: Any, optimizer: Optimizer) -> None:
         """Tell the layers, once a step is made, whether the next one has to ask what to do."""
@@ -111,6 +132,7 @@ class CompactController(Controller):
     def take_clock(self, clock: Any) -> None:
         """Go on from where a clock is."""
         super().take_clock(clock)
+        self._scaling, self._factor, self._forgot = PassScale(), None, False
         for weight in self.weights:
             if weight.exists():
                 weight.delta.observes = True  # until a forward has asked
@@ -126,12 +148,6 @@ class CompactController(Controller):
         """Select at once when there are no more batches to score before training."""
         self._enter_coming_phase()
         self._see_phase()
-
-
-def _hides_optimizer(weight: CompactWeight) -> bool:
-    """Tell whether an engine steps something else than the parameter: flat copies, of DeepSpeed or FSDP1."""
-    parameter: Any = weight.layer.trained(weight.adapter)
-    return not isinstance(parameter, nn.Parameter) or hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def make_controller(adapter: str, recipe: Recipe, total_steps: int | None) -> Controller:

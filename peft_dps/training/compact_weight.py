@@ -6,6 +6,7 @@ import weakref
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from peft_dps.errors import EngineError
@@ -49,9 +50,26 @@ class CompactWeight(TargetWeight):
         """The evidence of this phase."""
         return self.gathered  # type: ignore[return-value]
 
-    def observe(self, gradient: torch.Tensor) -> None:
-        """Look at the gradient of the whole weight, in the backward pass of its layer."""
-        self.sums.add(gradient)
+    def observe(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        """Look at the gradient of the whole weight, in the backward pass of its layer; see `UnitSums.add`."""
+        return self.sums.add(gradient)
+
+    @property
+    def hides_optimizer(self) -> bool:
+        """Whether an engine steps something else than the parameter: flat copies, of DeepSpeed or FSDP1."""
+        parameter: Any = self.layer.trained(self.adapter)
+        marked = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+        return marked or not isinstance(parameter, nn.Parameter)
+
+    def forget_thrown_away(self) -> bool:
+        """Forget passes whose gradients were thrown away without a step, as after one that a gradient scaler skips."""
+        if self.sums.pending is None or self.hides_optimizer or self.sharding is not None:  # which move gradients
+            return False
+        parameter = self.parameter
+        if not parameter.requires_grad or parameter.grad is not None:
+            return False
+        self.sums.drop()
+        return True
 
     @property
     def has_gradient(self) -> bool:

@@ -70,7 +70,7 @@ class CompactController(Controller):
 
     def _count_pass(self, weight: CompactWeight) -> None:
         """Count the passes since the latest forward as a step, if no optimizer will."""
-        if not any(each.sums.pending is not None for each in self.weights) or not weight.hides_optimizer:
+        if not weight.hides_optimizer:
             return
         if self.recipe.schedule.selects_again:
             raise EngineError(
@@ -78,6 +78,8 @@ class CompactController(Controller):
                 "them, and the engine (DeepSpeed ZeRO-1, 2 or 3, FSDP1) keeps these where DPS cannot follow. Use "
                 "`schedule='once'`, or train with DDP or FSDP2."
             )
+        if weight.optimizers or all(each.sums.pending is None for each in self.weights):
+            return
         position, weights = self.clock.coming(), [each for each in self.weights if each.has_gradient]
         self.clock.begin_step(position, {each.name for each in weights})
         self._gather(weights, None, None)
@@ -108,9 +110,11 @@ class CompactController(Controller):
         every = [weight for weight in self.weights if weight.exists()]
         for weight in every:
             weight.observed += int(weight.has_gradient)
-        if not self.recipe.evidence.looks or not any(weight.sums.pending is not None for weight in every):
+        if not self.recipe.evidence.looks:
             return
         seen = add_up([weight.sums for weight in every], world(every[0].delta.index.device))
+        if not seen:
+            return
         finite = all(sums.is_finite for sums in seen)
         for sums in seen:
             if finite:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from peft_dps.errors import EngineError
@@ -178,9 +179,12 @@ class CompactWeight(TargetWeight):
 
     def _require_room(self, delta: Delta, slots: int) -> None:
         """Check that another number of units may be trained than the parameter was made for."""
-        if slots != delta.slots and (self.sharding is not None or world(delta.index.device) is not None):
+        owner = self._owner()
+        before_wrapping = owner is not None and owner.at_rest  # as batches are scored before training
+        several = world(delta.index.device) is not None and not before_wrapping
+        if slots != delta.slots and (several or self.sharding is not None or self.hides_optimizer):
             raise EngineError(
-                f"The weight of {self.name!r} is to have {slots} units, and engines on several processes took note of "
+                f"The weight of {self.name!r} is to have {slots} units, and the engine took note of "
                 f"its parameter with {delta.slots}. Select before the model is wrapped (`score_steps=0` and "
                 "`model.score(batches)`), or use `scope='tensor'`."
             )
@@ -204,6 +208,9 @@ class CompactWeight(TargetWeight):
         sharding = self.sharding
         if sharding is not None:
             self.weight.copy_(sharding.part_of(values))
+            collected = self.layer.trained(self.adapter)
+            if collected is not None and not isinstance(collected, DTensor):  # for a forward that is under way
+                collected.detach().copy_(values)
         else:
             set_values(self.parameter, values)
         self.parameter.requires_grad_(bool(values.numel()))

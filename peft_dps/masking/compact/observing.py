@@ -14,6 +14,7 @@ WeightGradient = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Observe = Callable[[torch.Tensor], torch.Tensor | None]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def observed(
     y: torch.Tensor,
     x: torch.Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from peft_dps.errors import EngineError
+from peft_dps.errors import EngineError, ScoreError
 from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import Observe
 from peft_dps.recipes import Recipe
@@ -21,6 +22,12 @@ from peft_dps.training.controller import Controller, in_backward
 from peft_dps.training.grad_scaling import PassScale
 from peft_dps.training.layer import TargetLayer
 from peft_dps.training.weight import TargetWeight
+
+logger = logging.getLogger(__name__)
+_REMEDY = (
+    "Use a smaller `score_steps`, train for more steps, or score before training (`schedule='once'`, `score_steps=0` "
+    "and `model.score(batches)`)."
+)
 
 
 class CompactController(Controller):
@@ -91,6 +98,36 @@ class CompactController(Controller):
         for weight in weights:
             if isinstance(weight, CompactWeight):
                 weight.see_optimizer(optimizer)
+
+    @property
+    def is_selected(self) -> bool:
+        """Whether units have been selected; see `Controller.is_selected`."""
+        return any(weight.exists() and weight.delta.is_selected for weight in self.weights)
+
+    @property
+    def has_to_see_steps(self) -> bool:
+        """Whether the optimizer's steps have to reach it from now on: not to train units that stay the same."""
+        return self.recipe.schedule.selects_again or not self.is_selected
+
+    def require_selection(self) -> None:
+        """Refuse a training that has ended without a selection: it has trained nothing."""
+        if not self.is_selected:
+            raise ScoreError(
+                f"Adapter {self.adapter!r}: training ended after {self.clock.step} steps, before units were selected, "
+                f"so nothing was trained. {_REMEDY}"
+            )
+
+    def see_saving(self) -> None:
+        """Warn if no units have been selected yet, so that the adapter changes nothing."""
+        begun = self.clock.step or any(weight.exists() and weight.sums.pending is not None for weight in self.weights)
+        if begun and not self.is_selected:
+            logger.warning(
+                "Adapter %r is saved after %d steps, before units were selected: it holds nothing that was trained. "
+                "%s",
+                self.adapter,
+                self.clock.step,
+                _REMEDY,
+            )
 
     def see_caller(self, frame: FrameType) -> None:
         """Take note of a gradient scaler, whose factor is in the evidence, and whose skipped steps may be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import Any
 
@@ -22,11 +23,15 @@ from peft_dps.tensors.shards import world
 from peft_dps.training.optimizer_slots import move_slots, refuse_state
 from peft_dps.training.weight import TargetWeight
 
+logger = logging.getLogger(__name__)
+_LOST = 32  # more than a gradient scaler skips in a row until its scale fits
+
 
 class CompactWeight(TargetWeight):
     """A target weight of which an adapter trains selected units alone.
 
     Attributes:
+        forgotten: Times that what passes had added was forgotten since the latest optimizer step.
         optimizers: Those that have made a step with it.
         moved: Per slot, the one that its optimizer state is in, -1 for none; None where they are as they were.
     """
@@ -70,6 +75,16 @@ class CompactWeight(TargetWeight):
         if not parameter.requires_grad or parameter.grad is not None:
             return False
         self.sums.drop()
+        self.forgotten += 1
+        if self.forgotten == _LOST and not self.optimizers:
+            logger.warning(
+                "The gradients of adapter %r were thrown away %d times without an optimizer step that DPS could see. If "
+                "this is a training, its engine steps copies of the parameters (DeepSpeed stage 0 with bf16 or fp16), "
+                "and no units will be selected: use another engine or stage, or select before the model is wrapped "
+                "(`schedule='once'`, `score_steps=0` and `model.score(batches)`).",
+                self.adapter,
+                self.forgotten,
+            )
         return True
 
     @property
@@ -110,6 +125,7 @@ class CompactWeight(TargetWeight):
         """Forget evidence, and begin a new training; units that have been selected stay until others are."""
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.moved: torch.Tensor | None = None
+        self.forgotten = 0
         self._shape_before = torch.Size()  # of the parameter at the latest step, where `moved` is not None
         super().restart()
 
@@ -218,6 +234,7 @@ class CompactWeight(TargetWeight):
     def see_optimizer(self, optimizer: Optimizer) -> None:
         """Take note of an optimizer that is about to make a step, and let its state follow units to their slots."""
         self.optimizers.add(optimizer)
+        self.forgotten = 0
         if self.moved is not None:
             refuse_state(optimizer, self.parameter, self._shape_before, self.name)
             move_slots(optimizer, self.parameter, self.moved, self.delta.axis, self.sharding)

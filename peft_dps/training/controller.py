@@ -319,6 +319,24 @@ class Controller:
         """Take note that there are no more batches to score before training."""
 
     @property
+    def has_to_see_steps(self) -> bool:
+        """Whether the optimizer's steps have to reach it from now on."""
+        return True
+
+    def require_selection(self) -> None:
+        """Refuse a training that has ended without a selection, if nothing is trained before one."""
+        if self.clock.step > 0 and not self.is_selected:
+            logger.warning("Adapter %r: training ended before a subnetwork was selected.", self.adapter)
+
+    def see_saving(self) -> None:
+        """Warn of what is missing in an adapter that is being saved."""
+
+    @property
+    def is_selected(self) -> bool:
+        """Whether a subnetwork has been selected at least once."""
+        return any(weight.selected is not None for weight in self.existing)
+
+    @property
     def gathers(self) -> bool:
         """Whether the phase of the latest step gathers evidence."""
         return self.clock.position is not None and self.clock.position.phase.gathers

@@ -1,9 +1,10 @@
-"""Runs on every rank: trains compact adapters with an engine on the rank's share of each batch, and alone on all shares."""
+"""Runs on every rank: trains compact adapters with an engine on the rank's share of each batch, and alone on all."""
 
 from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, shares: list[Any]) 
         (loss_of(model, *share) / len(shares)).backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for batch in batches(count):
+        step(model, optimizer, [my_share(batch, dist.get_rank(), dist.get_world_size())])
 
 
 def step_both(engine: Any, optimizer: Any, alone: Any, optimizer_alone: Any, batch: Any) -> None:
@@ -82,12 +88,7 @@ def units_of_another_number_are_selected_before_wrapping(fields: dict[str, Any])
     model = make_model(fields)
     wrapped, optimizer = DistributedDataParallel(model), optimizer_of(model)
     rank, size = dist.get_rank(), dist.get_world_size()
-
-    def train() -> None:
-        for batch in batches(4):
-            step(wrapped, optimizer, [my_share(batch, rank, size)])
-
-    assert "Select before the model is wrapped" in caught(train)
+    assert "Select before the model is wrapped" in caught(partial(steps, wrapped, optimizer, 4))
     model, alone = (make_model({**fields, "score_steps": 0}) for _ in range(2))
     model.score([my_share(batch, rank, size) for batch in batches(2)], loss=lambda net, batch: loss_of(net, *batch))
     alone.score(
@@ -148,9 +149,7 @@ def fsdp1() -> None:
                     assert torch.equal(ours.delta.index, theirs.delta.index)
                     torch.testing.assert_close(ours.delta.weight, theirs.delta.weight, rtol=0, atol=1e-10)
         wrapped = flat(make_model(EVERY), original)
-        optimizer = optimizer_of(wrapped)
-        shares = [my_share(batch, dist.get_rank(), dist.get_world_size()) for batch in batches(4)]
-        assert "schedule='once'" in caught(lambda: [step(wrapped, optimizer, [share]) for share in shares])
+        assert "schedule='once'" in caught(partial(steps, wrapped, sgd(wrapped), 4))
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

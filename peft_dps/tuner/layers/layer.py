@@ -256,9 +256,9 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         if name in self.dps_bias:
             pretrained: Any = self.pretrained()[1]
             y = self._add_bias(y, self.dps_bias[name] - pretrained.to(self.dps_bias[name].dtype))
-        if observe is None:
-            return y
-        return observed(y, x, self._weight_gradient, observe, delta.waiting)
+        if observe is not None:
+            y = observed(y, x, self._weight_gradient, observe, delta.waiting)
+        return y
 
     def _adds_entries(self, name: str) -> bool:
         """Tell whether an adapter adds to single entries, and the layer can compute with these."""

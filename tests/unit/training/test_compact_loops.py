@@ -13,10 +13,11 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_dps import DPSConfig, dps_adapter
-from peft_dps.errors import EngineError, ScoreError
+from peft_dps.errors import ConfigError, EngineError, ScoreError
 from tests.unit.conftest import Net, controller_of, layers_of, trainable
 
 STEPS = 3
@@ -376,3 +377,123 @@ def test_replicas_are_refused(make, data):
     replica = copy.copy(layers_of(model)[0])
     with pytest.raises(EngineError, match="DataParallel"):
         replica(data(1)[0][0])
+
+
+def test_gradients_that_never_reach_an_optimizer_are_reported(make, data, caplog):
+    """As with an engine that copies gradients to parameters of its own."""
+    model, (batch,) = make(), data(1)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(34):
+            loss_of(model, batch).backward()
+            model.zero_grad()
+    assert caplog.text.count("without an optimizer step that DPS could see") == len(LAYERS)
+    assert not model.dps_status().engaged
+
+
+def test_an_adapter_that_is_saved_before_its_selection_is_reported(make, data, caplog, tmp_path):
+    model = make()
+    optimizer = AdamW(trainable(model), lr=1e-2)
+    with caplog.at_level(logging.WARNING):
+        model.save_pretrained(tmp_path)
+        assert not caplog.records
+        step(model, optimizer, data(1))
+        model.save_pretrained(tmp_path)
+        assert "before units were selected" in caplog.text
+        assert "`score_steps`" in caplog.text
+        caplog.clear()
+        for batch in data(STEPS):
+            step(model, optimizer, [batch])
+        model.save_pretrained(tmp_path)
+        assert not caplog.records
+
+
+class Pairs(Dataset):
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return {"x": torch.randn(12, generator=generator).double(), "labels": torch.tensor(index % 3)}
+
+
+class Classifier(Checkpointed):
+    def forward(self, x, labels=None):
+        logits = super().forward(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    def make_trainer(fields=None, callbacks=None, **arguments):
+        torch.manual_seed(0)
+        config = DPSConfig(
+            **{
+                "target_modules": list(LAYERS),
+                "storage": "compact",
+                "schedule": "once",
+                "score_steps": STEPS,
+                "granularity": "column",
+                "train_bias": False,
+                "density": 0.25,
+                **(fields or {}),
+            }
+        )
+        args = TrainingArguments(
+            **{
+                "output_dir": str(tmp_path),
+                "per_device_train_batch_size": 4,
+                "num_train_epochs": 1,
+                "learning_rate": 1e-2,
+                "report_to": "none",
+                "save_strategy": "no",
+                "use_cpu": True,
+                "disable_tqdm": True,
+                **arguments,
+            }
+        )
+        model = get_peft_model(Classifier(SIZES).double(), config)
+        return Trainer(model=model, args=args, train_dataset=Pairs(), callbacks=callbacks)
+
+    return make_trainer
+
+
+def test_the_trainer_scores_passes_and_selects(make_trainer):
+    trainer = make_trainer(gradient_accumulation_steps=2, num_train_epochs=2, max_grad_norm=1e-3)
+    seen, original = [], trainer.compute_loss
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        seen.append((inputs["x"].clone(), inputs["labels"].clone()))
+        return original(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    status = trainer.model.dps_status()
+    assert (status.steps, status.engaged, status.unscored_steps) == (6, True, 0)
+    assert_selected(trainer.model, squares(seen[: 2 * STEPS], 0.5))
+
+
+def test_a_trainer_that_ends_before_the_selection_is_an_error(make_trainer):
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    with pytest.raises(ScoreError, match=r"ended after 2 steps, before units were selected.*`score_steps`"):
+        make_trainer(callbacks=[Stops()]).train()
+
+
+@pytest.mark.parametrize("fields", [{}, {"total_steps": 100}])
+def test_a_trainer_that_is_too_short_is_refused_at_its_beginning(make_trainer, fields):
+    with pytest.raises(ConfigError, match="smaller `score_steps`"):
+        make_trainer(fields, max_steps=STEPS).train()
+
+
+def test_a_trainer_after_scoring(make_trainer):
+    trainer = make_trainer({"score_steps": 0})
+    data = [Pairs()[index] for index in range(8)]
+    batches = [{"x": item["x"][None], "labels": item["labels"][None]} for item in data]
+    trainer.model.score(batches, loss=lambda model, batch: model(**batch)["loss"])
+    index = [layer.dps_delta["default"].index.clone() for layer in layers_of(trainer.model)]
+    trainer.train()
+    for layer, expected in zip(layers_of(trainer.model), index, strict=True):
+        assert torch.equal(layer.dps_delta["default"].index, expected)
+        assert layer.dps_delta["default"].weight.count_nonzero()

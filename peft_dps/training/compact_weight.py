@@ -78,8 +78,8 @@ class CompactWeight(TargetWeight):
         self.forgotten += 1
         if self.forgotten == _LOST and not self.optimizers:
             logger.warning(
-                "The gradients of adapter %r were thrown away %d times without an optimizer step that DPS could see. If "
-                "this is a training, its engine steps copies of the parameters (DeepSpeed stage 0 with bf16 or fp16), "
+                "The gradients of adapter %r were thrown away %d times without an optimizer step that DPS could see. "
+                "If this is a training, its engine steps copies of the parameters (DeepSpeed stage 0 with bf16), "
                 "and no units will be selected: use another engine or stage, or select before the model is wrapped "
                 "(`schedule='once'`, `score_steps=0` and `model.score(batches)`).",
                 self.adapter,

@@ -20,6 +20,7 @@ from peft_dps.selection.unit_sums import UnitSums
 from peft_dps.tensors.layout import Units
 from peft_dps.tensors.saved_state import SavedState, State
 from peft_dps.tensors.shards import world
+from peft_dps.training.guards import refuse_part_of_layer
 from peft_dps.training.optimizer_slots import move_slots, refuse_state
 from peft_dps.training.weight import TargetWeight
 
@@ -58,6 +59,8 @@ class CompactWeight(TargetWeight):
 
     def observe(self, gradient: torch.Tensor) -> torch.Tensor | None:
         """Look at the gradient of the whole weight, in the backward pass of its layer; see `UnitSums.add`."""
+        if gradient.shape != self.sums.units.shape:
+            refuse_part_of_layer(self.adapter)
         return self.sums.add(gradient)
 
     @property

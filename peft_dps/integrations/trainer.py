@@ -113,11 +113,11 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
             controller.at_rest = False
         if state.global_step > self._first_step:
             self._check_engaged(state)
-        for controller in self._controllers:
-            if selected_fraction_of(controller) is None and controller.clock.step > 0:
-                logger.warning("Adapter %r: training ended before a controller was selected.", controller.adapter)
-        self._controllers, self._training = [], None
+        trained, self._controllers, self._training = self._controllers, [], None
         self._close_parts()
+        if state.global_step > self._first_step:
+            for controller in trained:
+                controller.require_selection()
 
     def on_log(
         self,
@@ -159,7 +159,8 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
 
     def _check_engaged(self, state: TrainerState) -> None:
         for controller in self._controllers:
-            if controller.clock.step == self._begun_at[controller.adapter]:
+            unseen = controller.clock.step == self._begun_at[controller.adapter]
+            if unseen and controller.has_to_see_steps:
                 refuse_unseen_steps(controller.adapter, state.global_step - self._first_step)
 
 
@@ -187,7 +188,8 @@ def _check_that_it_fits(controller: Controller, state: TrainerState) -> None:
         raise ConfigError(
             f"Adapter {adapter!r}: the first stage takes {length} steps (`total_steps={controller.planned_steps}`), "
             f"and the Trainer has only {state.max_steps} to make, so no subnetwork will be selected. Use a smaller "
-            "`stage_steps`, or leave `total_steps` to the Trainer."
+            f"`{'score_steps' if hasattr(schedule, 'score_steps') else 'stage_steps'}`, or leave `total_steps` to the "
+            "Trainer."
         )
     if schedule != controller.recipe.schedule and controller.clock.total_steps != state.max_steps:
         logger.warning(

@@ -41,18 +41,22 @@ class UnitSums(Gathered):
         return self.total is None
 
     @torch.no_grad()
-    def add(self, gradient: torch.Tensor) -> None:
+    def add(self, gradient: torch.Tensor) -> torch.Tensor | None:
         """Add what a pass brings.
 
         Args:
             gradient: G of the whole weight, its shape, any floating dtype.
+
+        Returns:
+            0, or NaN if G is not finite; None if nothing is gathered.
         """
         if self.power is None:
-            return
+            return None
         wide = gradient if gradient.dtype is torch.float64 else gradient.float()
         wide = wide.square() if self.power == 2 else wide.abs()
         part = wide if self._per_entry else wide.sum(self._reduced).view(-1).double()
         self.pending = part if self.pending is None else self.pending.add_(part)
+        return part.sum(dtype=torch.float64) * 0.0
 
     def fold(self, scale: float) -> None:
         """Take over what the passes of a step have added.

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
-from peft_dps.errors import EngineError
+from peft_dps.errors import EngineError, ScoreError
 from peft_dps.masking.compact.delta import Delta
+from peft_dps.masking.compact.observing import Observe
 from peft_dps.recipes import Recipe
 from peft_dps.selection.unit_sums import add_up
 from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.shards import world
 from peft_dps.training.compact_weight import CompactWeight
 from peft_dps.training.controller import Controller, in_backward
+from peft_dps.training.grad_scaling import PassScale
 from peft_dps.training.layer import TargetLayer
 from peft_dps.training.weight import TargetWeight
+
+logger = logging.getLogger(__name__)
+_REMEDY = (
+    "Use a smaller `score_steps`, train for more steps, or score before training (`schedule='once'`, `score_steps=0` "
+    "and `model.score(batches)`)."
+)
 
 
 class CompactController(Controller):
@@ -30,6 +39,8 @@ class CompactController(Controller):
 
     weight_class = CompactWeight
     weights: list[CompactWeight]  # type: ignore[assignment]
+    _factor: float | None  # of the gradient scaler that calls the step
+    _forgot: bool  # whether passes were forgotten since the latest step
 
     def make_delta(self, layout: Layout, like: torch.Tensor) -> Delta:
         """Make what a compact adapter holds of a weight; see `Controller.make_delta`."""
@@ -40,7 +51,7 @@ class CompactController(Controller):
         delta.observes = True
         return delta
 
-    def observer(self, layer: TargetLayer) -> Callable[[torch.Tensor], None] | None:
+    def observer(self, layer: TargetLayer) -> Observe | None:
         """Prepare a forward of a layer; see `Controller.observer`."""
         weight = self._weight_of(layer)
         if self.at_rest:  # scores batches before training, or is a copy that is not trained
@@ -48,6 +59,7 @@ class CompactController(Controller):
         if not layer.training:
             return None
         if not in_backward():  # else gradient checkpointing computes again what a forward has computed
+            self._forgot = weight.forget_thrown_away() or self._forgot
             self._count_pass(weight)
             self._enter_coming_phase()
             self._see_phase()
@@ -65,7 +77,7 @@ class CompactController(Controller):
 
     def _count_pass(self, weight: CompactWeight) -> None:
         """Count the passes since the latest forward as a step, if no optimizer will."""
-        if not any(each.sums.pending is not None for each in self.weights) or not _hides_optimizer(weight):
+        if not weight.hides_optimizer:
             return
         if self.recipe.schedule.selects_again:
             raise EngineError(
@@ -73,6 +85,8 @@ class CompactController(Controller):
                 "them, and the engine (DeepSpeed ZeRO-1, 2 or 3, FSDP1) keeps these where DPS cannot follow. Use "
                 "`schedule='once'`, or train with DDP or FSDP2."
             )
+        if weight.optimizers or all(each.sums.pending is None for each in self.weights):
+            return
         position, weights = self.clock.coming(), [each for each in self.weights if each.has_gradient]
         self.clock.begin_step(position, {each.name for each in weights})
         self._gather(weights, None, None)
@@ -85,6 +99,47 @@ class CompactController(Controller):
             if isinstance(weight, CompactWeight):
                 weight.see_optimizer(optimizer)
 
+    @property
+    def is_selected(self) -> bool:
+        """Whether units have been selected; see `Controller.is_selected`."""
+        return any(weight.exists() and weight.delta.is_selected for weight in self.weights)
+
+    @property
+    def has_to_see_steps(self) -> bool:
+        """Whether the optimizer's steps have to reach it from now on: not to train units that stay the same."""
+        return self.recipe.schedule.selects_again or not self.is_selected
+
+    def require_selection(self) -> None:
+        """Refuse a training that has ended without a selection: it has trained nothing."""
+        if not self.is_selected:
+            raise ScoreError(
+                f"Adapter {self.adapter!r}: training ended after {self.clock.step} steps, before units were selected, "
+                f"so nothing was trained. {_REMEDY}"
+            )
+
+    def see_saving(self) -> None:
+        """Warn if no units have been selected yet, so that the adapter changes nothing."""
+        begun = self.clock.step or any(weight.exists() and weight.sums.pending is not None for weight in self.weights)
+        if begun and not self.is_selected:
+            logger.warning(
+                "Adapter %r is saved after %d steps, before units were selected: it holds nothing that was trained. "
+                "%s",
+                self.adapter,
+                self.clock.step,
+                _REMEDY,
+            )
+
+    def see_caller(self, frame: FrameType) -> None:
+        """Take note of a gradient scaler, whose factor is in the evidence, and whose skipped steps may be."""
+        if not self.gathers or not self.recipe.evidence.looks:
+            return
+        self._factor, skipped = self._scaling.read(frame)
+        if skipped and not self._forgot:
+            for weight in self.weights:
+                weight.sums.drop()
+            self.clock.count_scored(False)
+        self._forgot = False
+
     def _gather(
         self, weights: Sequence[TargetWeight], optimizer: Optimizer | None, grad_scale: torch.Tensor | None
     ) -> None:
@@ -92,16 +147,23 @@ class CompactController(Controller):
         every = [weight for weight in self.weights if weight.exists()]
         for weight in every:
             weight.observed += int(weight.has_gradient)
-        if not self.recipe.evidence.looks or not any(weight.sums.pending is not None for weight in every):
+        if not self.recipe.evidence.looks:
             return
         seen = add_up([weight.sums for weight in every], world(every[0].delta.index.device))
+        if not seen:
+            return
         finite = all(sums.is_finite for sums in seen)
         for sums in seen:
             if finite:
-                sums.fold(1.0 if grad_scale is None else float(grad_scale))
+                sums.fold(self._factor_of(grad_scale))
             else:
                 sums.drop()
         self.clock.count_scored(finite)
+
+    def _factor_of(self, grad_scale: torch.Tensor | None) -> float:
+        if self._factor is not None:
+            return self._factor
+        return 1.0 if grad_scale is None else float(grad_scale)
 
     def after_step(self, weights: Any, optimizer: Optimizer) -> None:
         """Tell the layers, once a step is made, whether the next one has to ask what to do."""
@@ -111,6 +173,7 @@ class CompactController(Controller):
     def take_clock(self, clock: Any) -> None:
         """Go on from where a clock is."""
         super().take_clock(clock)
+        self._scaling, self._factor, self._forgot = PassScale(), None, False
         for weight in self.weights:
             if weight.exists():
                 weight.delta.observes = True  # until a forward has asked
@@ -126,12 +189,6 @@ class CompactController(Controller):
         """Select at once when there are no more batches to score before training."""
         self._enter_coming_phase()
         self._see_phase()
-
-
-def _hides_optimizer(weight: CompactWeight) -> bool:
-    """Tell whether an engine steps something else than the parameter: flat copies, of DeepSpeed or FSDP1."""
-    parameter: Any = weight.layer.trained(weight.adapter)
-    return not isinstance(parameter, nn.Parameter) or hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def make_controller(adapter: str, recipe: Recipe, total_steps: int | None) -> Controller:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from peft_dps.errors import EngineError
@@ -17,14 +20,19 @@ from peft_dps.selection.unit_sums import UnitSums
 from peft_dps.tensors.layout import Units
 from peft_dps.tensors.saved_state import SavedState, State
 from peft_dps.tensors.shards import world
+from peft_dps.training.guards import refuse_part_of_layer
 from peft_dps.training.optimizer_slots import move_slots, refuse_state
 from peft_dps.training.weight import TargetWeight
+
+logger = logging.getLogger(__name__)
+_LOST = 32  # more than a gradient scaler skips in a row until its scale fits
 
 
 class CompactWeight(TargetWeight):
     """A target weight of which an adapter trains selected units alone.
 
     Attributes:
+        forgotten: Times that what passes had added was forgotten since the latest optimizer step.
         optimizers: Those that have made a step with it.
         moved: Per slot, the one that its optimizer state is in, -1 for none; None where they are as they were.
     """
@@ -49,9 +57,38 @@ class CompactWeight(TargetWeight):
         """The evidence of this phase."""
         return self.gathered  # type: ignore[return-value]
 
-    def observe(self, gradient: torch.Tensor) -> None:
-        """Look at the gradient of the whole weight, in the backward pass of its layer."""
-        self.sums.add(gradient)
+    def observe(self, gradient: torch.Tensor) -> torch.Tensor | None:
+        """Look at the gradient of the whole weight, in the backward pass of its layer; see `UnitSums.add`."""
+        if gradient.shape != self.sums.units.shape:
+            refuse_part_of_layer(self.adapter)
+        return self.sums.add(gradient)
+
+    @property
+    def hides_optimizer(self) -> bool:
+        """Whether an engine steps something else than the parameter: flat copies, of DeepSpeed or FSDP1."""
+        parameter: Any = self.layer.trained(self.adapter)
+        marked = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+        return marked or not isinstance(parameter, nn.Parameter)
+
+    def forget_thrown_away(self) -> bool:
+        """Forget passes whose gradients were thrown away without a step, as after one that a gradient scaler skips."""
+        if self.sums.pending is None or self.hides_optimizer or self.sharding is not None:  # which move gradients
+            return False
+        parameter = self.parameter
+        if not parameter.requires_grad or parameter.grad is not None:
+            return False
+        self.sums.drop()
+        self.forgotten += 1
+        if self.forgotten == _LOST and not self.optimizers:
+            logger.warning(
+                "The gradients of adapter %r were thrown away %d times without an optimizer step that DPS could see. "
+                "If this is a training, its engine steps copies of the parameters (DeepSpeed stage 0 with bf16), "
+                "and no units will be selected: use another engine or stage, or select before the model is wrapped "
+                "(`schedule='once'`, `score_steps=0` and `model.score(batches)`).",
+                self.adapter,
+                self.forgotten,
+            )
+        return True
 
     @property
     def has_gradient(self) -> bool:
@@ -91,6 +128,7 @@ class CompactWeight(TargetWeight):
         """Forget evidence, and begin a new training; units that have been selected stay until others are."""
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.moved: torch.Tensor | None = None
+        self.forgotten = 0
         self._shape_before = torch.Size()  # of the parameter at the latest step, where `moved` is not None
         super().restart()
 
@@ -160,9 +198,12 @@ class CompactWeight(TargetWeight):
 
     def _require_room(self, delta: Delta, slots: int) -> None:
         """Check that another number of units may be trained than the parameter was made for."""
-        if slots != delta.slots and (self.sharding is not None or world(delta.index.device) is not None):
+        owner = self._owner()
+        before_wrapping = owner is not None and owner.at_rest  # as batches are scored before training
+        several = world(delta.index.device) is not None and not before_wrapping
+        if slots != delta.slots and (several or self.sharding is not None or self.hides_optimizer):
             raise EngineError(
-                f"The weight of {self.name!r} is to have {slots} units, and engines on several processes took note of "
+                f"The weight of {self.name!r} is to have {slots} units, and the engine took note of "
                 f"its parameter with {delta.slots}. Select before the model is wrapped (`score_steps=0` and "
                 "`model.score(batches)`), or use `scope='tensor'`."
             )
@@ -186,6 +227,9 @@ class CompactWeight(TargetWeight):
         sharding = self.sharding
         if sharding is not None:
             self.weight.copy_(sharding.part_of(values))
+            collected = self.layer.trained(self.adapter)
+            if collected is not None and not isinstance(collected, DTensor):  # for a forward that is under way
+                collected.detach().copy_(values)
         else:
             set_values(self.parameter, values)
         self.parameter.requires_grad_(bool(values.numel()))
@@ -193,6 +237,7 @@ class CompactWeight(TargetWeight):
     def see_optimizer(self, optimizer: Optimizer) -> None:
         """Take note of an optimizer that is about to make a step, and let its state follow units to their slots."""
         self.optimizers.add(optimizer)
+        self.forgotten = 0
         if self.moved is not None:
             refuse_state(optimizer, self.parameter, self._shape_before, self.name)
             move_slots(optimizer, self.parameter, self.moved, self.delta.axis, self.sharding)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from types import FrameType
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from peft_dps.errors import ConfigError, EngineError
 from peft_dps.masking.compact.delta import Delta
+from peft_dps.masking.compact.observing import Observe
 from peft_dps.masking.effective_weight import EffectiveWeight, refuse_transforms
 from peft_dps.masking.storage import Storage
 from peft_dps.recipes import Recipe
@@ -120,7 +122,7 @@ class Controller:
         """Make what a compact adapter holds of a weight, in the dtype and on the device of `like`."""
         raise NotImplementedError
 
-    def observer(self, layer: TargetLayer) -> Callable[[torch.Tensor], None] | None:
+    def observer(self, layer: TargetLayer) -> Observe | None:
         """Prepare a forward of a layer in compact storage: what is to be shown the gradient of its whole weight."""
         raise NotImplementedError
 
@@ -156,6 +158,9 @@ class Controller:
         for weight in weights:
             if weight.frozen is None:
                 weight.see_version()
+
+    def see_caller(self, frame: FrameType) -> None:
+        """Take note of what calls the optimizer's step, whose frame this is."""
 
     def _check_forwards(self, optimizer: Optimizer) -> None:
         """Refuse a second optimizer of a step after a forward that noise was drawn for, of the next one."""
@@ -312,6 +317,24 @@ class Controller:
 
     def end_scoring(self) -> None:
         """Take note that there are no more batches to score before training."""
+
+    @property
+    def has_to_see_steps(self) -> bool:
+        """Whether the optimizer's steps have to reach it from now on."""
+        return True
+
+    def require_selection(self) -> None:
+        """Refuse a training that has ended without a selection, if nothing is trained before one."""
+        if self.clock.step > 0 and not self.is_selected:
+            logger.warning("Adapter %r: training ended before a subnetwork was selected.", self.adapter)
+
+    def see_saving(self) -> None:
+        """Warn of what is missing in an adapter that is being saved."""
+
+    @property
+    def is_selected(self) -> bool:
+        """Whether a subnetwork has been selected at least once."""
+        return any(weight.selected is not None for weight in self.existing)
 
     @property
     def gathers(self) -> bool:

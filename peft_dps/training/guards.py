@@ -114,6 +114,14 @@ def refuse_capture(adapter: str) -> None:
         )
 
 
+def refuse_part_of_layer(adapter: str) -> None:
+    """Refuse a layer that computes with a part of its weight, of which nothing tells which units it has."""
+    raise EngineError(
+        f"A layer of adapter {adapter!r} sees a part of its input, output or gradient. That is tensor parallelism, "
+        "which DPS does not support. Use DDP or FSDP2 (`fully_shard`), which compute with whole weights."
+    )
+
+
 def refuse_unseen_steps(adapter: str, steps: int) -> None:
     """Refuse an engine that has made steps of which DPS has seen none."""
     raise EngineError(

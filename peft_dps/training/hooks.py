@@ -58,6 +58,7 @@ class _OpenStep:
                     f"{type(self.optimizer).__name__} evaluated its closure {self.closure_runs} times in one step, so "
                     "it is unclear which gradient to score. Use an optimizer that evaluates it once."
                 )
+            controller.see_caller(self.frames[0])
             controller.take_gradients(with_gradient, self.optimizer, grad_scale)
             controller.before_step(weights)  # of a stage that has begun now
 

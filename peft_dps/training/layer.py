@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from peft_dps.masking.compact.delta import Delta
+from peft_dps.masking.compact.observing import Observe
 from peft_dps.masking.effective_weight import EffectiveWeight
 from peft_dps.masking.storage import Storage
 from peft_dps.tensors.layout import Layout
@@ -48,6 +48,8 @@ class TargetLayer(Protocol):
 class Training(Protocol):
     """What a layer needs to know of the training of one of its adapters."""
 
+    at_rest: bool
+
     @property
     def substitutes(self) -> bool:
         """Whether training forwards use effective weights."""
@@ -62,5 +64,5 @@ class Training(Protocol):
     def on_forward(self, layer: TargetLayer) -> EffectiveWeight | None:
         """Prepare a training forward of a layer: what to multiply with in place of the weight, None for itself."""
 
-    def observer(self, layer: TargetLayer) -> Callable[[torch.Tensor], None] | None:
+    def observer(self, layer: TargetLayer) -> Observe | None:
         """Prepare a forward of a layer in compact storage: what is to be shown the gradient of its whole weight."""

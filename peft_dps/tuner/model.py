@@ -120,6 +120,7 @@ class DPSModel(BaseTuner):
             None,
         )
         if controller is not None:
+            controller.see_saving()
             own.write_card = partial(write_section, make_section(own, controller))
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 

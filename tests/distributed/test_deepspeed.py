@@ -25,19 +25,31 @@ HERE = Path(__file__).parent
     ],
 )
 def test_zero_0_trains_and_the_others_are_refused_by_name(zero_stage, dtype, outcome):
+    assert outcome in run("deepspeed_worker.py", zero_stage, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")])
+def test_compact_adapters_train_as_alone_and_are_not_selected_anew(zero_stage, dtype):
+    said = run("deepspeed_compact_worker.py", zero_stage, dtype)
+    assert "Use `schedule='once'`" in said
+    assert "trained" in said
+
+
+def run(worker: str, zero_stage: int, dtype: str) -> str:
     pytest.importorskip("deepspeed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, str(HERE / "deepspeed_worker.py"), str(zero_stage), dtype, str(port)],
+    done = subprocess.run(
+        [sys.executable, str(HERE / worker), str(zero_stage), dtype, str(port)],
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert outcome in run.stdout
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout

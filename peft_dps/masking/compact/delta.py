@@ -69,8 +69,8 @@ class Delta(nn.Module):
 
     @property
     def waiting(self) -> nn.Parameter | None:
-        """The parameter, if it has its shape already and waits for units; None otherwise."""
-        return self.weight if self.slots and not self.is_selected else None
+        """The parameter, if it waits for units; None otherwise."""
+        return None if self.is_selected else self.weight
 
     @property
     def kept(self) -> Part | None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from peft_dps.masking.compact.delta import Delta
-from peft_dps.masking.compact.observing import observed, observed_weight
+from peft_dps.masking.compact.observing import Observe, observed, observed_weight
 from peft_dps.masking.effective_weight import EffectiveWeight, materialize
 from peft_dps.tensors.layout import Layout
 from peft_dps.training.layer import Training
@@ -256,9 +256,9 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         if name in self.dps_bias:
             pretrained: Any = self.pretrained()[1]
             y = self._add_bias(y, self.dps_bias[name] - pretrained.to(self.dps_bias[name].dtype))
-        if observe is None:
-            return y
-        return observed(y, x, self._weight_gradient, observe, delta.waiting)
+        if observe is not None:
+            y = observed(y, x, self._weight_gradient, observe, delta.waiting)
+        return y
 
     def _adds_entries(self, name: str) -> bool:
         """Tell whether an adapter adds to single entries, and the layer can compute with these."""
@@ -285,7 +285,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         for name in names:
             controller, delta, made = self.dps_controllers[name], self.delta(name), None
             if delta is not None:
-                if delta.observes or (self.training and not torch.compiler.is_compiling()):
+                takes_part = self.training or controller.at_rest
+                if takes_part and (delta.observes or not torch.compiler.is_compiling()):
                     made = _observer(controller, self)
             # Dense leaves a compiled graph whole; Mix breaks it here.
             elif self.training and (controller.substitutes or not torch.compiler.is_compiling()):
@@ -377,7 +378,7 @@ def _announce(controller: Training, layer: DPSLayer) -> EffectiveWeight | None:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _observer(controller: Training, layer: DPSLayer) -> Callable[[torch.Tensor], None] | None:
+def _observer(controller: Training, layer: DPSLayer) -> Observe | None:
     return controller.observer(layer)
 
 

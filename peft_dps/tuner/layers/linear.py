@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from peft_dps.masking.compact.linear import add_columns, add_rows
 from peft_dps.masking.effective_linear import effective_linear
 from peft_dps.masking.effective_weight import EffectiveWeight
 from peft_dps.tensors.layout import Layout, in_out, out_in
+from peft_dps.training.guards import refuse_part_of_layer
 from peft_dps.tuner.layers.layer import DPSLayer, cast_to_activation
 
 
@@ -37,7 +39,17 @@ class _AnyLinear(DPSLayer):
     ) -> torch.Tensor:
         add = add_columns if delta.axis == self.input_axis else add_rows
         kept = None if delta.kept is None else (self._out_in(delta.kept[0]), delta.kept[1])
-        return add(compute, x, self._out_in(delta.weight), delta.index, kept)
+        self._require_whole(x, self.in_features)
+        return add(partial(self._compute_whole, compute), x, self._out_in(delta.weight), delta.index, kept)
+
+    def _compute_whole(self, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        y = compute(x)
+        self._require_whole(y, self.out_features)
+        return y
+
+    def _require_whole(self, activations: torch.Tensor, features: int) -> None:
+        if activations.shape[-1] != features:
+            refuse_part_of_layer(", ".join(self.active_adapters))
 
     def _weight_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         rows, columns = gradient.reshape(-1, gradient.shape[-1]), x.reshape(-1, x.shape[-1]).to(gradient.dtype)

@@ -1,0 +1,190 @@
+"""Runs on every rank: trains compact adapters with an engine on the rank's share of each batch, and alone on all."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fsdp_worker import batches, loss_of, make_model, mesh_of, my_share, optimizer_of, shard, tracked
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from peft_dps import dps_adapter
+from peft_dps.errors import EngineError
+
+ONCE = {"storage": "compact", "schedule": "once", "score_steps": 3, "train_bias": False, "granularity": "column"}
+EVERY = {**ONCE, "schedule": "every", "score_steps": 1, "stage_steps": 3}
+ROWS = {"granularity": "row"}
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, shares: list[Any]) -> None:
+    for share in shares:
+        (loss_of(model, *share) / len(shares)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for batch in batches(count):
+        step(model, optimizer, [my_share(batch, dist.get_rank(), dist.get_world_size())])
+
+
+def step_both(engine: Any, optimizer: Any, alone: Any, optimizer_alone: Any, batch: Any) -> None:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    step(engine, optimizer, [my_share(batch, rank, size)])
+    step(alone, optimizer_alone, [my_share(batch, each, size) for each in range(size)])
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def compare(engine: nn.Module, optimizer: Any, alone: nn.Module, optimizer_alone: Any) -> None:
+    """Units, their values, and what the optimizers keep of them are those of one process."""
+    for ours, theirs in zip(tracked(engine), tracked(alone), strict=True):
+        assert ours.delta.is_selected == theirs.delta.is_selected
+        assert torch.equal(ours.delta.index, theirs.delta.index), ours.name
+        torch.testing.assert_close(ours.delta.values(), theirs.delta.values(), rtol=0, atol=1e-10)
+        assert (ours.delta.kept is None) == (theirs.delta.kept is None)
+        for own, other in zip(ours.delta.kept or (), theirs.delta.kept or (), strict=True):
+            torch.testing.assert_close(own, other, rtol=0, atol=1e-10)
+        mine, expected = optimizer.state[ours.parameter], optimizer_alone.state[theirs.parameter]
+        for key in expected:
+            torch.testing.assert_close(whole(mine[key]), whole(expected[key]), rtol=0, atol=1e-10)
+    assert engine.dps_status().steps == alone.dps_status().steps
+
+
+def caught(work: Any) -> str:
+    try:
+        work()
+    except EngineError as error:
+        return str(error)
+    raise AssertionError("no EngineError")
+
+
+def ddp() -> None:
+    for fields in ({**ONCE, "train_bias": True}, {**ONCE, **ROWS}, {**ONCE, "granularity": "entry"}, EVERY):
+        model, alone = make_model(fields), make_model(fields)
+        wrapped = DistributedDataParallel(model)
+        optimizer, optimizer_alone = optimizer_of(model), optimizer_of(alone)
+        for batch in batches(8):
+            step_both(wrapped, optimizer, alone, optimizer_alone, batch)
+            compare(model, optimizer, alone, optimizer_alone)
+        assert model.dps_status().engaged
+        dps_adapter(model).check_ranks_agree()
+    for fields in ({"scope": "model"}, {"granularity": "tensor"}, {"granularity": "block"}):
+        units_of_another_number_are_selected_before_wrapping({**ONCE, **fields})
+    a_bad_gradient_of_one_rank_is_not_scored_on_any()
+
+
+def units_of_another_number_are_selected_before_wrapping(fields: dict[str, Any]) -> None:
+    model = make_model(fields)
+    wrapped, optimizer = DistributedDataParallel(model), optimizer_of(model)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    assert "Select before the model is wrapped" in caught(partial(steps, wrapped, optimizer, 4))
+    model, alone = (make_model({**fields, "score_steps": 0}) for _ in range(2))
+    model.score([my_share(batch, rank, size) for batch in batches(2)], loss=lambda net, batch: loss_of(net, *batch))
+    alone.score(
+        [my_share(batch, each, size) for batch in batches(2) for each in range(size)],
+        loss=lambda net, batch: loss_of(net, *batch),
+    )
+    wrapped = DistributedDataParallel(model)
+    optimizer, optimizer_alone = optimizer_of(model), optimizer_of(alone)
+    for batch in batches(3):
+        step_both(wrapped, optimizer, alone, optimizer_alone, batch)
+    compare(model, optimizer, alone, optimizer_alone)
+    assert model.dps_status().engaged
+
+
+def a_bad_gradient_of_one_rank_is_not_scored_on_any() -> None:
+    model = make_model(ONCE)
+    wrapped, optimizer = DistributedDataParallel(model), optimizer_of(model)
+    for number, batch in enumerate(batches(4)):
+        x, y = my_share(batch, dist.get_rank(), dist.get_world_size())
+        if number == 1 and dist.get_rank() == 1:
+            x = x * float("inf")
+        step(wrapped, optimizer, [(x, y)])
+    assert model.dps_status().unscored_steps == 1
+    dps_adapter(model).check_ranks_agree()
+
+
+def fsdp2() -> None:
+    mesh = mesh_of(dist.get_world_size())
+    for fields, blocks in (
+        (ONCE, None),
+        ({**ONCE, **ROWS}, ()),
+        ({**ONCE, "granularity": "entry"}, None),
+        (EVERY, None),
+        ({**EVERY, **ROWS}, None),
+        (EVERY, ()),
+        ({**EVERY, **ROWS}, ()),
+    ):
+        model, alone = make_model(fields), make_model(fields)
+        shard(model, mesh=mesh) if blocks is None else shard(model, blocks, mesh=mesh)
+        optimizer, optimizer_alone = optimizer_of(model), optimizer_of(alone)
+        for batch in batches(8):
+            step_both(model, optimizer, alone, optimizer_alone, batch)
+            compare(model, optimizer, alone, optimizer_alone)
+        assert model.dps_status().engaged
+
+
+def fsdp1() -> None:
+    for original in (True, False):
+        for fields in (ONCE, {**ONCE, **ROWS}):
+            model, alone = make_model(fields), make_model(fields)
+            wrapped = flat(model, original)
+            optimizer, optimizer_alone = sgd(wrapped), sgd(alone)
+            for batch in batches(6):
+                step_both(wrapped, optimizer, alone, optimizer_alone, batch)
+            assert model.dps_status().engaged
+            with FullyShardedDataParallel.summon_full_params(wrapped):
+                for ours, theirs in zip(tracked(model), tracked(alone), strict=True):
+                    assert torch.equal(ours.delta.index, theirs.delta.index)
+                    torch.testing.assert_close(ours.delta.weight, theirs.delta.weight, rtol=0, atol=1e-10)
+        wrapped = flat(make_model(EVERY), original)
+        assert "schedule='once'" in caught(partial(steps, wrapped, sgd(wrapped), 4))
+    tensor_parallelism_is_refused()
+
+
+def tensor_parallelism_is_refused() -> None:
+    """Whether the first that sees a part of a layer is a backward pass that scores, or a forward with units."""
+    for fields in (ONCE, {**ONCE, "score_steps": 0}, {**ONCE, **ROWS, "score_steps": 0}):
+        model = make_model(fields)
+        if not fields["score_steps"]:
+            model.score(batches(1), loss=lambda net, batch: loss_of(net, *batch))
+        layers = model.base_model.model
+        parallelize_module(layers[2], mesh_of(2), {"base_layer": ColwiseParallel()})
+        parallelize_module(layers[6], mesh_of(2), {"base_layer": RowwiseParallel()})
+        for place, width in ((2, 7), (6, 3)):  # all inputs and half of the outputs, and half of the inputs
+            assert "tensor parallelism" in caught(partial(run, layers[place], width))
+
+
+def run(layer: nn.Module, width: int) -> None:
+    layer(torch.randn(4, width).double().requires_grad_()).sum().backward()
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """Adam would count the steps of zeros that a hidden optimizer makes while scoring."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2, momentum=0.9)
+
+
+def flat(model: nn.Module, original: bool) -> FullyShardedDataParallel:
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    ignored = {} if original else {"ignored_states": frozen}  # flat parameters are trained or frozen as a whole
+    return FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"), **ignored)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    {"ddp": ddp, "fsdp2": fsdp2, "fsdp1": fsdp1}[sys.argv[1]]()
+    dist.barrier()
+    # Taking the group down may deadlock in torch: its destructor waits for gloo's thread, which waits for the GIL.
+    os._exit(0)

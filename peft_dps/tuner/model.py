@@ -208,7 +208,8 @@ class DPSModel(BaseTuner):
         """Add an adapter that combines others: W_new = W0 + sum_i w_i (W_i - W0), as in task arithmetic.
 
         The same goes for biases and for the copies of `modules_to_save`; an adapter that does not train a tensor adds
-        nothing to it. The new adapter has the first one's settings and is not active.
+        nothing to it. The new adapter has the first one's settings and is not active. That of compact adapters, which
+        have to be of the same granularity, holds the units of all.
 
         Args:
             adapters: Names of the adapters to combine.

@@ -118,5 +118,5 @@ def fill(model: nn.Module, adapter_name: str, terms: Terms) -> None:
         new.value.copy_(total)
     for module in model.modules():
         if isinstance(module, DPSLayer) and (delta := module.delta(adapter_name)) is not None:
-            parts = [(own, weight) for name, weight in terms if (own := module.delta(name)) is not None]
-            delta.combine(parts, module.pretrained_weight)
+            others = [(own, factor) for name, factor in terms if (own := module.delta(name)) is not None]
+            delta.combine(others, module.pretrained_weight)

@@ -236,7 +236,7 @@ def test_a_process_that_never_imports_peft_dps(gpt2, tmp_path):
     )
     assert run.returncode == 0, run.stderr
     logits = torch.load(tmp_path / "logits.pt", map_location=DEVICE)
-    torch.testing.assert_close(logits, gpt2.output(model), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits, gpt2.output(model), rtol=1e-5, atol=1e-6)
 
 
 def test_names_of_adapters_and_merged_models(tmp_path):
@@ -289,7 +289,7 @@ def with_trained_bias():
     ids=["copy", "nothing selected", "entry", "tensor", "block", "bias"],
 )
 @pytest.mark.refuses(
-    "Saving and loading", "entries and whole weights as a LoRA", because="their differences have no small rank"
+    "Saving and loading", "entries and whole weights as a LoRA", "their differences have no small rank"
 )
 def test_what_is_no_lora(make, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
@@ -359,6 +359,7 @@ def make_lora(case, path, r):
     return model
 
 
+@pytest.mark.supports("Saving and loading", "the exported LoRA in PEFT: hot-swapped, one per sample, mixed")
 @pytest.mark.parametrize("r", [2, 5], ids=["larger than before", "smaller than before"])
 def test_it_is_hot_swapped(r, tmp_path):
     case = CASES[0]
@@ -369,6 +370,7 @@ def test_it_is_hot_swapped(r, tmp_path):
     torch.testing.assert_close(case.output(live), case.output(model), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.supports("Saving and loading", "the exported LoRA in PEFT: hot-swapped, one per sample, mixed")
 @pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=lambda case: case.name)
 def test_a_batch_of_several_adapters(case, tmp_path):
     model = compact(case)
@@ -382,6 +384,7 @@ def test_a_batch_of_several_adapters(case, tmp_path):
     torch.testing.assert_close(mixed, alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.supports("Saving and loading", "the exported LoRA in PEFT: hot-swapped, one per sample, mixed")
 @pytest.mark.parametrize("case", [CASES[0], CASES[2]], ids=lambda case: case.name)
 def test_it_is_mixed_with_another_lora(case, tmp_path):
     model = compact(case)
@@ -395,19 +398,16 @@ def test_it_is_mixed_with_another_lora(case, tmp_path):
         torch.testing.assert_close(layer.get_delta_weight("mixed"), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_two_of_them_with_one_rank_are_mixed_linearly(tmp_path):
-    """PEFT's "linear" combines factors: exact where the units are the same, as it is for LoRAs of one A."""
+def test_linear_mixing_adds_factors_as_it_does_of_any_lora(tmp_path):
     case = CASES[0]
     export_adapter(compact(case), tmp_path / "one", form="lora")
     served = plain(case, tmp_path / "one", name="one")
     served.load_adapter(tmp_path / "one", "two")
     served.add_weighted_adapter(["one", "two"], [0.25, 0.75], "mixed", combination_type="linear")
+    factor = (0.25**0.5 + 0.75**0.5) ** 2  # of both A and B, roots are added up
     for layer in exported_layers(served).values():
-        expected = layer.get_delta_weight("one")
-        share = layer.get_delta_weight("mixed")
-        assert share.any()
-        nonzero = (expected.abs().sum(0) > 0) == (share.abs().sum(0) > 0)
-        assert nonzero.all()
+        expected = factor * layer.get_delta_weight("one")
+        torch.testing.assert_close(layer.get_delta_weight("mixed"), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_peft_raises_no_warning_of_its_own(tmp_path):

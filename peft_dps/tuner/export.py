@@ -1,11 +1,11 @@
-"""Small files for sharing: an adapter as the exact difference to its base model."""
+"""Files for sharing: an adapter as the exact difference to its base model, or as a LoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -16,6 +16,7 @@ from peft_dps.errors import ConfigError, EngineError
 from peft_dps.tensors.difference import encode
 from peft_dps.tuner.adapter_name import one_adapter
 from peft_dps.tuner.config import DPSConfig
+from peft_dps.tuner.lora_export import LoraReport, export_lora
 from peft_dps.tuner.targets import is_named
 from peft_dps.tuner.trained_tensors import TrainedTensor, trained_tensors
 
@@ -43,40 +44,76 @@ class ExportReport:
         return f"adapter {self.adapter!r}: {self.file_bytes} bytes, {self.ratio:.1%} of its size, without loss"
 
 
+@overload
 def export_adapter(
     model: PeftModel,
     path: str | Path,
     *,
     adapter_name: str | None = None,
+    form: Literal["difference"] = "difference",
     whole: Iterable[str] = (),
     saved_modules: Iterable[str] = (),
-) -> ExportReport:
-    """Save an adapter in a small form, which PEFT loads like any other once `peft_dps` is imported.
+) -> ExportReport: ...
 
-    What is stored is the difference to the pretrained weights, compressed; every bit comes back.
+
+@overload
+def export_adapter(
+    model: PeftModel,
+    path: str | Path,
+    *,
+    adapter_name: str | None = None,
+    form: Literal["lora"],
+    rank: int | None = None,
+) -> LoraReport: ...
+
+
+def export_adapter(
+    model: PeftModel,
+    path: str | Path,
+    *,
+    adapter_name: str | None = None,
+    form: Literal["difference", "lora"] = "difference",
+    whole: Iterable[str] = (),
+    saved_modules: Iterable[str] = (),
+    rank: int | None = None,
+) -> ExportReport | LoraReport:
+    """Save an adapter in a small form, or as a LoRA. The model in memory stays as it is.
+
+    `form="difference"` compresses the difference to the pretrained weights; every bit comes back.
     `PeftModel.from_pretrained`, `load_adapter` and `AutoPeftModel...` add it to those of the base model that they are
-    given, and refuse any other base model. The model in memory stays as it is.
+    given, once `peft_dps` is imported, and refuse any other base model.
+
+    `form="lora"` writes the rows or columns of an adapter with `storage="compact"` as a LoRA that computes the same.
+    Whatever takes a LoRA loads it, without `peft_dps`.
 
     Args:
         model: The model that `get_peft_model` or `PeftModel.from_pretrained` returned.
         path: Folder to write, as `save_pretrained` does: an adapter named "default" goes there, another one into a
             folder of its name in it.
         adapter_name: Name of the adapter; None for the active one.
-        whole: Names of targeted modules, or ends of their paths, that are stored whole: those that are new in each
-            model, such as a head without `task_type`.
+        form: `"difference"` or `"lora"`.
+        whole: Names of targeted modules, or ends of their paths, whose difference is not stored, but they themselves:
+            those that are new in each model, such as a head without `task_type`.
         saved_modules: Names of modules in `modules_to_save`, or ends of their paths, of which the difference is
             stored too. By default they are whole. Name those that come from the base model's own file, embeddings
             for instance, and no new head.
+        rank: Rank of all layers of the LoRA, filled up with zeros. By default the number of units that a layer has,
+            and one for all layers if the configuration has `units`.
 
     Returns:
-        Sizes.
+        Sizes; of a LoRA, its ranks too, and whether vLLM can serve it.
 
     Raises:
-        ConfigError: If an argument cannot work, or names what the model does not have.
+        ConfigError: If an argument cannot work, or names what the model does not have, or the adapter has no such
+            form.
+        TargetError: If there is no LoRA of one of the layers.
         EngineError: If the weights are sharded.
     """
+    _require_options(form, whole=whole, saved_modules=saved_modules, rank=rank)
     folder = _folder(path)
     adapter = _adapter_of(model, adapter_name)
+    if form == "lora":
+        return export_lora(model, folder, adapter, rank)
     tensors = list(trained_tensors(model, adapter))
     whole, saved_modules = tuple(whole), tuple(saved_modules)
     layers = {tensor.module for tensor in tensors if tensor.in_layer}
@@ -96,6 +133,15 @@ def export_adapter(
         file_bytes=Path(folder, "" if adapter == "default" else adapter, SAFETENSORS_WEIGHTS_NAME).stat().st_size,
         whole_bytes=sum(tensor.nbytes for tensor in saved.values()),
     )
+
+
+def _require_options(form: Any, *, whole: Any, saved_modules: Any, rank: Any) -> None:
+    if form not in ("difference", "lora"):
+        raise ConfigError(f"`form` must be 'difference' or 'lora', got {form!r}.")
+    others = {"rank": rank} if form == "difference" else {"whole": whole, "saved_modules": saved_modules}
+    for name, value in others.items():
+        if value not in (None, ()):
+            raise ConfigError(f"`{name}={value!r}` has nothing to do with `form={form!r}`. Leave it out.")
 
 
 def _folder(path: Any) -> Path:

@@ -209,7 +209,8 @@ class DPSModel(BaseTuner):
         """Add an adapter that combines others: W_new = W0 + sum_i w_i (W_i - W0), as in task arithmetic.
 
         The same goes for biases and for the copies of `modules_to_save`; an adapter that does not train a tensor adds
-        nothing to it. The new adapter has the first one's settings and is not active.
+        nothing to it. The new adapter has the first one's settings and is not active. That of compact adapters, which
+        have to be of the same granularity, holds the units of all.
 
         Args:
             adapters: Names of the adapters to combine.
@@ -302,10 +303,9 @@ class DPSModel(BaseTuner):
         # PEFT's version makes new parameters, which makes inactive adapters trainable.
         for module in self.model.modules():
             if isinstance(module, DPSLayer):
-                if (delta := module.delta(adapter_name)) is not None and module.pretrained()[
-                    0
-                ].dtype in HALF_PRECISION:
-                    delta.weight.data = delta.weight.data.to(torch.float32 if autocast_adapter_dtype else None)
+                delta, dtype = module.delta(adapter_name), module.pretrained()[0].dtype
+                if delta is not None and dtype in HALF_PRECISION:
+                    delta.to(torch.float32 if autocast_adapter_dtype else dtype)
                 for container, base in zip((module.dps_weight, module.dps_bias), module.pretrained(), strict=True):
                     if adapter_name in container and base is not None and base.dtype in HALF_PRECISION:
                         dtype = torch.float32 if autocast_adapter_dtype else base.dtype

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,12 +44,19 @@ def make_terms(
 
 
 def combined_config(model: nn.Module, configs: Sequence[DPSConfig], terms: Terms) -> DPSConfig:
-    """Make the configuration of a combined adapter: the first one's, with the targets of all."""
+    """Make the configuration of a combined adapter: the first one's, with the targets of all.
+
+    Raises:
+        ConfigError: If they do not hold the same kind of values.
+    """
+    _require_alike(configs, terms)
     names = {name for name, _ in terms}
     targets = [
         path_in_base(model, key)
         for key, module in model.named_modules()
-        if isinstance(module, DPSLayer) and not isinstance(module, ParamWrapper) and names & set(module.dps_weight)
+        if isinstance(module, DPSLayer)
+        and not isinstance(module, ParamWrapper)
+        and names & {*module.dps_weight, *module.dps_delta}
     ]
     parameters = sorted({name for config in configs for name in config.target_parameters or ()})
     saved = sorted({name for config in configs for name in config.modules_to_save or ()})
@@ -62,14 +70,39 @@ def combined_config(model: nn.Module, configs: Sequence[DPSConfig], terms: Terms
         modules_to_save=saved or None,
         train_bias=any(config.train_bias for config in configs),
         train_remaining=any(config.train_remaining for config in configs),
+        **_budget(configs),
     )
+
+
+def _require_alike(configs: Sequence[DPSConfig], terms: Terms) -> None:
+    """Refuse to combine what is held in different ways."""
+    first, (name, _) = configs[0], terms[0]
+    for config, (other, _) in zip(configs, terms, strict=True):
+        fields = ["storage", "granularity"] if config.recipe().storage.compact else ["storage"]
+        for field in fields:
+            mine, its = getattr(first, field), getattr(config, field)
+            if mine != its:
+                raise ConfigError(
+                    f"`adapters` must have the same `{field}`, and {name!r} has {mine!r}, {other!r} {its!r}: there is "
+                    "no one form for the values of both. Combine adapters of one kind, or merge one into the base "
+                    "model (`merge_and_unload`)."
+                )
+
+
+def _budget(configs: Sequence[DPSConfig]) -> dict[str, Any]:
+    """Return a number of units that each layer of the adapters has, for when units are selected anew."""
+    without = next((config for config in configs if config.units is None), None)
+    if without is not None:
+        return {"units": None, "density": without.density, "max_density": without.max_density}
+    return {"units": min(config.units for config in configs if config.units is not None)}
 
 
 @torch.no_grad()
 def fill(model: nn.Module, adapter_name: str, terms: Terms) -> None:
     """Write W_new = W0 + sum_i w_i (W_i - W0) into an adapter, for weights, biases and `modules_to_save` alike.
 
-    An adapter that does not train a tensor adds nothing to it.
+    An adapter that does not train a tensor adds nothing to it. Of compact adapters, units that one of them holds are
+    combined, and no whole weight is made.
     """
     values = {
         name: {(tensor.module, tensor.name): tensor.value for tensor in trained_tensors(model, name)}
@@ -83,3 +116,7 @@ def fill(model: nn.Module, adapter_name: str, terms: Terms) -> None:
         for tensor, weight in parts:
             total += weight * tensor.to(new.value)
         new.value.copy_(total)
+    for module in model.modules():
+        if isinstance(module, DPSLayer) and (delta := module.delta(adapter_name)) is not None:
+            others = [(own, factor) for name, factor in terms if (own := module.delta(name)) is not None]
+            delta.combine(others, module.pretrained_weight)

@@ -7,9 +7,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 
-from peft_dps import DPSConfig, DPSLayer
+from peft_dps import DPSConfig, DPSLayer, export_adapter
 from peft_dps.errors import ConfigError, TargetError
-from tests.contract.conftest import TOKENS, Case
+from tests.contract.conftest import CASES, TOKENS, Case
 from tests.contract.test_parameters import EXPERTS, make_mixtral
 from tests.device import DEVICE
 
@@ -192,6 +192,128 @@ def test_a_combined_adapter_has_the_targets_of_its_parts_and_no_others():
         key for key, layer in model.named_modules() if isinstance(layer, DPSLayer) and "same" in layer.dps_weight
     ]
     assert layers == ["base_model.model." + name for name in ("proj", "base_layers.0", "base_layer_proj")]
+
+
+COMPACT = {"storage": "compact", "schedule": "every", "score_steps": 1, "stage_steps": 2, "train_bias": False}
+KINDS = {
+    "column": {"granularity": "column", "units": 2},
+    "row": {"granularity": "row", "density": 0.25},
+    "entry": {"granularity": "entry", "density": 0.1},
+    "tensor": {"granularity": "tensor", "density": 0.4},
+    "block": {"granularity": "block", "density": 0.6},
+}
+UNITS_OF_A_CASE = [(case, kind) for case in CASES for kind in KINDS if (case.name, kind) != ("conv", "column")]
+
+
+def compact_two(case, kind, **options):
+    """Train two compact adapters, each with units that it trains no more."""
+    own = {**COMPACT, **KINDS[kind], **options}
+    model = case.model(**own)
+    model.add_adapter("other", case.config(**{**own, "score": "random", "seed": 3}))
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        case.train(model, steps=6)
+    model.set_adapter("default")
+    return model
+
+
+def held(layer, name):
+    delta = layer.delta(name)
+    return set(delta.held.tolist()), set(delta.index.tolist())
+
+
+@pytest.mark.parametrize(("case", "kind"), UNITS_OF_A_CASE, ids=lambda value: getattr(value, "name", value))
+def test_compact_adapters_are_combined_unit_by_unit(case, kind):
+    model = compact_two(case, kind)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.add_weighted_adapter(list(TERMS), list(TERMS.values()), "sum")
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert any(layer.get_delta_weight("sum").any() for layer in dps_layers(model))
+    for layer in dps_layers(model):
+        total = sum(factor * layer.get_delta_weight(name) for name, factor in TERMS.items())
+        torch.testing.assert_close(layer.get_delta_weight("sum"), total, rtol=1e-5, atol=1e-6)
+        (mine, trained), (first, its), (second, theirs) = (held(layer, name) for name in ("sum", "default", "other"))
+        assert (mine, trained) == (first | second, its | theirs)
+    model.set_adapter("sum")
+    assert torch.isfinite(case.output(model)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_compact_adapter_with_factor_one_is_that_adapter_to_the_bit(mlp, kind):
+    model = compact_two(mlp, kind)
+    model.add_weighted_adapter(["other"], [1.0], "same")
+    model.add_weighted_adapter(["other"], [0.0], "nothing")
+    outputs = {}
+    for name in ("other", "same", "nothing"):
+        model.set_adapter(name)
+        outputs[name] = mlp.output(model)
+    for layer in dps_layers(model):
+        assert torch.equal(layer.get_delta_weight("same"), layer.get_delta_weight("other"))
+        assert not layer.get_delta_weight("nothing").any()
+    assert torch.equal(outputs["same"], outputs["other"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compact_sum_is_merged_saved_and_trained_on(mlp, kind, tmp_path):
+    model = compact_two(mlp, kind)
+    model.add_weighted_adapter(list(TERMS), list(TERMS.values()), "sum")
+    model.set_adapter("sum")
+    output = mlp.output(model)
+    model.merge_adapter()
+    torch.testing.assert_close(mlp.output(model), output, rtol=1e-5, atol=1e-5)
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(mlp.base(), tmp_path / "sum", is_trainable=True).eval()
+    assert torch.equal(mlp.output(loaded), output)
+    for each, name in ((model, "sum"), (loaded, "default")):
+        mlp.train(each, steps=4)
+        assert each.dps_status(name).engaged
+        assert not torch.equal(mlp.output(each), output)
+
+
+@pytest.mark.parametrize("kind", ["column", "row"])
+def test_a_compact_sum_is_a_lora(mlp, kind, tmp_path):
+    model = compact_two(mlp, kind, modules_to_save=None)
+    assert any(layer.delta("other").kept is not None for layer in dps_layers(model))
+    model.add_weighted_adapter(list(TERMS), list(TERMS.values()), "sum")
+    model.set_adapter("sum")
+    report = export_adapter(model, tmp_path, form="lora")
+    assert report.rank == max(len(held(layer, "sum")[0]) for layer in dps_layers(model))
+    served = PeftModel.from_pretrained(mlp.base(), tmp_path / "sum").eval()
+    torch.testing.assert_close(mlp.output(served), mlp.output(model), rtol=1e-6, atol=1e-6)
+
+
+def test_a_compact_sum_fits_layers_that_the_first_adapter_lacks():
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    options = {**COMPACT, "granularity": "row"}
+    model = get_peft_model(base, DPSConfig(target_modules=["0", "1"], units=4, **options))
+    model.add_adapter("small", DPSConfig(target_modules=["2"], units=1, **options))
+    case = Case("stack", lambda: base, torch.linspace(-1, 1, 32).view(4, 8))
+    for name in ("default", "small"):
+        model.set_adapter(name)
+        case.train(model, steps=2)
+    model.add_weighted_adapter(["default", "small"], [1.0, 1.0], "sum")
+    assert model.peft_config["sum"].units == 1
+    assert [layer.delta("sum").slots for layer in dps_layers(model)] == [4, 4, 1]
+    model.add_adapter("dense", DPSConfig(target_modules=["2"], density=0.5, **options))
+    model.add_weighted_adapter(["default", "dense"], [1.0, 1.0], "both")
+    assert (model.peft_config["both"].units, model.peft_config["both"].density) == (None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "values"),
+    [
+        ({"storage": "copy"}, "storage", ("compact", "copy")),
+        ({**COMPACT, **KINDS["row"]}, "granularity", ("column", "row")),
+    ],
+)
+def test_adapters_of_different_kinds_are_not_combined(mlp, fields, field, values):
+    model = mlp.model(**{**COMPACT, **KINDS["column"]})
+    model.add_adapter("other", mlp.config(**fields))
+    message = f"must have the same `{field}`, and 'default' has '{values[0]}', 'other' '{values[1]}'"
+    with pytest.raises(ConfigError, match=message):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    assert set(model.peft_config) == {"default", "other"}
 
 
 class Experts(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Every python block of README.md runs: in order, in one namespace, in an empty folder.
+"""Every python block of README.md and docs/serving.md runs: in order, in one namespace, in an empty folder.
 
 A comment `# > text` after a print says what is printed; the text has to appear in the output, in the same order.
 """
@@ -12,6 +12,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 README = Path(__file__).parents[2] / "README.md"
+SERVING = README.parent / "docs" / "serving.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -25,22 +26,23 @@ def _clean_accelerate():
 @pytest.mark.usefixtures("_clean_accelerate")
 # What the Trainer's defaults bring about on a machine without an accelerator.
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
-def test_python_blocks_run_and_print_what_they_say(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("page", [README, SERVING], ids=lambda page: page.stem.lower())
+def test_python_blocks_run_and_print_what_they_say(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    text = README.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
     assert len(blocks) >= 5
     namespace = {"__name__": "readme"}
     for block in blocks:
         line = text.count("\n", 0, block.start(1))
         # Empty lines before it give a traceback the line numbers of the file.
-        exec(compile("\n" * line + block.group(1), str(README), "exec"), namespace)  # noqa: S102
+        exec(compile("\n" * line + block.group(1), str(page), "exec"), namespace)  # noqa: S102
     output = capsys.readouterr().out
     position = 0
     for promised in re.findall(r"^# > (.*)$", "".join(block.group(1) for block in blocks), re.MULTILINE):
         position = output.find(promised, position)
-        assert position >= 0, f"README promises {promised!r}, printed was:\n{output}"
+        assert position >= 0, f"{page.name} promises {promised!r}, printed was:\n{output}"
 
 
 def test_the_two_commands_come_first():

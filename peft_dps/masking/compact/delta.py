@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -165,6 +165,36 @@ class Delta(nn.Module):
             found.index_copy_(self.axis, at[at >= 0], values.index_select(self.axis, (at >= 0).nonzero().view(-1)))
         return found
 
+    @torch.no_grad()
+    def combine(self, terms: Sequence[tuple[Delta, float]], load_base: LoadBase) -> None:
+        """Hold the weighted sum of what others add to the weight, for every unit that one of them holds.
+
+        Units that one of them trains are trained, in its order, so that one with factor 1 comes out to the bit.
+
+        Args:
+            terms: The others, and their factors.
+            load_base: Returns W0.
+        """
+        known = [(delta, factor) for delta, factor in terms if delta.is_selected]
+        if not known:
+            return
+        parts = [(factor * own.to(self.weight), at) for delta, factor in known for own, at in delta.parts()]
+        index = _union([delta.index for delta, _ in known])
+        kept = _union([index[:0], *(delta.kept[1] for delta, _ in known if delta.kept is not None)])
+        kept = kept[~torch.isin(kept, index)]
+        self.resize(len(index))
+        self.index.copy_(index)
+        set_values(self.weight, self._summed(parts, index))
+        self.keep(self._summed(parts, kept), kept)
+        self.is_selected = True
+
+    def _summed(self, parts: list[Part], index: torch.Tensor) -> torch.Tensor:
+        """Return the sums of the values of units over all parts."""
+        total = self.weight.new_zeros(self.shape_of(len(index)))
+        for part in parts:
+            total += self._collected([part], index)
+        return total
+
     def values(self) -> torch.Tensor:
         """Return the trained values as a whole, also where FSDP2 has cut them: all processes have to call it."""
         weight = self.weight.detach()
@@ -249,6 +279,26 @@ class WholeDelta(Delta):
         self.index = numbers.clone()
         return torch.full_like(numbers, NONE)
 
+    @torch.no_grad()
+    def combine(self, terms: Sequence[tuple[Delta, float]], load_base: LoadBase) -> None:
+        """Hold W0 and the weighted sum of what others add to it; see `Delta.combine`."""
+        known = [(delta, factor) for delta, factor in terms if delta.is_selected]
+        parts = [(own, factor) for delta, factor in known for own, _ in delta.parts()]
+        if known:
+            trained = any(delta.slots for delta, _ in known)
+            self.resize(int(trained))
+            self.index.zero_()
+            self.is_selected = True
+            if parts:
+                # As (1 - sum w_i) W0 + sum w_i W_i, one with factor 1 comes out to the bit.
+                total = (1.0 - math.fsum(factor for _, factor in parts)) * load_base().to(self.weight)
+                for own, factor in parts:
+                    total += factor * own.to(total)
+                if trained:
+                    set_values(self.weight, total)
+                else:
+                    self.keep(total, self.index.new_zeros(1))
+
     def _copied(self, load_base: LoadBase) -> torch.Tensor:
         return load_base().to(self.weight, copy=True)
 
@@ -261,6 +311,14 @@ class WholeDelta(Delta):
         """Return the weight as the adapter has it; see `Delta.applied`."""
         parts = self.parts()
         return parts[0][0] if parts else base_weight
+
+
+def _union(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return what is in one of the parts, once, in the order in which they have it."""
+    union = parts[0]
+    for part in parts[1:]:
+        union = torch.cat([union, part[~torch.isin(part, union)]])
+    return union
 
 
 @torch.no_grad()

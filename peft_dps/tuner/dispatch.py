@@ -205,7 +205,9 @@ def _check_loaded(target: nn.Module, name: str, key: str) -> None:
 def _not_loaded(key: str) -> TargetError:
     return TargetError(
         f"The weight of the target {key!r} is empty, on the meta device or sharded, so there is nothing to copy. "
-        "Add the adapter to the fully loaded model, before it is sharded (FSDP, ZeRO-3) or dispatched."
+        "Add the adapter to the fully loaded model, before it is sharded (FSDP, ZeRO-3) or dispatched. "
+        "`PeftModel.from_pretrained` takes accelerate's hooks off an offloaded model: use `get_peft_model` with "
+        "`storage='compact'`, and `load_adapter`."
     )
 
 

@@ -52,6 +52,11 @@ class Recipe:
         """What errors call the score."""
         return str(self.settings.get("score", getattr(self.score, "__name__", self.score)))
 
+    @property
+    def reads_base(self) -> bool:
+        """Whether forwards compute with the values of the pretrained weights, instead of calling their layers."""
+        return not (self.storage.compact and self.granularity.is_slices)
+
 
 def make_recipe(
     *,

@@ -37,6 +37,11 @@ class Granularity:
             raise ConfigError(f"`reduction` must be 'mean' or 'sum', got {reduction!r}.")
         self.reduction = reduction
 
+    @property
+    def is_slices(self) -> bool:
+        """Whether layers can compute with the units alone, and add that to what the base layer returns."""
+        return self._delta.is_slices
+
     def units(self, layout: Layout) -> Units | None:
         """Return how the units lie in a weight; None where nothing tells."""
         raise NotImplementedError

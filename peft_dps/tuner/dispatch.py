@@ -16,7 +16,9 @@ from peft_dps.tuner.layers.embedding import Embedding, computes_alike
 from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tuner.layers.linear import Conv1DLinear, Linear
 from peft_dps.tuner.layers.parameter import ParamWrapper, find_wrapper, path_in_base
-from peft_dps.tuner.targets import is_packed, is_target
+from peft_dps.tuner.layers.pretrained import UnreadWeight, device_of, is_offloaded
+from peft_dps.tuner.quantized import is_quantized, linear_shape, remedy_for_quantized, stored_as
+from peft_dps.tuner.targets import is_target
 
 LAYER_TYPES: dict[type[nn.Module], type[DPSLayer]] = {
     nn.Linear: Linear,
@@ -26,14 +28,18 @@ LAYER_TYPES: dict[type[nn.Module], type[DPSLayer]] = {
     nn.Conv3d: Conv3d,
     nn.Embedding: Embedding,
 }
-TRAINABLE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def make_layer(target: nn.Module, key: str) -> DPSLayer:
+def make_layer(target: nn.Module, key: str, recipe: Recipe) -> DPSLayer:
     """Wrap a module in the layer of its kind."""
     _check_unwrapped(target, key)
-    _check_dtype(target, "weight", key)
-    base_cls = next((base for base in LAYER_TYPES if isinstance(target, base)), None)
+    base_cls = _base_class(target)
+    if not recipe.reads_base:
+        called_as = base_cls or (None if linear_shape(target) is None else nn.Linear)
+        why = None if called_as is None else _why_unread(target, called_as)
+        if called_as is not None and why is not None:
+            return _make_unread(target, called_as, key, why)
+    _check_dtype(target, "weight", key, recipe)
     if base_cls is None:
         supported = ", ".join(base_cls.__name__ for base_cls in LAYER_TYPES)
         raise _unknown(target, key, f"it supports {supported}")
@@ -43,6 +49,41 @@ def make_layer(target: nn.Module, key: str) -> DPSLayer:
     elif not _computes_as(target, base_cls):
         raise _unknown(target, key, f"its forward is not that of {base_cls.__name__}")
     return LAYER_TYPES[base_cls](target)
+
+
+def _why_unread(target: nn.Module, base_cls: type[nn.Module]) -> str | None:
+    """Tell why nothing may read the weight of a module that can be called all the same; None if it is to be read."""
+    is_linear = base_cls in (nn.Linear, Conv1D)
+    computes = _computes_as(target, base_cls)
+    if is_quantized(target):
+        return f"its weight is quantized ({stored_as(target)})" if is_linear else None
+    if is_offloaded(target):
+        return "its weight is offloaded" if is_linear or computes else None
+    if not is_linear:
+        return None
+    if "weight" not in target._parameters:
+        return "its weight is computed from other parameters"
+    return None if computes else f"its forward is not that of {base_cls.__name__}"
+
+
+def _make_unread(target: nn.Module, base_cls: type[nn.Module], key: str, why: str) -> DPSLayer:
+    """Wrap a module that can be called, whose weight nothing may read."""
+    stored, weight = target._parameters.get("weight"), getattr(target, "weight", None)
+    if device_of(target).type == "meta" or isinstance(stored, (DTensor, nn.UninitializedParameter)):
+        raise _not_loaded(key)
+    if isinstance(target, nn.Embedding):
+        _check_embedding(target, key)
+    shape = linear_shape(target) if base_cls is nn.Linear else None
+    dtype = torch.float32
+    if isinstance(weight, torch.Tensor) and not is_quantized(target):
+        shape, dtype = shape or tuple(weight.shape), weight.dtype
+    if shape is None:
+        raise _not_loaded(key)
+    return LAYER_TYPES[base_cls](target, UnreadWeight(shape, dtype, why))
+
+
+def _base_class(target: nn.Module) -> type[nn.Module] | None:
+    return next((base for base in LAYER_TYPES if isinstance(target, base)), None)
 
 
 def check_reach(config: DPSConfig, model: nn.Module) -> None:
@@ -69,7 +110,7 @@ def check_reach(config: DPSConfig, model: nn.Module) -> None:
             )
 
 
-def wrap_parameter(target: nn.Module, parameter_name: str, key: str) -> ParamWrapper:
+def wrap_parameter(target: nn.Module, parameter_name: str, key: str, recipe: Recipe) -> ParamWrapper:
     """Wrap a module to train one of its parameters, or find the wrapper that is there already."""
     wrapper = find_wrapper(target, parameter_name)
     if wrapper is not None:
@@ -78,7 +119,7 @@ def wrap_parameter(target: nn.Module, parameter_name: str, key: str) -> ParamWra
     while isinstance(module, ParamWrapper):
         module = module.base_layer
     _check_unwrapped(module, key)
-    _check_dtype(module, parameter_name, key)
+    _check_dtype(module, parameter_name, key, recipe)
     _check_loaded(module, parameter_name, key)
     if getattr(module, parameter_name).dim() == 0:
         raise TargetError(
@@ -96,7 +137,14 @@ def _unknown(target: nn.Module, key: str, why: str) -> TargetError:
 
 
 def check_layout(layer: DPSLayer, recipe: Recipe, key: str) -> None:
-    """Check that a layer has the rows or columns that a method asks for."""
+    """Check that a layer has the rows or columns, or the values, that a method asks for."""
+    if layer.unread is not None and recipe.reads_base:  # by an adapter that has only called it so far
+        storage, granularity = _storage_of(recipe)
+        raise TargetError(
+            f"The target {key!r} can be called only: {layer.unread}. `storage={storage!r}` with "
+            f"`granularity={granularity!r}` computes with the values of the weight: use `storage='compact'` with "
+            "`granularity='column'` or 'row', or leave it out with `exclude_modules`."
+        )
     layout = layer.layout
     without_units = recipe.granularity.units(layout) is None
     if without_units or (recipe.noise.substitutes and layout.columns is None):
@@ -107,6 +155,13 @@ def check_layout(layer: DPSLayer, recipe: Recipe, key: str) -> None:
         )
 
 
+def check_mergeable(model: nn.Module) -> None:
+    """Check that each layer can take in the active adapters, before any of them has."""
+    for module in model.modules():
+        if isinstance(module, DPSLayer) and not module.disable_adapters:
+            module.check_mergeable(module.active_adapters)
+
+
 def _check_unwrapped(target: nn.Module, key: str) -> None:
     if isinstance(target, BaseTunerLayer):
         raise TargetError(
@@ -115,14 +170,17 @@ def _check_unwrapped(target: nn.Module, key: str) -> None:
         )
 
 
-def _check_dtype(target: nn.Module, name: str, key: str) -> None:
-    weight = getattr(target, name, None)
-    dtype = weight.dtype if isinstance(weight, torch.Tensor) else "packed"
-    if is_packed(target) or (isinstance(weight, torch.Tensor) and _is_quantized(weight)):
-        raise TargetError(
-            f"The weight of the target {key!r} is quantized ({type(target).__name__}, {dtype}). DPS trains "
-            "full-precision weights: load the model without quantization, or use LoRA on a quantized model."
-        )
+def _check_dtype(target: nn.Module, name: str, key: str, recipe: Recipe) -> None:
+    if not is_quantized(target, name):
+        return
+    remedy = remedy_for_quantized(*_storage_of(recipe))
+    if not recipe.reads_base:
+        remedy = "Only linear layers may be: leave it out with `exclude_modules`, or load it without quantization."
+    raise TargetError(f"The weight of the target {key!r} is quantized ({stored_as(target, name)}). {remedy}")
+
+
+def _storage_of(recipe: Recipe) -> tuple[str, str]:
+    return recipe.settings.get("storage", "copy"), recipe.settings.get("granularity", "entry")
 
 
 def _check_loaded(target: nn.Module, name: str, key: str) -> None:
@@ -133,18 +191,24 @@ def _check_loaded(target: nn.Module, name: str, key: str) -> None:
             "weight_norm), so it cannot be trained itself. Remove the parametrization, or leave the module out with "
             "`exclude_modules`."
         )
-    if getattr(getattr(target, "_hf_hook", None), "offload", False):
+    if is_offloaded(target):
         raise TargetError(
             f"The target {key!r} is offloaded (its place in `device_map` is 'disk', or 'cpu' beside a GPU), so its "
             "weight is there only during a forward, and no optimizer could update a copy of it. Load the model "
-            "without offloading."
+            "without offloading, or use `storage='compact'` with `granularity='column'` or 'row', which only call it."
         )
     lazy = isinstance(parameter, nn.UninitializedParameter)
     if lazy or parameter.device.type == "meta" or parameter.numel() == 0 or isinstance(parameter, DTensor):
-        raise TargetError(
-            f"The weight of the target {key!r} is empty, on the meta device or sharded, so there is nothing to copy. "
-            "Add the adapter to the fully loaded model, before it is sharded (FSDP, ZeRO-3) or dispatched."
-        )
+        raise _not_loaded(key)
+
+
+def _not_loaded(key: str) -> TargetError:
+    return TargetError(
+        f"The weight of the target {key!r} is empty, on the meta device or sharded, so there is nothing to copy. "
+        "Add the adapter to the fully loaded model, before it is sharded (FSDP, ZeRO-3) or dispatched. "
+        "`PeftModel.from_pretrained` takes accelerate's hooks off an offloaded model: use `get_peft_model` with "
+        "`storage='compact'`, and `load_adapter`."
+    )
 
 
 def _check_embedding(target: nn.Embedding, key: str) -> None:
@@ -167,12 +231,3 @@ def _computes_as(target: nn.Module, base_cls: type[nn.Module]) -> bool:
     return all(
         getattr(type(target), name, None) is getattr(base_cls, name, None) for name in ("forward", "_conv_forward")
     )
-
-
-def _is_quantized(weight: torch.Tensor) -> bool:
-    # torchao's weights are tensor subclasses of a floating dtype; bitsandbytes' are parameters with a state.
-    if isinstance(weight, nn.UninitializedParameter):
-        return False
-    subclass = type(weight.data) is not torch.Tensor and not isinstance(weight, DTensor)
-    stored = weight.dtype not in TRAINABLE_DTYPES
-    return stored or subclass or any(hasattr(weight, name) for name in ("quant_state", "SCB"))

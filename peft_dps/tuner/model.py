@@ -21,7 +21,7 @@ from peft_dps.training.status import DPSStatus
 from peft_dps.tuner.adapter import DPSAdapter, all_controllers, dps_adapter, find_controllers
 from peft_dps.tuner.adapter_name import one_adapter, require_adapter_name
 from peft_dps.tuner.config import DPSConfig
-from peft_dps.tuner.dispatch import check_layout, check_reach, make_layer, wrap_parameter
+from peft_dps.tuner.dispatch import check_layout, check_mergeable, check_reach, make_layer, wrap_parameter
 from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tuner.loading import expect_kept_units, read_state, require_saved_shapes
 from peft_dps.tuner.method import settings_of
@@ -266,7 +266,7 @@ class DPSModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         # PEFT warns of tied weights, which its layers would write into; here merging unties the layer first.
-        pass
+        check_mergeable(self.model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
@@ -285,9 +285,9 @@ class DPSModel(BaseTuner):
         controller, low_cpu_mem_usage = self._injecting
         layer: DPSLayer
         if parameter_name is not None:
-            layer = wrap_parameter(target, parameter_name, current_key)
+            layer = wrap_parameter(target, parameter_name, current_key, controller.recipe)
         else:
-            layer = target if isinstance(target, DPSLayer) else make_layer(target, current_key)
+            layer = target if isinstance(target, DPSLayer) else make_layer(target, current_key, controller.recipe)
         check_layout(layer, controller.recipe, current_key)
         is_new = not layer.dps_controllers
         layer.update_layer(adapter_name, _as_dps(peft_config), controller, low_cpu_mem_usage)

@@ -7,13 +7,15 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from transformers import PreTrainedModel
 
 from peft_dps.errors import TargetError
 from peft_dps.tuner.config import DPSConfig
+from peft_dps.tuner.quantized import is_packed, is_quantized, linear_shape, remedy_for_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -26,25 +28,35 @@ def expand_all_linear(config: DPSConfig, model: nn.Module) -> None:
     if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
         return
     packed = next((key for key, module in model.named_modules() if is_packed(module)), None)
-    if packed is not None:
+    if packed is not None and config.recipe().reads_base:
         raise TargetError(
             f"The model is quantized ({packed!r} is a {type(model.get_submodule(packed)).__name__}), so 'all-linear' "
-            "would leave most of it out. DPS trains full-precision weights: load the model without quantization, or "
-            "use LoRA on a quantized model."
+            f"would leave most of it out. {remedy_for_quantized(config.storage, config.granularity)}"
         )
+    quantized = _quantized_linears(model)
     _maybe_include_all_linear_layers(config, model)
     # What another adapter saves in full is no part of the base model: a checkpoint must not name its insides.
     wrapped = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
     closed = wrapped + _HEADS.get(str(config.task_type), ())
     # PEFT takes every module for one to save whose path ends like a name, as 'pre_classifier' like 'classifier'.
     saved = tuple(config.modules_to_save or ())
-    names = sorted(config.target_modules)
+    names = sorted({*config.target_modules, *quantized})
     config.target_modules = [name for name in names if not name.startswith(closed) and not name.endswith(saved)]
 
 
-def is_packed(module: nn.Module) -> bool:
-    """Tell whether a layer holds quantized weights under a name of their own, as GPTQ, AWQ, HQQ and others do."""
-    return any(getattr(module, name, None) is not None for name in ("qweight", "W_q", "weight_packed", "codes"))
+def _quantized_linears(model: nn.Module) -> set[str]:
+    """Return the paths of quantized linear layers, of which PEFT finds those alone that are `torch.nn.Linear`."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    inside = tuple(f"{key}." for key, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    return {
+        key
+        for key, module in model.named_modules()
+        if not key.startswith(inside)
+        and not isinstance(module, BaseTunerLayer)
+        and module is not head
+        and is_quantized(module)
+        and linear_shape(module) is not None
+    }
 
 
 def is_target(config: DPSConfig, key: str) -> Any:

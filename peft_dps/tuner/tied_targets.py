@@ -14,14 +14,18 @@ logger = logging.getLogger(__name__)
 
 
 def check_ties(model: nn.Module, adapter_name: str) -> None:
-    """Refuse an adapter that would train a shared weight twice or in one place of several, unnoticed."""
+    """Refuse an adapter that would train a shared weight twice or in one place of several, unnoticed.
+
+    In compact storage no weight is written, so that targets may share theirs.
+    """
     layers = {
         key: module
         for key, module in model.named_modules()
-        if isinstance(module, DPSLayer) and adapter_name in module.dps_weight
+        if isinstance(module, DPSLayer) and module.trained(adapter_name) is not None
     }
+    copies = {key: layer for key, layer in layers.items() if adapter_name in layer.dps_weight}
     targets: dict[int, str] = {}
-    for key, layer in layers.items():
+    for key, layer in copies.items():
         other = targets.setdefault(id(layer.pretrained_parameter), key)
         if other != key:
             raise TargetError(
@@ -33,9 +37,17 @@ def check_ties(model: nn.Module, adapter_name: str) -> None:
     for key, module in model.named_modules(remove_duplicate=False):
         target = wrapped.get(id(module))
         if target is not None and not key.startswith(f"{target}."):
-            raise TargetError(
-                f"The target {target!r} is the same module as {key!r}, and only the first of the two would be "
-                "trained. Leave it out with `exclude_modules`, or make the second a module of its own."
+            if target in copies:
+                raise TargetError(
+                    f"The target {target!r} is the same module as {key!r}, and only the first of the two would be "
+                    "trained. Leave it out with `exclude_modules`, or make the second a module of its own."
+                )
+            logger.warning(
+                "Adapter %r: the target %r is the same module as %r, which computes without the adapter. Make it a "
+                "module of its own if it is to have one.",
+                adapter_name,
+                target,
+                key,
             )
         for parameter in () if target is not None else module._parameters.values():
             if id(parameter) in targets:

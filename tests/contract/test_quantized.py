@@ -12,7 +12,7 @@ from peft_dps import DPSConfig, DPSLayer
 from peft_dps.errors import TargetError
 
 REASON = "DPS trains full-precision weights"
-REMEDY = "load the model without quantization, or use LoRA on a quantized model"
+REMEDY = "load the model without quantization, or use `storage='compact'` with `granularity='column'` or 'row'"
 
 
 class Packed(nn.Module):

@@ -14,13 +14,14 @@ from peft_dps.masking.effective_layers import effective_conv
 from peft_dps.masking.effective_weight import EffectiveWeight
 from peft_dps.tensors.layout import Layout, out_in
 from peft_dps.tuner.layers.layer import DPSLayer, cast_to_activation
+from peft_dps.tuner.layers.pretrained import PretrainedWeight
 
 
 class Conv(DPSLayer):
     """DPS on a convolution; weight `[out, in / groups, *kernel]`."""
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
+    def __init__(self, base_layer: nn.Module, base_weight: PretrainedWeight | None = None) -> None:
+        super().__init__(base_layer, base_weight)
         base: Any = base_layer
         self.in_features: int = base.in_channels
         self.out_features: int = base.out_channels
@@ -73,7 +74,7 @@ class Conv(DPSLayer):
         batched = x.dim() == len(base.kernel_size) + 2
         x, gradient = (x, gradient) if batched else (x.unsqueeze(0), gradient.unsqueeze(0))
         x, padding = _pad(x.to(gradient.dtype), base)
-        weight = base.weight.to(gradient.dtype)
+        weight = gradient.new_zeros(()).expand(base.weight.shape)  # of which nothing but the shape matters
         empty = [0] * len(base.stride)
         of_weight: torch.Tensor = torch.ops.aten.convolution_backward(
             gradient, x, weight, None, base.stride, padding, base.dilation, False, empty, base.groups,

@@ -14,13 +14,14 @@ from peft_dps.masking.effective_layers import effective_embedding
 from peft_dps.masking.effective_weight import EffectiveWeight
 from peft_dps.tensors.layout import Layout, out_in
 from peft_dps.tuner.layers.layer import DPSLayer
+from peft_dps.tuner.layers.pretrained import PretrainedWeight
 
 
 class Embedding(DPSLayer):
     """DPS on `torch.nn.Embedding`; weight `[rows, dimensions]`."""
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
+    def __init__(self, base_layer: nn.Module, base_weight: PretrainedWeight | None = None) -> None:
+        super().__init__(base_layer, base_weight)
         base: Any = base_layer
         self.in_features: int = base.num_embeddings
         self.out_features: int = base.embedding_dim

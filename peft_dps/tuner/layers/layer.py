@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.func import functional_call
 
+from peft_dps.errors import TargetError
 from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import Observe, observed, observed_weight
 from peft_dps.masking.effective_weight import EffectiveWeight, materialize
@@ -49,14 +50,14 @@ class DPSLayer(nn.Module, BaseTunerLayer):
     bias_name: ClassVar[str | None] = "bias"
     supports_lora: ClassVar[bool] = False
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, base_weight: PretrainedWeight | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.dps_weight = nn.ParameterDict({})
         self.dps_delta = nn.ModuleDict({})
         self.dps_bias = nn.ParameterDict({})
         self.dps_controllers: dict[str, Training] = {}
-        self._base = PretrainedWeight(self.parameter_name, self.bias_name)
+        self._base = base_weight or PretrainedWeight(self.parameter_name, self.bias_name)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.entries = self.pretrained_parameter.numel()
@@ -76,6 +77,11 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         """Whether the pretrained weight W0 is kept in a file."""
         return self._base.offloaded_from is not None
 
+    @property
+    def unread(self) -> str | None:
+        """Why nothing may read the pretrained weight W0, as in "it is quantized"; None if it may be read."""
+        return self._base.unread
+
     def offload_base(self) -> None:
         """Keep the pretrained weight W0 in a file; whatever needs it reads it from there."""
         self._base.offload(self.get_base_layer())
@@ -87,7 +93,17 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         return weight.data if home is None else weight.data.to(home), None if bias is None else bias.data
 
     def pretrained_weight(self) -> torch.Tensor:
-        """Return W0, on the device where it is computed with."""
+        """Return W0, on the device where it is computed with.
+
+        Raises:
+            TargetError: If nothing may read it.
+        """
+        if self.unread is not None:
+            raise TargetError(
+                f"The score looks at the pretrained weight of a {type(self.get_base_layer()).__name__}, but "
+                f"{self.unread}. Use a score of gradients alone, such as 'squared_gradient', or leave the layer out "
+                "with `exclude_modules`."
+            )
         return self.pretrained()[0]
 
     def training_of(self, adapter: str) -> Training | None:
@@ -108,6 +124,11 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         else:
             self.dps_weight[adapter_name] = make(weight, on_meta=low_cpu_mem_usage, perturb=perturb)
         if bias is not None and config.train_bias:
+            if bias.is_meta and not low_cpu_mem_usage:
+                raise TargetError(
+                    f"`train_bias=True` trains a copy of the bias of a {type(self.get_base_layer()).__name__}, and it "
+                    "is offloaded. Use `train_bias=False`."
+                )
             self.dps_bias[adapter_name] = make(bias, on_meta=low_cpu_mem_usage, perturb=perturb)
         self.dps_controllers[adapter_name] = controller
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -153,10 +174,12 @@ class DPSLayer(nn.Module, BaseTunerLayer):
 
         Raises:
             ValueError: If `safe_merge` finds a value that is not finite.
+            TargetError: If nothing may read or write the pretrained weight.
         """
         new_names = [name for name in check_adapters_to_merge(self, adapter_names) if self.trained(name) is not None]
         if not new_names:
             return
+        self.check_mergeable(new_names)
         names = [*self.merged_adapters, *new_names]
         with torch.no_grad():
             weight, bias = self._combined(names)
@@ -172,6 +195,20 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         self._base.merge(self.get_base_layer(), weight, bias)
         self.merged_adapters = names
 
+    def check_mergeable(self, adapter_names: list[str]) -> None:
+        """Check that the base layer can take in what adapters have trained.
+
+        Raises:
+            TargetError: If nothing may read or write the pretrained weight.
+        """
+        name = next((name for name in adapter_names if self.trained(name) is not None), None)
+        if name is not None and self.unread is not None:
+            raise TargetError(
+                f"The adapter {name!r} cannot be merged into a {type(self.get_base_layer()).__name__}: {self.unread}. "
+                "Leave it beside the base model, turn it into a LoRA (`peft.convert_to_lora`), or load it onto a base "
+                "model whose weights are in memory in full precision, and merge there."
+            )
+
     def unmerge(self) -> None:
         """Give the base layer its pretrained weight and bias back, bit for bit."""
         if not self._base.unmerge(self.get_base_layer()):
@@ -180,11 +217,14 @@ class DPSLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight in effect, for modules that read it instead of calling the layer; dtype of the base weight."""
+        """The weight in effect, for modules that read it instead of calling the layer; dtype of the base weight.
+
+        That of the base layer, as it is stored, where nothing may read W0.
+        """
         if self.disable_adapters and self.merged:
             return self.pretrained()[0]
         base_weight = self._base.in_base(self.get_base_layer())[0]
-        if not self._adapters_in_effect():
+        if self.unread is not None or not self._adapters_in_effect():
             return base_weight if self._home() in (None, base_weight.device) else self.pretrained()[0]
         return self._effective()[0].to(base_weight.dtype)
 
@@ -308,8 +348,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         return next((copy.device for copy in self.dps_weight.values()), self._base.offloaded_from)
 
     def _call_base(self, *args: Any, **kwargs: Any) -> Any:
-        weight = self._base.in_base(self.get_base_layer())[0]
-        if self._home() in (None, weight.device):  # at hand, or merged
+        home = self._home()
+        if home is None or home == self._base.in_base(self.get_base_layer())[0].device:  # at hand, or merged
             return self.base_layer(*args, **kwargs)
         return self._call_base_with(self.pretrained()[0], *args, **kwargs)
 

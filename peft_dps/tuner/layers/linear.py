@@ -1,4 +1,4 @@
-"""DPS on linear modules: `torch.nn.Linear` and transformers' `Conv1D`."""
+"""DPS on linear modules: `torch.nn.Linear`, transformers' `Conv1D`, and quantized ones."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from peft_dps.masking.effective_weight import EffectiveWeight
 from peft_dps.tensors.layout import Layout, in_out, out_in
 from peft_dps.training.guards import refuse_part_of_layer
 from peft_dps.tuner.layers.layer import DPSLayer, cast_to_activation
+from peft_dps.tuner.layers.pretrained import PretrainedWeight
 
 
 class _AnyLinear(DPSLayer):
@@ -37,6 +38,9 @@ class _AnyLinear(DPSLayer):
     def _add_delta(
         self, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, delta: Delta
     ) -> torch.Tensor:
+        if self.unread is not None:
+            # What an unknown module returns it may need for its backward pass.
+            base, compute = compute, lambda x: base(x).clone()
         add = add_columns if delta.axis == self.input_axis else add_rows
         kept = None if delta.kept is None else (self._out_in(delta.kept[0]), delta.kept[1])
         self._require_whole(x, self.in_features)
@@ -68,12 +72,12 @@ class _AnyLinear(DPSLayer):
 
 
 class Linear(_AnyLinear):
-    """DPS on `torch.nn.Linear`; weight `[out, in]`."""
+    """DPS on `torch.nn.Linear`, or a quantized layer in its place; weight `[out, in]`."""
 
     input_axis = 1
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
+    def __init__(self, base_layer: nn.Module, base_weight: PretrainedWeight | None = None) -> None:
+        super().__init__(base_layer, base_weight)
         self.out_features, self.in_features = self.pretrained_parameter.shape
 
     @property
@@ -89,8 +93,8 @@ class Conv1DLinear(_AnyLinear):
 
     input_axis = 0
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
+    def __init__(self, base_layer: nn.Module, base_weight: PretrainedWeight | None = None) -> None:
+        super().__init__(base_layer, base_weight)
         self.in_features, self.out_features = self.pretrained_parameter.shape
 
     @property

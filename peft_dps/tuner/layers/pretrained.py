@@ -1,4 +1,7 @@
-"""Where the pretrained weight of a layer is: in the base layer, beside it while adapters are merged, or in a file."""
+"""Where the pretrained weight of a layer is: in the base layer, beside it while adapters are merged, or in a file.
+
+Or where nothing can read it, so that the base layer is only called.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,12 @@ class PretrainedWeight:
     Args:
         name: Name of the weight in the base layer.
         bias_name: Name of the bias in the base layer; None if it is not to be trained with the weight.
+
+    Attributes:
+        unread: Why nothing may read W0, as in "it is offloaded"; None if it may be read.
     """
+
+    unread: str | None = None
 
     def __init__(self, name: str, bias_name: str | None) -> None:
         self.name = name
@@ -100,6 +108,58 @@ class PretrainedWeight:
             base._parameters[self.name] = parameter
         else:
             self._unmerged = parameter, self._unmerged[1]
+
+
+class UnreadWeight(PretrainedWeight):
+    """A pretrained weight W0 that nothing may read: the base layer is called as it is, and never written.
+
+    Args:
+        shape: Its shape, as a layer of the kind has it that is not quantized.
+        dtype: What the values beside it are to have.
+        why: Why nothing may read it, as in "it is offloaded".
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, why: str) -> None:
+        super().__init__("weight", "bias")
+        self.shape = shape
+        self.dtype = dtype
+        self.unread = why
+
+    def in_base(self, base: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Return what the base layer has for a weight, which some models look at the dtype of, and its bias."""
+        weight = getattr(base, "qweight", None)
+        weight = getattr(base, "weight", None) if weight is None else weight
+        return self._stand_in(base) if weight is None else weight, self._bias(base)
+
+    def parameters(self, base: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Return what has the shape and the device of W0, and none of its values; and the bias."""
+        return self._stand_in(base), self._bias(base)
+
+    def _stand_in(self, base: nn.Module) -> nn.Parameter:
+        one = torch.zeros((), dtype=self.dtype, device=device_of(base))
+        return nn.Parameter(one.expand(self.shape), requires_grad=False)
+
+    @staticmethod
+    def _bias(base: nn.Module) -> nn.Parameter | None:
+        bias = getattr(base, "bias", None)
+        return bias if isinstance(bias, torch.Tensor) and bias.numel() else None  # type: ignore[return-value]
+
+    def apply(self, base: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], apply: Callable[[], Any]) -> None:
+        """Move or cast with a module; see `PretrainedWeight.apply`."""
+        apply()
+
+
+def is_offloaded(base: nn.Module) -> bool:
+    """Tell whether accelerate keeps the weights of a module elsewhere between its forwards."""
+    return bool(getattr(getattr(base, "_hf_hook", None), "offload", False))
+
+
+def device_of(base: nn.Module) -> torch.device:
+    """Return the device that a base layer computes on."""
+    if is_offloaded(base):
+        device: Any = getattr(base._hf_hook, "execution_device", None)
+        return torch.device("cpu" if device is None else device)
+    return next((tensor.device for tensor in (*base.parameters(), *base.buffers())), torch.device("cpu"))
 
 
 def _with_data(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:

@@ -67,7 +67,7 @@ class CompactWeight(TargetWeight):
     def hides_optimizer(self) -> bool:
         """Whether an engine steps something else than the parameter: flat copies, of DeepSpeed or FSDP1."""
         parameter: Any = self.layer.trained(self.adapter)
-        marked = hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+        marked = any(hasattr(parameter, mark) for mark in ("ds_id", "_hp_mapping", "_fsdp_flattened"))
         return marked or not isinstance(parameter, nn.Parameter)
 
     def forget_thrown_away(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fsdp_worker import batches, loss_of, make_model, mesh_of, my_share, optimizer_of, shard, tracked
+from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -137,10 +138,10 @@ def fsdp2() -> None:
 
 
 def fsdp1() -> None:
-    for original in (True, False):
+    for original, by_module in ((True, False), (False, False), (True, True), (False, True)):
         for fields in (ONCE, {**ONCE, **ROWS}):
             model, alone = make_model(fields), make_model(fields)
-            wrapped = flat(model, original)
+            wrapped = flat(model, original, by_module)
             optimizer, optimizer_alone = sgd(wrapped), sgd(alone)
             for batch in batches(6):
                 step_both(wrapped, optimizer, alone, optimizer_alone, batch)
@@ -149,7 +150,7 @@ def fsdp1() -> None:
                 for ours, theirs in zip(tracked(model), tracked(alone), strict=True):
                     assert torch.equal(ours.delta.index, theirs.delta.index)
                     torch.testing.assert_close(ours.delta.weight, theirs.delta.weight, rtol=0, atol=1e-10)
-        wrapped = flat(make_model(EVERY), original)
+        wrapped = flat(make_model(EVERY), original, by_module)
         assert "schedule='once'" in caught(partial(steps, wrapped, sgd(wrapped), 4))
     tensor_parallelism_is_refused()
 
@@ -176,10 +177,14 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2, momentum=0.9)
 
 
-def flat(model: nn.Module, original: bool) -> FullyShardedDataParallel:
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    ignored = {} if original else {"ignored_states": frozen}  # flat parameters are trained or frozen as a whole
-    return FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"), **ignored)
+def flat(model: nn.Module, original: bool, by_module: bool) -> FullyShardedDataParallel:
+    """Wrap a model as a whole, or as PEFT would have a Trainer do: each module that is trained by itself."""
+    options: dict[str, Any] = {"use_orig_params": original, "device_id": torch.device("cpu")}
+    if by_module:
+        options["auto_wrap_policy"] = fsdp_auto_wrap_policy(model)
+    elif not original:  # flat parameters are trained or frozen as a whole
+        options["ignored_states"] = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return FullyShardedDataParallel(model, **options)
 
 
 if __name__ == "__main__":

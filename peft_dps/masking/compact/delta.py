@@ -53,6 +53,10 @@ class Delta(nn.Module):
         self.register_buffer("kept_weight", None)
         self.register_buffer("kept_index", None)
 
+    def forward(self, compute: Callable[[Delta], torch.Tensor]) -> torch.Tensor:
+        """Return what `compute` makes of it: an engine that cuts the values by modules has them whole meanwhile."""
+        return compute(self)
+
     def _axis(self) -> int:
         return slot_axis(self.units)
 

@@ -270,7 +270,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             compute = partial(self._call_base_on, args, kwargs)
         for name in names:
             if name not in whole:
-                compute = partial(self._compute_with_delta, compute, name, prepared.get(name))
+                add = partial(self._compute_with_delta, compute, name, prepared.get(name))
+                compute = partial(self._call_delta, name, add)
         return compute(x)
 
     def _compute(
@@ -288,10 +289,12 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         """Return the gradient of the weight, of an input and the gradient of the output."""
         raise NotImplementedError
 
+    def _call_delta(self, name: str, add: Callable[[torch.Tensor, Delta], torch.Tensor], x: torch.Tensor) -> Any:
+        return self.dps_delta[name](partial(add, x))
+
     def _compute_with_delta(
-        self, compute: Callable[[torch.Tensor], torch.Tensor], name: str, observe: Any, x: torch.Tensor
+        self, compute: Callable[[torch.Tensor], torch.Tensor], name: str, observe: Any, x: torch.Tensor, delta: Delta
     ) -> torch.Tensor:
-        delta: Any = self.dps_delta[name]
         y = self._add_delta(compute, x, delta) if delta.is_selected and delta.parts() else compute(x)
         if name in self.dps_bias:
             pretrained: Any = self.pretrained()[1]

@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "support.md"
 SECTIONS = ("Models", "Layers", "Targets", "Training", "Adapters", "Saving and loading", "Merging", "Dtypes",
-            "Devices", "Quantized base models")  # fmt: skip
+            "Devices", "Base layers", "Quantized base models")  # fmt: skip
 HEAD = """# What is supported
 
 <!-- Written by `python -m tests.matrix` from the marks of the tests. Change the marks, not this file. -->
@@ -29,6 +29,9 @@ Every "yes" and every "refused" is what a test shows; the tests run with every c
 randomly initialised models, and show that things work as promised, not how well a model learns. "Refused" means an
 error that names the cause, or a warning where it says so; a dash means that there is no such test, for instance
 generation with a classifier. Tests are named below `tests/`.
+
+Layers of GPTQ, AWQ, HQQ, compressed-tensors, AQLM, EETQ and FP8, whose kernels need an accelerator, are stood in for
+by modules that have their attributes and a backward pass of their own; those of bitsandbytes and torchao are real.
 """
 # Rows by the name of the parameter's value, where that is a name of the tests' own. None: in no table.
 LABELS = {

@@ -14,18 +14,16 @@ from transformers import BitsAndBytesConfig, GPT2LMHeadModel, LlamaConfig, Llama
 from peft_dps import DPSConfig, DPSLayer, register_score
 from peft_dps.errors import TargetError
 from peft_dps.selection.scores import SCORES
-from tests.contract.base_layers import COMPUTED, ORDINARY, QUANTIZED, Kind, Net, Packed, bytes_of, weight_of
+from tests.contract.base_layers import COMPUTED, ORDINARY, QUANTIZED, Net, Packed, bytes_of, weight_of
 
 X = torch.linspace(-2, 2, 64).view(8, 8).sin()
 Y = torch.linspace(-1, 1, 24).view(8, 3)
+LORA = "LoRA of PEFT"
 COMPACT = "`storage='compact'`, columns and rows"
 COPY = "`storage='copy'`; compact entries and weights"
 EVERY = [*ORDINARY, *COMPUTED]
 kinds = pytest.mark.parametrize("kind", [*EVERY, *QUANTIZED], ids=str)
 quantized = pytest.mark.parametrize("kind", QUANTIZED, ids=str)
-real = pytest.mark.parametrize(
-    "kind", [kind for kind in [*EVERY, *QUANTIZED] if kind.real and kind.name != "FP8"], ids=str
-)
 slices = pytest.mark.parametrize("granularity", ["column", "row"])
 
 
@@ -62,17 +60,41 @@ def train(model, steps=12, parts=1, optimizer=None):
     return losses
 
 
-def supports_row(kind: Kind, section: str):
-    return pytest.param(kind, id=str(kind), marks=pytest.mark.supports(section, COMPACT, row="kind"))
+def rows(mark, kinds, *details):
+    """Parametrize with kinds of layers, each a row of docs/support.md."""
+    sections = {True: "Base layers", False: "Quantized base models"}
+    return pytest.mark.parametrize(
+        "kind",
+        [
+            pytest.param(kind, id=str(kind), marks=mark(sections[kind in EVERY], *details, row="kind"))
+            for kind in kinds
+        ],
+    )
 
 
-TRAINED = [supports_row(kind, "Base layers") for kind in EVERY] + [
-    supports_row(kind, "Quantized base models") for kind in QUANTIZED
-]
+supports, refuses = pytest.mark.supports, pytest.mark.refuses
+
+
+@rows(supports, [kind for kind in [*EVERY, *QUANTIZED] if kind.real], LORA)
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning")
+@slices
+def test_the_output_is_that_of_a_lora(kind, granularity):
+    """With A one-hot and B the columns; or B one-hot and A the rows."""
+    model = wrap(kind, granularity)
+    train(model)
+    delta = odd_of(model).dps_delta["default"]
+    lora = get_peft_model(Net(kind), LoraConfig(target_modules=["odd"], r=4, lora_alpha=4))
+    picked = nn.functional.one_hot(delta.index.long(), 16 if granularity == "column" else 24).float()
+    factors = (picked, delta.weight) if granularity == "column" else (delta.weight, picked.t())
+    with torch.no_grad():
+        odd_of(lora).lora_A["default"].weight.copy_(factors[0])
+        odd_of(lora).lora_B["default"].weight.copy_(factors[1])
+    tolerance = 1e-5 if kind.dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(model.eval()(X), lora.eval()(X), rtol=tolerance, atol=tolerance)
 
 
 @slices
-@pytest.mark.parametrize("kind", TRAINED)
+@rows(supports, [*EVERY, *QUANTIZED], COMPACT)
 def test_training_leaves_the_base_as_it_is(kind, granularity):
     model = wrap(kind, granularity)
     layer, pretrained = odd_of(model), Net(kind)
@@ -92,35 +114,6 @@ def test_training_leaves_the_base_as_it_is(kind, granularity):
         assert torch.equal(model(X), expected)
     assert not torch.equal(model(X), expected)
     assert torch.equal(model.unload()(X), expected)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(
-            kind, id=str(kind),
-            marks=pytest.mark.supports(
-                "Base layers" if kind in EVERY else "Quantized base models", "LoRA of PEFT", row="kind"
-            ),
-        )
-        for kind in [*EVERY, *QUANTIZED] if kind.real and kind.name != "FP8"
-    ],
-)  # fmt: skip
-@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning")
-@slices
-def test_the_output_is_that_of_a_lora(kind, granularity):
-    """With A one-hot and B the columns; or B one-hot and A the rows."""
-    model = wrap(kind, granularity)
-    train(model)
-    delta = odd_of(model).dps_delta["default"]
-    lora = get_peft_model(Net(kind), LoraConfig(target_modules=["odd"], r=4, lora_alpha=4))
-    picked = nn.functional.one_hot(delta.index.long(), 16 if granularity == "column" else 24).float()
-    factors = (picked, delta.weight) if granularity == "column" else (delta.weight, picked.t())
-    with torch.no_grad():
-        odd_of(lora).lora_A["default"].weight.copy_(factors[0])
-        odd_of(lora).lora_B["default"].weight.copy_(factors[1])
-    tolerance = 1e-5 if kind.dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(model.eval()(X), lora.eval()(X), rtol=tolerance, atol=tolerance)
 
 
 @quantized
@@ -197,7 +190,7 @@ def test_biases_are_trained_beside_it(kind):
     assert all(torch.equal(*pair) for pair in zip(before, bytes_of(odd_of(model).get_base_layer()), strict=True))
 
 
-@quantized
+@rows(refuses, QUANTIZED, COPY, "it computes with the values of weights, which are not there in full precision")
 def test_copies_and_whole_weights_are_refused(kind):
     for granularity in ("entry", "tensor", "block"):
         with pytest.raises(
@@ -209,18 +202,14 @@ def test_copies_and_whole_weights_are_refused(kind):
         get_peft_model(Net(kind), DPSConfig(stage_steps=2, target_modules=["odd"]))
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        pytest.param(
-            kind, id=str(kind),
-            marks=pytest.mark.refuses(
-                "Base layers", COPY, "there is no weight of its own to copy or to compute with", row="kind"
-            ),
-        )
-        for kind in COMPUTED
-    ],
-)  # fmt: skip
+@rows(supports, ORDINARY, COPY)
+def test_copies_and_entries_train_as_well(kind):
+    for options in ({"granularity": "entry", "units": None, "density": 0.5}, {"storage": "copy"}):
+        losses = train(wrap(kind, **options))
+        assert losses[-1] < losses[0]
+
+
+@rows(refuses, COMPUTED, COPY, "there is no weight of its own to copy or to compute with")
 def test_copies_of_what_is_computed_are_refused(kind):
     for options in (
         {"granularity": "entry", "density": 0.5, "units": None},
@@ -439,9 +428,7 @@ def test_offloaded_layers_train_as_those_in_memory(gpt2, tmp_path, kind, granula
     assert torch.equal(gpt2.output(there.eval()), gpt2.output(here.eval()))
 
 
-@pytest.mark.refuses(
-    "Base layers", "LoRA of PEFT", "PEFT puts its factors on the meta device, where the weight is", row="kind"
-)
+@pytest.mark.refuses("Base layers", LORA, "PEFT puts its factors on the meta device, where the weight is", row="kind")
 @pytest.mark.parametrize("kind", ["offloaded by accelerate"])
 def test_lora_beside_an_offloaded_layer(gpt2, tmp_path, kind):
     model = get_peft_model(offloaded(gpt2, tmp_path), LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True))
@@ -524,11 +511,25 @@ def test_tied_targets_are_trained_beside_the_weight_that_they_share(gpt2, kind, 
 
 
 @tied
-@pytest.mark.supports("Base layers", "LoRA of PEFT", row="kind")
+@pytest.mark.supports("Base layers", LORA, row="kind")
 @pytest.mark.parametrize("kind", ["two targets that share a weight"])
 def test_loras_of_tied_targets(gpt2, kind):
     model = get_peft_model(gpt2.base(), LoraConfig(target_modules=["wte", "lm_head"]))
     losses = train_language(model)
+    assert losses[-1] < losses[0]
+
+
+@tied
+@pytest.mark.refuses(
+    "Base layers", COPY, "two copies of one weight would come apart; compact entries and weights work", row="kind"
+)
+@pytest.mark.parametrize("kind", ["two targets that share a weight"])
+def test_copies_of_tied_targets_are_refused(gpt2, kind):
+    with pytest.raises(TargetError, match=r"'transformer\.wte' and 'lm_head' share one weight"):
+        compact_gpt2(gpt2.base(), target_modules=["wte", "lm_head"], storage="copy")
+    losses = train_language(
+        compact_gpt2(gpt2.base(), "entry", target_modules=["wte", "lm_head"], units=None, density=0.1)
+    )
     assert losses[-1] < losses[0]
 
 

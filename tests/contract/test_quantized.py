@@ -58,15 +58,8 @@ LOOKS = {
     "bitsandbytes 4 bit": lambda: linear(Params4bit(torch.zeros(128, 1))),
     "torchao": lambda: linear(torch.zeros(16, 16).as_subclass(Subclass)),
 }
-quantized = pytest.mark.refuses(
-    "Quantized base models",
-    "targets",
-    "DPS trains whole weights in full precision; use LoRA on a quantized model",
-    row="kind",
-)
 
 
-@quantized
 @pytest.mark.parametrize("kind", LOOKS)
 def test_quantized_targets(kind):
     model = nn.ModuleDict({"fc": nn.Linear(16, 16), "odd": LOOKS[kind]()})

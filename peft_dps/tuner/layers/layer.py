@@ -124,7 +124,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         else:
             self.dps_weight[adapter_name] = make(weight, on_meta=low_cpu_mem_usage, perturb=perturb)
         if bias is not None and config.train_bias:
-            if bias.is_meta and not low_cpu_mem_usage:
+            if bias.is_meta and self.unread is not None:
                 raise TargetError(
                     f"`train_bias=True` trains a copy of the bias of a {type(self.get_base_layer()).__name__}, and it "
                     "is offloaded. Use `train_bias=False`."

@@ -45,6 +45,7 @@ NOT_DEFAULT = {
     "task_type": "SEQ_CLS",
 }
 LEAN = {"lean": True}  # which has no scores to choose a dtype for
+COMPACT = {"storage": "compact", "units": 4, "max_density": 0.5, "granularity": "row"}  # nothing of which is a copy
 
 REFUSED = [
     # field, bad value, what the message says, field and value included
@@ -199,7 +200,9 @@ def test_lists_of_modules_become_sets_and_expressions_stay(field):
 
 
 @pytest.mark.parametrize("cls", [DPSConfig, PeftConfig])
-@pytest.mark.parametrize("fields", [{}, NOT_DEFAULT, LEAN], ids=["defaults", "other values", "lean"])
+@pytest.mark.parametrize(
+    "fields", [{}, NOT_DEFAULT, LEAN, COMPACT], ids=["defaults", "other values", "lean", "compact"]
+)
 def test_a_saved_config_comes_back(cls, fields, saved):
     config = DPSConfig(**fields)
     loaded = cls.from_pretrained(saved(config))
@@ -209,9 +212,9 @@ def test_a_saved_config_comes_back(cls, fields, saved):
 
 def test_no_field_is_missing_from_the_round_trip():
     ours = set(DPSConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
-    assert ours <= {*NOT_DEFAULT, *LEAN}
+    assert ours <= {*NOT_DEFAULT, *LEAN, *COMPACT}
     default = DPSConfig()
-    assert not [name for name, value in (NOT_DEFAULT | LEAN).items() if getattr(default, name) == value]
+    assert not [name for name, value in (NOT_DEFAULT | LEAN | COMPACT).items() if getattr(default, name) == value]
 
 
 def test_the_file_names_the_tuner_in_plain_text(tmp_path):

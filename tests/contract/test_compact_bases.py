@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, prepare
 from torch import nn
 from transformers import BitsAndBytesConfig, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from peft_dps import DPSConfig, DPSLayer, register_score
+from peft_dps import DPSConfig, DPSLayer, export_adapter, register_score
 from peft_dps.errors import TargetError
 from peft_dps.selection.scores import SCORES
 from tests.contract.base_layers import COMPUTED, ORDINARY, QUANTIZED, Net, Packed, bytes_of, weight_of
@@ -237,7 +237,7 @@ def test_merging_is_refused_before_any_layer_has_changed(kind):
     train(model)
     expected = model(X)
     for merge in (model.merge_adapter, model.merge_and_unload, odd_of(model).merge):
-        with pytest.raises(TargetError, match=r"cannot be merged into a .*: its .*`peft.convert_to_lora`"):
+        with pytest.raises(TargetError, match=r"cannot be merged into a .*: its .*`export_adapter\(form='lora'\)`"):
             merge()
     assert not any(layer.merged for layer in model.modules() if isinstance(layer, DPSLayer))
     assert torch.equal(model(X), expected)
@@ -270,11 +270,14 @@ def test_an_adapter_goes_from_one_base_to_another(kind, tmp_path):
 
 
 @quantized
-def test_it_can_become_a_lora(kind):
+def test_it_can_become_a_lora(kind, tmp_path):
     """The way out that the refusal to merge names."""
     model = wrap(kind)
     train(model)
     delta = odd_of(model).get_delta_weight("default")
+    export_adapter(model, tmp_path, form="lora")
+    lora = PeftModel.from_pretrained(Net(ORDINARY[0]), tmp_path)
+    torch.testing.assert_close(odd_of(lora).get_delta_weight("default"), delta, rtol=1e-6, atol=1e-7)
     _, state = convert_to_lora(model, rank=4)
     factors = {key.rpartition(".lora_")[2]: value for key, value in state.items()}
     torch.testing.assert_close(factors["B.weight"] @ factors["A.weight"], delta, rtol=1e-4, atol=1e-5)

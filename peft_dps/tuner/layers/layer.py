@@ -205,8 +205,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         if name is not None and self.unread is not None:
             raise TargetError(
                 f"The adapter {name!r} cannot be merged into a {type(self.get_base_layer()).__name__}: {self.unread}. "
-                "Leave it beside the base model, turn it into a LoRA (`peft.convert_to_lora`), or load it onto a base "
-                "model whose weights are in memory in full precision, and merge there."
+                "Leave it beside the base model, export it as a LoRA (`export_adapter(form='lora')`), or load it onto "
+                "a base model whose weights are in memory in full precision, and merge there."
             )
 
     def unmerge(self) -> None:

@@ -22,7 +22,8 @@ from peft_dps.checkpoint.file import StateFile
 from peft_dps.checkpoint.state import LOADING, OTHER_VALUES, check_header, damage_told, place_of, values_of
 from peft_dps.errors import StateError
 from peft_dps.masking.frozen_bits import checksum
-from peft_dps.tensors.shards import Ranks, distinct, local_part, together
+from peft_dps.tensors.processes import Ranks, distinct, together
+from peft_dps.tensors.shards import local_part
 from peft_dps.training.controller import Controller
 from peft_dps.training.weight import TargetWeight
 

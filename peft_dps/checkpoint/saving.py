@@ -14,7 +14,7 @@ from peft_dps.checkpoint.parts import drop_part, find_save, write_index, write_p
 from peft_dps.checkpoint.resharding import fits, reshard
 from peft_dps.checkpoint.state import LOADING, damage_told, load_state, state_of
 from peft_dps.errors import StateError
-from peft_dps.tensors.shards import Ranks, together, world_of
+from peft_dps.tensors.processes import Ranks, together, world_of
 from peft_dps.training.controller import Controller
 
 _SAVING = "Saving the training state"

@@ -15,8 +15,8 @@ import torch
 from peft_dps.checkpoint.weight_state import SavedWeight, read_weight
 from peft_dps.errors import StateError
 from peft_dps.masking.frozen_bits import checksum
+from peft_dps.tensors.processes import Ranks, together, world_of
 from peft_dps.tensors.saved_state import SavedState
-from peft_dps.tensors.shards import Ranks, together, world_of
 from peft_dps.training.controller import Controller
 from peft_dps.training.weight import TargetWeight
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from peft_dps.errors import ConfigError
+from peft_dps.tensors.processes import Ranks, distinct
 from peft_dps.tensors.registry import Registry
 from peft_dps.tensors.saved_state import SavedState, State
-from peft_dps.tensors.shards import Ranks, distinct
 
 SCORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # by what `DPSConfig.score_dtype` calls them
 _CPU_CHUNK = 1 << 16

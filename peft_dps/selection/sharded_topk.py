@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 
 from peft_dps.selection.topk import DIGIT_BITS, SortableScores, digit_histogram, mask_above
-from peft_dps.tensors.shards import Ranks
+from peft_dps.tensors.processes import Ranks
 
 WEIGHTS_AT_ONCE = 64  # 32 MiB of local histograms
 _HALF = 1 << (DIGIT_BITS // 2)

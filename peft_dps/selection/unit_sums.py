@@ -8,8 +8,8 @@ import torch
 
 from peft_dps.selection.evidence import Gathered, ObservedWeight
 from peft_dps.tensors.layout import Units
+from peft_dps.tensors.processes import Ranks
 from peft_dps.tensors.saved_state import SavedState, State
-from peft_dps.tensors.shards import Ranks
 
 
 class UnitSums(Gathered):

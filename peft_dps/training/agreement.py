@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from peft_dps.errors import EngineError
 from peft_dps.masking.frozen_bits import checksum
-from peft_dps.tensors.shards import Ranks
+from peft_dps.tensors.processes import Ranks
 from peft_dps.training.weight import TargetWeight
 
 VARIABLE = "PEFT_DPS_CHECK_RANKS"

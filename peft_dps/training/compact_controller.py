@@ -16,7 +16,7 @@ from peft_dps.masking.compact.observing import Observe
 from peft_dps.recipes import Recipe
 from peft_dps.selection.unit_sums import add_up
 from peft_dps.tensors.layout import Layout
-from peft_dps.tensors.shards import world
+from peft_dps.tensors.processes import world
 from peft_dps.training.compact_weight import CompactWeight
 from peft_dps.training.controller import Controller, in_backward
 from peft_dps.training.grad_scaling import PassScale

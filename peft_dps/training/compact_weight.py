@@ -18,8 +18,8 @@ from peft_dps.masking.mask import Mask
 from peft_dps.selection.scores import ScoreContext
 from peft_dps.selection.unit_sums import UnitSums
 from peft_dps.tensors.layout import Units
+from peft_dps.tensors.processes import world
 from peft_dps.tensors.saved_state import SavedState, State
-from peft_dps.tensors.shards import world
 from peft_dps.training.guards import refuse_part_of_layer
 from peft_dps.training.optimizer_slots import move_slots, refuse_state
 from peft_dps.training.weight import TargetWeight

@@ -19,7 +19,7 @@ from peft_dps.masking.storage import Storage
 from peft_dps.recipes import Recipe
 from peft_dps.selection.schedule import Position, Stage
 from peft_dps.tensors.layout import Layout
-from peft_dps.tensors.shards import distinct, together
+from peft_dps.tensors.processes import distinct, together
 from peft_dps.training import agreement
 from peft_dps.training.clock import Clock
 from peft_dps.training.copied_weight import CopiedWeight

@@ -14,7 +14,7 @@ from peft_dps.recipes import Recipe
 from peft_dps.selection.sharded_topk import WEIGHTS_AT_ONCE, select_sharded
 from peft_dps.selection.topk import SortableScores, check_one_dtype, select, select_within
 from peft_dps.tensors.layout import Units
-from peft_dps.tensors.shards import Ranks, distinct, together
+from peft_dps.tensors.processes import Ranks, distinct, together
 from peft_dps.training.scoring import scores_of
 from peft_dps.training.weight import TargetWeight
 

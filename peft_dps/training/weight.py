@@ -20,8 +20,9 @@ from peft_dps.recipes import Recipe
 from peft_dps.selection.evidence import Gathered
 from peft_dps.selection.scores import ScoreContext
 from peft_dps.tensors.layout import Layout, Units
+from peft_dps.tensors.processes import Ranks
 from peft_dps.tensors.saved_state import SavedState, State
-from peft_dps.tensors.shards import Ranks, Sharding, local_part, sharding_of
+from peft_dps.tensors.shards import Sharding, local_part, sharding_of
 from peft_dps.tensors.spare_memory import SpareMemory
 from peft_dps.training.layer import TargetLayer, Training
 

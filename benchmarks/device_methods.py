@@ -123,6 +123,11 @@ def _dps(*, cast: bool = True, **fields: Any) -> Prepare:
     return prepare
 
 
+def _compact(**fields: Any) -> Prepare:
+    # Units at random: what a step costs does not depend on which they are.
+    return _dps(storage="compact", schedule="once", score="random", score_steps=0, train_bias=False, **fields)
+
+
 # A new method is one line here.
 METHODS: dict[str, Method] = {
     method.name: method
@@ -138,5 +143,7 @@ METHODS: dict[str, Method] = {
             "dps-bf16-scores", "linear layers, bf16, scores in bf16", _dps(cast=False, score_dtype="bfloat16"), True
         ),
         Method("mix", "linear layers, fp32", _dps(variant="mix"), stages=True),
+        Method("columns", "columns of linear layers, fp32", _compact(granularity="column")),
+        Method("rows", "rows of linear layers, fp32", _compact(granularity="row")),
     )
 }

@@ -143,6 +143,7 @@ def _check_compact(settings: dict[str, Any], evidence: str) -> None:
     """Check that the other axes go with compact storage."""
     impossible = {
         "noise": settings["noise"] != "none" and "which computes with the whole weight; use `storage='copy'`",
+        "score_dtype": settings["score_dtype"] != "float32" and "since it adds up units in fp64; leave it out",
         "frozen": settings["frozen"] != "exact" and "and what is frozen has no entries there; leave it out",
         "evidence": EVIDENCE.find(evidence).looks
         and EVIDENCE.find(evidence).power is None

@@ -101,6 +101,12 @@ class UnitBudget(EntryBudget):
                 f"`units` is {self.units}, and a weight has only {units} of them. Use at most as many as the smallest "
                 "target has, leave that out with `exclude_modules`, or give a `density`."
             )
+        most = self.most_held(units)
+        if most is not None and most < self.units:
+            raise ConfigError(
+                f"`units` is {self.units}, and `max_density={self.max_density}` lets an adapter hold {most} of "
+                f"{units} units of a weight. Raise it, or use fewer units."
+            )
         return self.units
 
 

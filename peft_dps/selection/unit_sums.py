@@ -76,11 +76,6 @@ class UnitSums(Gathered):
         dtype = torch.float32 if self._per_entry else torch.float64
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether what the passes of the coming step add is finite."""
-        return self.pending is None or bool(self.pending.sum(dtype=torch.float64).isfinite())
-
     def drop(self) -> None:
         """Forget what the passes of a step have added."""
         self.pending = None

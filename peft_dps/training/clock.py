@@ -95,6 +95,10 @@ class Clock:
         self._in_round = names
         self._counted = set()
 
+    def begin_batch(self) -> None:
+        """Take note that a batch is scored before training, which counts as a step that is scored."""
+        self._counted = set()
+
     def count_scored(self, scored: bool) -> None:
         """Count a step once, however many optimizers take part in it."""
         if scored in self._counted:

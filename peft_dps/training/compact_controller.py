@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from peft_dps.errors import EngineError, ScoreError
+from peft_dps.errors import ConfigError, EngineError, ScoreError
 from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import Observe
 from peft_dps.recipes import Recipe
+from peft_dps.selection.evidence import are_finite
 from peft_dps.selection.unit_sums import add_up
 from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.processes import world
@@ -54,15 +55,21 @@ class CompactController(Controller):
     def observer(self, layer: TargetLayer) -> Observe | None:
         """Prepare a forward of a layer; see `Controller.observer`."""
         weight = self._weight_of(layer)
-        if self.at_rest:  # scores batches before training, or is a copy that is not trained
+        if self.scores_batches:
             return weight.observe
-        if not layer.training:
+        if self.at_rest or not layer.training or not self._is_trained(weight):
             return None
         if not in_backward():  # else gradient checkpointing computes again what a forward has computed
-            self._forgot = weight.forget_thrown_away() or self._forgot
+            if weight.forget_thrown_away():
+                self._forgot = True
+                for each in self.weights:
+                    if not each.delta.slots:
+                        each.sums.drop()
             self._count_pass(weight)
+            before = self.clock.entered
             self._enter_coming_phase()
-            self._see_phase()
+            if self.clock.entered != before:
+                self._see_phase()
         return weight.observe if self.clock.coming().phase.gathers else None
 
     def _weight_of(self, layer: TargetLayer) -> CompactWeight:
@@ -74,6 +81,12 @@ class CompactController(Controller):
                 "device."
             )
         return weight
+
+    def _is_trained(self, weight: CompactWeight) -> bool:
+        """Tell whether the adapter is trained; a weight without units may have no gradient all the same."""
+        if weight.delta.slots:
+            return weight.delta.weight.requires_grad
+        return any(each.delta.weight.requires_grad for each in self.weights if each.exists())
 
     def _count_pass(self, weight: CompactWeight) -> None:
         """Count the passes since the latest forward as a step, if no optimizer will."""
@@ -145,14 +158,14 @@ class CompactController(Controller):
     ) -> None:
         """Take over what the passes of a step have added to the evidence, on all processes, if it is finite."""
         every = [weight for weight in self.weights if weight.exists()]
-        for weight in every:
+        for weight in weights:
             weight.observed += int(weight.has_gradient)
         if not self.recipe.evidence.looks:
             return
         seen = add_up([weight.sums for weight in every], world(every[0].delta.index.device))
         if not seen:
             return
-        finite = all(sums.is_finite for sums in seen)
+        finite = are_finite([sums.pending for sums in seen if sums.pending is not None])
         for sums in seen:
             if finite:
                 sums.fold(self._factor_of(grad_scale))
@@ -184,6 +197,17 @@ class CompactController(Controller):
         for weight in self.weights:
             if weight.exists():
                 weight.delta.observes = asks
+
+    def begin_scoring(self) -> None:
+        """Get ready for batches that are scored before training; see `Controller.begin_scoring`."""
+        super().begin_scoring()
+        if self.clock.entered is not None:
+            raise ConfigError(
+                f"Adapter {self.adapter!r}: units have been selected already, from batches that were scored before. "
+                "Give all batches in one call, or begin anew with another adapter."
+            )
+        for weight in self.weights:
+            weight.sums.drop()
 
     def end_scoring(self) -> None:
         """Select at once when there are no more batches to score before training."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from peft_dps.errors import EngineError
+from peft_dps.errors import EngineError, StateError
 from peft_dps.masking.compact.delta import Delta, set_values
 from peft_dps.masking.frozen_bits import checksum
 from peft_dps.masking.mask import Mask
@@ -72,6 +72,8 @@ class CompactWeight(TargetWeight):
 
     def forget_thrown_away(self) -> bool:
         """Forget passes whose gradients were thrown away without a step, as after one that a gradient scaler skips."""
+        if not self.delta.slots:  # it has no gradient before it has units, and follows the others
+            return False
         if self.sums.pending is None or self.hides_optimizer or self.sharding is not None:  # which move gradients
             return False
         parameter = self.parameter
@@ -107,6 +109,11 @@ class CompactWeight(TargetWeight):
 
     def state(self, *, ends: bool) -> State:
         """Return what an exact resume needs; which units are trained is in the adapter's own file."""
+        if self.moved is not None:
+            raise StateError(
+                f"Units of {self.name!r} have been selected anew, and the optimizer's state of them follows at its "
+                "next step. Save the training state after `optimizer.step()`."
+            )
         return super().state(ends=ends) | State({"masked": False, "units": checksum(self.delta.index)})
 
     def read_evidence(self, saved: SavedState) -> UnitSums:
@@ -117,7 +124,7 @@ class CompactWeight(TargetWeight):
 
     def entry_mask(self) -> torch.Tensor | None:
         """Return which entries are updated; see `TargetWeight.entry_mask`."""
-        if not self.delta.is_selected:
+        if not self.delta.is_selected and self.selected is None:
             return None
         units = self.sums.units
         chosen = torch.zeros(units.count, dtype=torch.bool, device=self.delta.index.device)
@@ -158,7 +165,7 @@ class CompactWeight(TargetWeight):
         """Leave scores to so many units that are new as the adapter may still hold."""
         most = self.recipe.budget.most_held(self.sums.units.count)
         held, flat = self.delta.held.long(), total.view(-1)
-        if most is None or not self.delta.is_selected:
+        if most is None:
             return total
         new = flat.clone()
         new[held] = -1.0
@@ -182,8 +189,7 @@ class CompactWeight(TargetWeight):
         else:
             self._require_room(delta, len(numbers))
             delta.take(numbers, self.layer.pretrained_weight)
-        if not delta.slots:
-            delta.weight.requires_grad_(False)
+        delta.weight.requires_grad_(bool(delta.slots))
         self.selected, self.masked_in = len(numbers) * units.size, phase
         self.drop_evidence()
 
@@ -199,7 +205,7 @@ class CompactWeight(TargetWeight):
     def _require_room(self, delta: Delta, slots: int) -> None:
         """Check that another number of units may be trained than the parameter was made for."""
         owner = self._owner()
-        before_wrapping = owner is not None and owner.at_rest  # as batches are scored before training
+        before_wrapping = owner is not None and owner.scores_batches
         several = world(delta.index.device) is not None and not before_wrapping
         if slots != delta.slots and (several or self.sharding is not None or self.hides_optimizer):
             raise EngineError(
@@ -212,6 +218,12 @@ class CompactWeight(TargetWeight):
     def _exchange(self, delta: Delta, numbers: torch.Tensor) -> None:
         """Let units that stay keep their slots and values; keep the values of those that leave."""
         self._require_room(delta, len(numbers))
+        if self.hides_optimizer:
+            raise EngineError(
+                f"The adapter {self.adapter!r} has units already, and others would be selected, but the engine "
+                "(DeepSpeed ZeRO-1, 2 or 3, FSDP1) keeps values and optimizer state where DPS cannot follow. Go on "
+                "from its training state, or train with DDP or FSDP2."
+            )
         slots = delta.slots
         before = self.parameter.shape if self.moved is None else self._shape_before
         for optimizer in self.optimizers:
@@ -232,7 +244,6 @@ class CompactWeight(TargetWeight):
                 collected.detach().copy_(values)
         else:
             set_values(self.parameter, values)
-        self.parameter.requires_grad_(bool(values.numel()))
 
     def see_optimizer(self, optimizer: Optimizer) -> None:
         """Take note of an optimizer that is about to make a step, and let its state follow units to their slots."""

@@ -46,6 +46,7 @@ class Controller:
         weights: The weights of the adapter.
         planned_steps: Number of optimizer steps that the configuration says.
         clock: How far the training is.
+        scores_batches: Whether batches are being scored before training.
         at_rest: Whether it is a copy that a Trainer leaves alone, such as TRL's reference: it gets no noise.
     """
 
@@ -58,6 +59,7 @@ class Controller:
         self.recipe = recipe
         self.planned_steps = total_steps
         self.at_rest = False
+        self.scores_batches = False
         self.weights: list[TargetWeight] = []
         self.restart(total_steps)
         self._announce()
@@ -304,13 +306,21 @@ class Controller:
             self.weights, self.recipe, adapter=self.adapter, step=clock.step, steps=steps, phase=position.number
         ).run()
 
-    def gather_before_training(self) -> None:
-        """Gather evidence from the gradients that the weights have now, before the first step."""
+    def begin_scoring(self) -> None:
+        """Get ready for batches that are scored before training.
+
+        Raises:
+            ConfigError: If training has begun, or evidence is gathered in training.
+        """
         if self.clock.step or not self.clock.coming().phase.masked:
             raise ConfigError(
                 f"Adapter {self.adapter!r}: evidence is gathered before training with `schedule='once'` and "
                 f"`score_steps=0` only, and before the first step; {self.clock.step} steps have been made."
             )
+
+    def gather_before_training(self) -> None:
+        """Gather evidence from the gradients that the weights have now, as a step of its own."""
+        self.clock.begin_batch()
         weights = [weight for weight in self.existing if weight.has_gradient]
         if weights:
             self._gather(weights, None, None)

@@ -61,6 +61,8 @@ class Training(Protocol):
     def make_delta(self, layout: Layout, like: torch.Tensor) -> Delta:
         """Make what a compact adapter holds of a weight, in the dtype and on the device of `like`."""
 
+    scores_batches: bool
+
     def on_forward(self, layer: TargetLayer) -> EffectiveWeight | None:
         """Prepare a training forward of a layer: what to multiply with in place of the weight, None for itself."""
 

@@ -29,7 +29,8 @@ def refuse_state(optimizer: Optimizer, parameter: torch.Tensor, shape: torch.Siz
             raise EngineError(
                 f"{type(optimizer).__name__} keeps {key!r} as {what} of the weight of {name!r}, whose shape is "
                 f"{list(shape)}, so its state cannot follow units that are selected anew. Use an optimizer "
-                "that keeps state in the parameter's shape, such as torch.optim.AdamW, or `schedule='once'`."
+                "that keeps state in the parameter's shape, such as torch.optim.AdamW, or select once, in a new "
+                "adapter."
             )
 
 

@@ -137,7 +137,8 @@ class DPSAdapter:
             ConfigError: If training has begun, or evidence is gathered in training.
         """
         controller, rested = self._controller, self._controller.at_rest
-        controller.at_rest = True  # noise has no step to belong to
+        controller.begin_scoring()
+        controller.at_rest = controller.scores_batches = True  # noise has no step to belong to
         try:
             for batch in batches:
                 model.zero_grad()
@@ -145,7 +146,7 @@ class DPSAdapter:
                 controller.gather_before_training()
             controller.end_scoring()
         finally:
-            controller.at_rest = rested
+            controller.at_rest, controller.scores_batches = rested, False
             model.zero_grad()
 
 

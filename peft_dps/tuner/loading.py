@@ -33,8 +33,19 @@ def read_state(model: nn.Module, adapter: str, state: Mapping[str, torch.Tensor]
     given = {key for key in state if any(part in f"{key}." for part in _OF_LAYERS)}
     kept = {f"{path}.{name}" for path in deltas for name in ("kept_weight", "kept_index")}
     _refuse("has, without a place in the model,", sorted(given - needed - kept), adapter)
+    try:
+        for path, delta in deltas.items():
+            check_units(path, delta, state)
+    except AdapterFileError:
+        for delta in deltas.values():
+            if delta.kept_index is not None and bool(
+                (delta.kept_index == NONE).any()
+            ):  # `expect_kept_units` made them
+                delta.resize(delta.slots)
+        raise
     for path, delta in deltas.items():
-        make_room(path, delta, state)
+        kept_units = state.get(f"{path}.kept_index")
+        delta.resize(len(state[f"{path}.index"]), 0 if kept_units is None else len(kept_units))
     restored = {key: _read_tensor(key, tensor, tensors.get(key)) for key, tensor in state.items()}
     keys = model.state_dict().keys()
     unknown = sorted(state.keys() - keys - {f"base_model.model.{key}" for key in keys})
@@ -46,12 +57,14 @@ def read_state(model: nn.Module, adapter: str, state: Mapping[str, torch.Tensor]
 def expect_kept_units(model: nn.Module, adapter: str, state: Mapping[str, torch.Tensor]) -> None:
     """Let layers have units that are not trained any more where a file has them: PEFT goes by the names of a model."""
     for path, module in model.named_modules():
-        if isinstance(module, DPSLayer) and (delta := module.delta(adapter)) is not None:
-            delta.resize(delta.slots, int(any(key.endswith(f"{path}.dps_delta.kept_index") for key in state)))
+        delta = module.delta(adapter) if isinstance(module, DPSLayer) else None
+        in_file = any(key.endswith(f"{path}.dps_delta.kept_index") for key in state)
+        if delta is not None and delta.kept is None and in_file:
+            delta.resize(delta.slots, 1)
 
 
-def make_room(path: str, delta: Delta, state: Mapping[str, torch.Tensor]) -> None:
-    """Check the units that a state dict holds for a layer, and give the layer as many."""
+def check_units(path: str, delta: Delta, state: Mapping[str, torch.Tensor]) -> None:
+    """Check the units that a state dict holds for a layer."""
     values, index = state[f"{path}.weight"], state[f"{path}.index"]
     kept_values, kept_index = state.get(f"{path}.kept_weight"), state.get(f"{path}.kept_index")
     kept = index[:0] if kept_index is None else kept_index
@@ -69,7 +82,6 @@ def make_room(path: str, delta: Delta, state: Mapping[str, torch.Tensor]) -> Non
         parts = [(values, len(index))] if kept_values is None else [(values, len(index)), (kept_values, len(kept))]
         wrong = [own for own, many in parts if own.shape != delta.shape_of(many) or not own.is_floating_point()]
         if not wrong:
-            delta.resize(len(index), len(kept))
             return
         problem = f"its values are {wrong[0].dtype} {list(wrong[0].shape)}"
     raise AdapterFileError(

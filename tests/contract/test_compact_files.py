@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 
 from peft_dps.errors import AdapterFileError, StateError
-from tests.compact import deltas_of, make_base, make_batches, make_model, train, trainable
+from tests.compact import deltas_of, loss_of, make_base, make_batches, make_model, train, trainable
 
 STEPS = 9
 EVERY = {"score_steps": 2, "stage_steps": 4}
@@ -102,6 +102,63 @@ def test_indices_that_cannot_be_are_refused(tmp_path, damage):
     save_file(tensors, file)
     with pytest.raises(AdapterFileError, match=r"'base_model.model.linear.dps_delta.default' does not fit .*`index`"):
         PeftModel.from_pretrained(make_base(), tmp_path)
+
+
+def test_a_refused_load_leaves_the_adapter_as_it_was(tmp_path):
+    model = make_model(schedule="every", **EVERY)
+    train(model, AdamW(trainable(model), 1e-1), make_batches(11))
+    model.save_pretrained(tmp_path)
+    tokens, before = make_batches(1)[0][0], own_tensors(model)
+    expected = model.eval()(tokens)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.head.dps_delta.index"] = tensors["base_model.model.head.dps_delta.index"].long()
+    with pytest.raises(AdapterFileError, match="has to be a list of int32"):
+        set_peft_model_state_dict(model, tensors)
+    assert all(torch.equal(value, before[name]) for name, value in own_tensors(model).items())
+    assert torch.equal(model(tokens), expected)
+
+
+def test_evidence_of_micro_batches_survives_a_resume_before_units_have_their_number(tmp_path):
+    fields = {"scope": "model", "schedule": "once", "score_steps": 4, "train_bias": False}
+    batches = make_batches(8)
+
+    def steps(model, optimizer, numbers):
+        for number in numbers:
+            for batch in batches[2 * number : 2 * number + 2]:
+                loss_of(model, batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole = make_model(**fields)
+    optimizer = AdamW(trainable(whole), 1e-2)
+    steps(whole, optimizer, range(2))
+    whole.save_pretrained(tmp_path)
+    whole.base_model.save_dps_state(tmp_path / "state.safetensors")
+    steps(whole, optimizer, range(2, 4))
+    resumed = PeftModel.from_pretrained(make_base(), tmp_path, is_trainable=True).train()
+    resumed.base_model.load_dps_state(tmp_path / "state.safetensors")
+    steps(resumed, AdamW(trainable(resumed), 1e-2), range(2, 4))
+    ours, theirs = (model.base_model.dps_state_dict()["tensors"] for model in (resumed, whole))
+    assert ours.keys() == theirs.keys() != set()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_adapters_that_come_and_go_look_up_tokens_of_their_own(tmp_path):
+    fields = {"target_modules": ["embedding"], "granularity": "row", "units": 5, "schedule": "once", "score_steps": 1}
+    expected = {}
+    tokens = torch.arange(20).view(4, 5)
+    for seed in (1, 2):
+        model = make_model(**fields)
+        train(model, AdamW(trainable(model), 1e-1), make_batches(3, seed))
+        model.save_pretrained(tmp_path / str(seed))
+        expected[seed] = model.eval()(tokens)
+    model = make_model(**fields).eval()
+    for seed in [1, 2] * 8:
+        model.load_adapter(tmp_path / str(seed), "other")
+        model.set_adapter("other")
+        assert torch.equal(model(tokens), expected[seed])
+        model.set_adapter("default")
+        model.delete_adapter("other")
 
 
 def test_a_state_of_other_units_is_refused(tmp_path):

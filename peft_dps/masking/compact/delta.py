@@ -113,7 +113,7 @@ class Delta(nn.Module):
         if len(numbers) != self.slots:
             self.resize(len(numbers))
         self.index.copy_(numbers)
-        self.is_selected = True
+        self.is_selected = bool(self.slots)  # a weight of which nothing was selected is as one that waits
 
     @torch.no_grad()
     def perturb(self, load_base: LoadBase) -> None:
@@ -225,7 +225,8 @@ class Delta(nn.Module):
 
     def see_selection(self) -> None:
         """Take note of whether the index, which was loaded, names units."""
-        self.is_selected = self.index.device.type != "meta" and bool((self.index != NONE).all())
+        known = self.index.device.type != "meta"
+        self.is_selected = known and bool((self.index != NONE).all()) and (bool(self.slots) or self.kept is not None)
 
 
 class EntryDelta(Delta):

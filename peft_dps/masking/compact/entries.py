@@ -43,7 +43,7 @@ def _passing(base_weight: torch.Tensor, parts: list[Part], dtype: torch.dtype, i
     if base_weight.device.type == "cpu" and not torch.compiler.is_compiling():
         made = scratch.empty(base_weight.shape, dtype, "weight").copy_(base_weight)
     else:
-        made = base_weight.to(dtype, copy=True)
+        made = base_weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
     flat = made.view(-1)
     for values, numbers in parts:
         flat.index_add_(0, numbers, values.detach().to(dtype))

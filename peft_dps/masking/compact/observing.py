@@ -32,9 +32,15 @@ def observed(
         trained: What is to have a gradient, since engines wait for one of every parameter; None for none. It is of
             zeros, or NaN where that of the weight is not finite, so that gradient scalers notice it.
     """
-    anchor = y.new_zeros((), requires_grad=True) if trained is None else trained
+    anchor = _anchor(y, trained)
     output: torch.Tensor = _Observed.apply(y, x.detach(), anchor, weight_gradient, observe)  # type: ignore[no-untyped-call]
     return output
+
+
+def _anchor(like: torch.Tensor, trained: nn.Parameter | None) -> torch.Tensor:
+    """Return what makes autograd compute the backward pass of something that trains nothing."""
+    is_there = trained is not None and trained.requires_grad  # that of a weight without units may need none
+    return trained if trained is not None and is_there else like.new_zeros((), requires_grad=True)
 
 
 class _Observed(torch.autograd.Function):
@@ -68,7 +74,7 @@ def observed_weight(weight: torch.Tensor, observe: Observe, trained: nn.Paramete
         observe: Is given dL/dW.
         trained: What is to have a gradient; see `observed`.
     """
-    anchor = weight.new_zeros((), requires_grad=True) if trained is None else trained
+    anchor = _anchor(weight, trained)
     output: torch.Tensor = _ObservedWeight.apply(weight, anchor, observe)  # type: ignore[no-untyped-call]
     return output
 

@@ -25,7 +25,8 @@ class Embedding(DPSLayer):
         base: Any = base_layer
         self.in_features: int = base.num_embeddings
         self.out_features: int = base.embedding_dim
-        self._known_slots: tuple[Any, torch.Tensor, int | None] | None = None  # of the units that were asked for last
+        # Of the units that were asked for last. It holds their tensors, so that no other has the place of one.
+        self._known_slots: list[tuple[torch.Tensor, int, torch.Tensor, int | None]] = []
 
     @property
     def layout(self) -> Layout:
@@ -64,13 +65,15 @@ class Embedding(DPSLayer):
 
     def _slots_of(self, numbers: torch.Tensor) -> tuple[torch.Tensor, int | None]:
         """Return the slot of each token, one past the last for those that have none, and that of padding."""
-        key = numbers.data_ptr(), numbers.numel(), numbers._version
-        if self._known_slots is None or self._known_slots[0] != key:
-            base: Any = self.get_base_layer()
-            slots = numbers.new_full((self.in_features,), len(numbers))
-            slots[numbers.long()] = torch.arange(len(numbers), dtype=slots.dtype, device=slots.device)
-            self._known_slots = key, slots, None if base.padding_idx is None else int(slots[base.padding_idx])
-        return self._known_slots[1], self._known_slots[2]
+        for known, version, slots, padding in self._known_slots:
+            if known is numbers and version == numbers._version:
+                return slots, padding
+        base: Any = self.get_base_layer()
+        slots = numbers.new_full((self.in_features,), len(numbers))
+        slots[numbers.long()] = torch.arange(len(numbers), dtype=slots.dtype, device=slots.device)
+        padding = None if base.padding_idx is None else int(slots[base.padding_idx])
+        self._known_slots = [(numbers, numbers._version, slots, padding), *self._known_slots[:3]]
+        return slots, padding
 
     def _weight_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         base: Any = self.get_base_layer()

@@ -328,8 +328,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         for name in names:
             controller, delta, made = self.dps_controllers[name], self.delta(name), None
             if delta is not None:
-                takes_part = self.training or controller.at_rest
-                if takes_part and (delta.observes or not torch.compiler.is_compiling()):
+                if delta.observes and (self.training or controller.scores_batches):
                     made = _observer(controller, self)
             # Dense leaves a compiled graph whole; Mix breaks it here.
             elif self.training and (controller.substitutes or not torch.compiler.is_compiling()):

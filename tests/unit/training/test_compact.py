@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim import SGD, Adafactor, AdamW
 
-from peft_dps.errors import ConfigError, EngineError, ScoreError
+from peft_dps.errors import ConfigError, EngineError, ScoreError, StateError
 from tests.compact import TARGETS, deltas_of, loss_of, make_base, make_batches, make_model, train, trainable
 
 KINDS = [
@@ -138,7 +138,7 @@ def test_units_that_stay_keep_their_state_and_new_ones_begin_with_none():
 def test_an_optimizer_whose_state_has_another_shape_is_refused_by_name():
     model = make_model(schedule="every", score_steps=1, stage_steps=2, target_modules=["linear"], seed=3)
     optimizer = Adafactor(trainable(model), 1e-2)
-    with pytest.raises(EngineError, match=r"Adafactor keeps 'row_var' as .* Use an optimizer .* `schedule='once'`"):
+    with pytest.raises(EngineError, match=r"Adafactor keeps 'row_var' as .* Use an optimizer .* select once"):
         train(model, optimizer, make_batches(12))
 
 
@@ -193,6 +193,8 @@ def test_units_is_a_rank():
         ({"units": 1.5}, "`units` must be an integer of at least 1, got 1.5"),
         ({"units": 11}, "`units` is 11, and a weight has only"),
         ({"max_density": 0.1}, "`max_density` must be at least `density`, got 0.1 and 0.3"),
+        ({"units": 6, "density": 0.1, "max_density": 0.25}, "`max_density=0.25` lets an adapter hold"),
+        ({"score_dtype": "bfloat16"}, "`storage='compact'` does not go with `score_dtype='bfloat16'`"),
         ({"max_density": 2}, r"`max_density` must be in \(0, 1\], got 2"),
         ({"storage": "copy", "max_density": 0.5}, "`max_density=0.5` bounds what `storage='compact'` holds"),
         ({"storage": "dense"}, "`storage` must be one of 'copy', 'compact', got 'dense'"),
@@ -222,6 +224,49 @@ def test_no_scored_step_is_an_error():
     model, batches = make_model(**SCORED_BEFORE), make_batches(1)
     with pytest.raises(ScoreError, match=r"call `model.score\(batches\)` before training"):
         train(model, SGD(trainable(model), 0.1), batches)
+
+
+def test_batches_are_scored_in_one_call():
+    model, batches = make_model(**SCORED_BEFORE), make_batches(2)
+    model.base_model.score(batches[:1], loss_of)
+    with pytest.raises(ConfigError, match=r"units have been selected already.* Give all batches in one call"):
+        model.base_model.score(batches[1:], loss_of)
+    with pytest.raises(ConfigError, match="with `schedule='once'` and `score_steps=0` only"):
+        make_model(schedule="once", score_steps=8).base_model.score([], loss_of)
+
+
+def test_several_optimizers_leave_a_state_that_loads():
+    model, batches = make_model(schedule="once", score_steps=3, train_bias=False), make_batches(2)
+    own = trainable(model)
+    optimizers = [SGD(own[:2], 0.1), SGD(own[2:], 0.1)]
+    for batch in batches:
+        loss_of(model, batch).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert {layer.observed for layer in model.base_model.dps_status().layers.values()} == {2}
+    model.base_model.load_dps_state_dict(model.base_model.dps_state_dict())
+
+
+def test_the_state_is_saved_after_the_step_that_moves_units():
+    model = make_model(schedule="every", score_steps=1, stage_steps=3, train_bias=False)
+    optimizer, batches = AdamW(trainable(model), 1e-2), make_batches(5)
+    train(model, optimizer, batches[:4])
+    loss_of(model, batches[4]).backward()  # its forward selects anew
+    with pytest.raises(StateError, match=r"Save the training state after `optimizer.step\(\)`"):
+        model.base_model.dps_state_dict()
+    optimizer.step()
+    assert model.base_model.dps_state_dict()["header"]["clock"]["step"] == 5
+
+
+def test_a_frozen_adapter_takes_no_part_in_training():
+    for fields in ({"schedule": "once", "score_steps": 3}, {"score": "random", **SCORED_BEFORE}, SCORED_BEFORE):
+        model = make_model(train_bias=False, **fields)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        output = model.train()(make_batches(1)[0][0])
+        assert not output.requires_grad
+        assert not any(delta.is_selected for delta in deltas_of(model).values())
 
 
 def test_random_units_have_no_scoring_to_wait_for():

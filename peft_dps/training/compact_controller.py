@@ -41,6 +41,7 @@ class CompactController(Controller):
     weight_class = CompactWeight
     weights: list[CompactWeight]  # type: ignore[assignment]
     _factor: float | None  # of the gradient scaler that calls the step
+    _asks: bool  # whether layers have to ask what to do
     _forgot: bool  # whether passes were forgotten since the latest step
 
     def make_delta(self, layout: Layout, like: torch.Tensor) -> Delta:
@@ -187,6 +188,7 @@ class CompactController(Controller):
         """Go on from where a clock is."""
         super().take_clock(clock)
         self._scaling, self._factor, self._forgot = PassScale(), None, False
+        self._asks = True
         for weight in self.weights:
             if weight.exists():
                 weight.delta.observes = True  # until a forward has asked
@@ -194,6 +196,9 @@ class CompactController(Controller):
     def _see_phase(self) -> None:
         coming = self.clock.coming()
         asks = coming.phase.gathers or coming.number != self.clock.entered
+        if asks is self._asks:  # once for a step, however many optimizers it takes
+            return
+        self._asks = asks
         for weight in self.weights:
             if weight.exists():
                 weight.delta.observes = asks

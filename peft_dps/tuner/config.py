@@ -211,10 +211,10 @@ class DPSConfig(PeftConfig):
 
     @classmethod
     def compact(cls, units: int = 16, **fields: Any) -> DPSConfig:
-        """Build the configuration that costs least: columns, chosen once by the gradients of the first eight steps.
+        """Build a configuration of few parameters: columns, chosen once by the gradients of the first eight steps.
 
         The sixteen columns of each linear layer in which the gradient is largest are trained from then on, and nothing
-        else: half of the parameters of a LoRA of rank 16.
+        else: of a square layer, half of the parameters of a LoRA of rank 16.
 
         Args:
             units: Number of columns of each weight, as the rank of a LoRA.

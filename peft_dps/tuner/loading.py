@@ -36,17 +36,16 @@ def read_state(model: nn.Module, adapter: str, state: Mapping[str, torch.Tensor]
     try:
         for path, delta in deltas.items():
             check_units(path, delta, state)
+        restored = {key: _read_tensor(key, tensor, tensors.get(key)) for key, tensor in state.items()}
     except AdapterFileError:
         for delta in deltas.values():
-            if delta.kept_index is not None and bool(
-                (delta.kept_index == NONE).any()
-            ):  # `expect_kept_units` made them
+            made = delta.kept_index is not None and bool((delta.kept_index == NONE).any())  # by `expect_kept_units`
+            if made:
                 delta.resize(delta.slots)
         raise
     for path, delta in deltas.items():
         kept_units = state.get(f"{path}.kept_index")
         delta.resize(len(state[f"{path}.index"]), 0 if kept_units is None else len(kept_units))
-    restored = {key: _read_tensor(key, tensor, tensors.get(key)) for key, tensor in state.items()}
     keys = model.state_dict().keys()
     unknown = sorted(state.keys() - keys - {f"base_model.model.{key}" for key in keys})
     if unknown:

@@ -54,10 +54,10 @@ def recipe_of(config: Any) -> Recipe:
     if not isinstance(variant, str) or variant not in _NOISE_OF:
         raise ConfigError(f"`variant` must be one of {', '.join(map(repr, _NOISE_OF))}, got {variant!r}.")
     names = {name: getattr(config, name) for name in _NAMED}
-    if isinstance(config.storage, str) and config.storage == "compact":
-        _check_base_is_needed(config)
     if config.inference_mode:  # a trained adapter loads without the names that its training had registered
         names = {name: value for name, value in names.items() if value is None or value in _NAMED[name]}
+    if STORAGES.find(names.get("storage", "copy")).compact:
+        _check_base_is_needed(config)
     if config.lean:
         names |= _less_memory(config, names)
     plain = {name: getattr(config, name) for name in _PLAIN}

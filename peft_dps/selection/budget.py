@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from peft_dps.errors import ConfigError
@@ -108,6 +109,14 @@ class UnitBudget(EntryBudget):
                 f"{units} units of a weight. Raise it, or use fewer units."
             )
         return self.units
+
+
+BUDGETS: Registry[Callable[[Any, Any, Any], Budget]] = Registry("budget")
+
+
+@BUDGETS.register("entries")
+def _entries(density: Any, units: Any, max_density: Any) -> Budget:
+    return EntryBudget(density, max_density) if units is None else UnitBudget(units, max_density)
 
 
 def _fraction(name: str, value: Any) -> float:

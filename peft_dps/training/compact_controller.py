@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from peft_dps.errors import ConfigError, EngineError, ScoreError
 from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import Observe
-from peft_dps.recipes import Recipe
 from peft_dps.selection.evidence import are_finite
 from peft_dps.selection.unit_sums import add_up
 from peft_dps.tensors.layout import Layout
@@ -22,6 +21,7 @@ from peft_dps.training.compact_weight import CompactWeight
 from peft_dps.training.controller import Controller, in_backward
 from peft_dps.training.grad_scaling import PassScale
 from peft_dps.training.layer import TargetLayer
+from peft_dps.training.recipe import Recipe
 from peft_dps.training.weight import TargetWeight
 
 logger = logging.getLogger(__name__)

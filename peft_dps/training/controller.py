@@ -16,7 +16,6 @@ from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import Observe
 from peft_dps.masking.effective_weight import EffectiveWeight, refuse_transforms
 from peft_dps.masking.storage import Storage
-from peft_dps.recipes import Recipe
 from peft_dps.selection.schedule import Position, Stage
 from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.processes import distinct, together
@@ -25,6 +24,7 @@ from peft_dps.training.clock import Clock
 from peft_dps.training.copied_weight import CopiedWeight
 from peft_dps.training.guards import EngineGuard, check_observed, refuse_capture
 from peft_dps.training.layer import TargetLayer
+from peft_dps.training.recipe import Recipe
 from peft_dps.training.scoring import check_dtypes, check_gathered, gather
 from peft_dps.training.selecting import Selector
 from peft_dps.training.weight import TargetWeight

@@ -9,8 +9,8 @@ import torch
 from torch.optim import Optimizer
 
 from peft_dps.errors import ConfigError, ScoreError
-from peft_dps.recipes import Recipe
 from peft_dps.selection.scores import check_scores
+from peft_dps.training.recipe import Recipe
 from peft_dps.training.weight import TargetWeight
 
 

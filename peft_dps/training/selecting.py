@@ -10,11 +10,11 @@ import torch
 
 from peft_dps.errors import EngineError, ScoreError, TargetError
 from peft_dps.masking.mask import Mask
-from peft_dps.recipes import Recipe
 from peft_dps.selection.sharded_topk import WEIGHTS_AT_ONCE, select_sharded
 from peft_dps.selection.topk import SortableScores, check_one_dtype, select, select_within
 from peft_dps.tensors.layout import Units
 from peft_dps.tensors.processes import Ranks, distinct, together
+from peft_dps.training.recipe import Recipe
 from peft_dps.training.scoring import scores_of
 from peft_dps.training.weight import TargetWeight
 

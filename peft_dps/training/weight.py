@@ -16,7 +16,6 @@ from peft_dps.errors import EngineError
 from peft_dps.masking.frozen_policy import FrozenWeight
 from peft_dps.masking.mask import Mask
 from peft_dps.masking.noise import WeightNoise
-from peft_dps.recipes import Recipe
 from peft_dps.selection.evidence import Gathered
 from peft_dps.selection.scores import ScoreContext
 from peft_dps.tensors.layout import Layout, Units
@@ -25,6 +24,7 @@ from peft_dps.tensors.saved_state import SavedState, State
 from peft_dps.tensors.shards import Sharding, local_part, sharding_of
 from peft_dps.tensors.spare_memory import SpareMemory
 from peft_dps.training.layer import TargetLayer, Training
+from peft_dps.training.recipe import Recipe
 
 _REFERENCES = ("_layer", "_owner")
 UNKNOWN = -1  # version counter of a weight that was copied or unpickled

@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from peft_dps.errors import AdapterFileError, ConfigError
-from peft_dps.recipes import Recipe
+from peft_dps.training.recipe import Recipe
 from peft_dps.tuner.method import recipe_of
 
 
@@ -72,6 +72,8 @@ class DPSConfig(PeftConfig):
             `"absolute_gradient"`, `"random"` (the baseline), or a name given to `peft_dps.register_score`.
         evidence (`str`, *optional*): What is gathered for the score: `"squared_gradient"`, `"absolute_gradient"`,
             `"second_moment"` (of the optimizer), `"none"`, or a registered name. By default what the score is made of.
+        noise (`str`, *optional*): What training forwards compute with in place of the weight: `"none"`, `"columns"`
+            (of DPS Mix), or a registered name. By default what `variant` says.
         score_dtype (`"float32" | "bfloat16"`, defaults to `"float32"`): What evidence is added up in.
             `"bfloat16"` halves the memory of the scores; entries whose scores are within 0.4% of each other may change
             places, and once a sum is more than 256 times what a step adds to it, it stands still. `"float32"` means
@@ -153,6 +155,9 @@ class DPSConfig(PeftConfig):
     score: str = field(default="squared_gradient", metadata={"help": "How entries are ranked."})
     evidence: str | None = field(
         default=None, metadata={"help": "What is gathered for the score; by default what it is made of."}
+    )
+    noise: str | None = field(
+        default=None, metadata={"help": "What training forwards compute with; by default what `variant` says."}
     )
     score_dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata={"help": "What evidence is added up in."}

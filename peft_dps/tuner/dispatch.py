@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from peft_dps.errors import TargetError
-from peft_dps.recipes import Recipe
+from peft_dps.training.recipe import Recipe
 from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.layers.conv import Conv1d, Conv2d, Conv3d
 from peft_dps.tuner.layers.embedding import Embedding, computes_alike

@@ -7,14 +7,15 @@ from typing import Any
 
 from peft_dps.errors import ConfigError
 from peft_dps.masking.frozen_policy import FROZEN
+from peft_dps.masking.noise import NOISES
 from peft_dps.masking.storage import STORAGES
-from peft_dps.recipes import Recipe, make_recipe
 from peft_dps.selection.budget import SCOPES
 from peft_dps.selection.evidence import EVIDENCE
 from peft_dps.selection.granularity import GRANULARITIES
 from peft_dps.selection.schedule import SCHEDULES
 from peft_dps.selection.scores import SCORES, evidence_of
 from peft_dps.tensors.registry import Registry
+from peft_dps.training.recipe import Recipe, make_recipe
 
 _NOISE_OF = {"dense": "none", "mix": "columns"}  # by variant
 _NAMED: dict[str, Registry[Any]] = {  # fields that take names which users may register
@@ -25,6 +26,7 @@ _NAMED: dict[str, Registry[Any]] = {  # fields that take names which users may r
     "score": SCORES,
     "evidence": EVIDENCE,
     "storage": STORAGES,
+    "noise": NOISES,
 }
 _PLAIN = (
     "density",
@@ -54,6 +56,8 @@ def recipe_of(config: Any) -> Recipe:
     if not isinstance(variant, str) or variant not in _NOISE_OF:
         raise ConfigError(f"`variant` must be one of {', '.join(map(repr, _NOISE_OF))}, got {variant!r}.")
     names = {name: getattr(config, name) for name in _NAMED}
+    if config.noise is None:
+        names["noise"] = _NOISE_OF[variant]
     if config.inference_mode:  # a trained adapter loads without the names that its training had registered
         names = {name: value for name, value in names.items() if value is None or value in _NAMED[name]}
     if STORAGES.find(names.get("storage", "copy")).compact:
@@ -61,7 +65,7 @@ def recipe_of(config: Any) -> Recipe:
     if config.lean:
         names |= _less_memory(config, names)
     plain = {name: getattr(config, name) for name in _PLAIN}
-    return replace(make_recipe(noise=_NOISE_OF[variant], **names, **plain), settings=settings_of(config))
+    return replace(make_recipe(**names, **plain), settings=settings_of(config))
 
 
 def _check_base_is_needed(config: Any) -> None:

@@ -171,13 +171,13 @@ def test_new_evidence_is_gathered(added, batches):
 
 
 def test_dense_and_mix_are_recipes_of_the_same_axes():
-    dense, mix = recipes.dps_dense(density=0.3), recipes.dps_mix(density=0.3)
+    dense, mix = recipes.dps_dense(density=0.3).recipe(), recipes.dps_mix(density=0.3).recipe()
     for axis in ("schedule", "evidence", "granularity", "scope", "budget", "storage"):
         assert type(getattr(dense, axis)) is type(getattr(mix, axis))
     assert (dense.score, dense.frozen) == (mix.score, mix.frozen)
     assert (type(dense.noise), type(mix.noise)) == (NOISES.find("none"), NOISES.find("columns"))
     assert DPSConfig(variant="mix").recipe().noise.substitutes
-    assert recipes.random_mask().score is SCORES.find("random")
+    assert recipes.random_mask().recipe().score is SCORES.find("random")
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ NOT_DEFAULT = {
     "scope": "model",
     "frozen": "gradient",
     "score": "random",
+    "noise": "columns",
     "evidence": "absolute_gradient",
     "score_dtype": "bfloat16",
     "participation_decay": True,

@@ -1,4 +1,4 @@
-"""Recipes: a method as one object per axis. DPS Dense, DPS Mix and their baselines are points of one space."""
+"""A recipe: a method as one object per axis."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft_dps.errors import ConfigError
 from peft_dps.masking.frozen_policy import FROZEN, FrozenPolicy, exact
 from peft_dps.masking.noise import NOISES, Noise
 from peft_dps.masking.storage import STORAGES, Storage
-from peft_dps.selection.budget import SCOPES, Budget, EntryBudget, Scope, UnitBudget
+from peft_dps.selection.budget import BUDGETS, SCOPES, Budget, Scope
 from peft_dps.selection.evidence import EVIDENCE, Evidence, SquaredGradients
 from peft_dps.selection.granularity import GRANULARITIES, Entry, Granularity
 from peft_dps.selection.moment_evidence import SecondMoments  # noqa: F401  # registers it
@@ -62,6 +62,7 @@ def make_recipe(
     *,
     density: float = 0.7,
     units: int | None = None,
+    budget: str = "entries",
     max_density: float | None = None,
     schedule: str = "cycle",
     stage_steps: int | float = 0.05,
@@ -83,6 +84,7 @@ def make_recipe(
     Args:
         density: Fraction of entries that the subnetwork holds, in (0, 1].
         units: Number of rows or columns of each weight in place of a density.
+        budget: Name of what the density is counted in.
         max_density: Fraction of units that compact storage may hold values of, over all selections.
         schedule: Name of the schedule.
         stage_steps: Length of a stage, in steps or as a fraction of all.
@@ -104,7 +106,7 @@ def make_recipe(
     """
     settings = dict(locals())
     kind = GRANULARITIES.find(granularity)
-    budget = EntryBudget(density, max_density) if units is None else UnitBudget(units, max_density)
+    counted = BUDGETS.find(budget)(density, units, max_density)
     scope = scope or ("model" if kind.spans_weights else "tensor")
     if kind.spans_weights and not SCOPES.find(scope).across:
         raise ConfigError(
@@ -123,10 +125,10 @@ def make_recipe(
     elif max_density is not None:
         raise ConfigError(f"`max_density={max_density!r}` bounds what `storage='compact'` holds, got {storage!r}.")
     # At density 1 every column takes part in each step.
-    noise_kind = NOISES.find("none" if budget.takes_all else noise)
+    noise_kind = NOISES.find("none" if counted.takes_all else noise)
     return Recipe(
         schedule=SCHEDULES.find(schedule)(ScheduleSettings(stage_steps, score_steps)),
-        budget=budget,
+        budget=counted,
         evidence=EVIDENCE.find(made_from)(score_dtype),
         score=SCORES.find(score),
         granularity=kind(reduction),
@@ -155,30 +157,3 @@ def _check_compact(settings: dict[str, Any], evidence: str) -> None:
         if why:
             given = evidence if name == "evidence" else settings[name]
             raise ConfigError(f"`storage='compact'` does not go with `{name}={given!r}`, {why}.")
-
-
-def dps_dense(**settings: Any) -> Recipe:
-    """DPS Dense (Zhang et al., NeurIPS 2022): stages in turns, entries scored by their squared gradients.
-
-    Args:
-        **settings: See `make_recipe`.
-    """
-    return make_recipe(**settings)
-
-
-def dps_mix(**settings: Any) -> Recipe:
-    """DPS Mix: DPS Dense with column noise, and scores relaxed by how often a column took part.
-
-    Args:
-        **settings: See `make_recipe`.
-    """
-    return make_recipe(noise="columns", **settings)
-
-
-def random_mask(**settings: Any) -> Recipe:
-    """DPS Dense that selects at random: what scores from gradients have to beat.
-
-    Args:
-        **settings: See `make_recipe`.
-    """
-    return make_recipe(score="random", **settings)

@@ -117,6 +117,7 @@ def test_the_defaults_are_the_papers():
         "scope": "tensor",
         "frozen": "exact",
         "score": "squared_gradient",
+        "noise": None,
         "score_dtype": "float32",
         "participation_decay": None,
         "train_bias": True,

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from peft_dps.errors import StateError
 
 _HEADER, _DIGEST = "peft_dps", "sha256"
-_OFFSETS = "DCP_SHARDING_INFO"  # by which torch.distributed.checkpoint finds which rows of what a file holds
 
 
 def path_in(folder: str | os.PathLike[str], adapter: str) -> Path:
@@ -33,11 +32,9 @@ def write(path: str | os.PathLike[str], state: Mapping[str, Any]) -> str:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state["tensors"].items()}
     header = json.dumps(state["header"])
     digest = _digest(header, sorted(tensors.items()))
-    offsets = _offsets(state["header"], {name: tensor.dim() for name, tensor in tensors.items()})
-    labels = {_HEADER: header, _DIGEST: digest, _OFFSETS: json.dumps(offsets)}
     part = path.with_name(f".{path.name}.part")
     try:
-        save_file(tensors, part, labels)
+        save_file(tensors, part, {_HEADER: header, _DIGEST: digest})
         _flush(part)
         part.replace(path)
     except BaseException:  # a full disk, or an interrupt
@@ -51,13 +48,6 @@ def check_path(path: Path) -> None:
     """Check that a file can be of that name."""
     if path.is_dir():
         raise StateError(f"`path` must be the name of a file, and '{path}' is a folder. Name a file in it.")
-
-
-def _offsets(header: Mapping[str, Any], axes: Mapping[str, int]) -> dict[str, Any]:
-    rows = {
-        f"{name}.{kind}": facts["offset"][0] for name, facts in header["weights"].items() for kind in facts["rows"]
-    }
-    return {name: {"saved_offsets": [rows.get(name, 0), *[0] * (many - 1)]} for name, many in axes.items()}
 
 
 class StateFile:
@@ -80,9 +70,11 @@ class StateFile:
             labels = file.metadata() or {}
         if _HEADER not in labels or _DIGEST not in labels:
             raise StateError(f"'{path}' holds no training state of peft_dps.")
-        self._header, self._places = labels[_HEADER], labels.get(_OFFSETS)
-        self.digest: str = labels[_DIGEST]
-        self.header: dict[str, Any] = self._parsed(self._header)
+        self._header, self.digest = labels[_HEADER], labels[_DIGEST]
+        try:
+            self.header: dict[str, Any] = json.loads(self._header)
+        except (ValueError, RecursionError) as error:
+            raise self._damaged() from error
         if not isinstance(self.header, dict):
             raise self._damaged()
 
@@ -95,18 +87,21 @@ class StateFile:
         return {"header": self.header, "tensors": tensors}
 
     def check(self) -> None:
-        """Compare the contents with their digest, one tensor at a time, and the places of rows with the header."""
+        """Compare the contents with their digest, one tensor at a time."""
         with self._open() as file:
-            digest = _digest(self._header, ((name, file.get_tensor(name)) for name in sorted(file.keys())))
-        axes = {name: len(size) for name, (_, size) in self.kinds().items()}
-        if digest != self.digest or self._parsed(self._places) != _offsets(self.header, axes):
-            raise self._damaged()
+            if _digest(self._header, ((name, file.get_tensor(name)) for name in sorted(file.keys()))) != self.digest:
+                raise self._damaged()
 
-    def kinds(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        """Return the dtype and the shape of each tensor."""
+    def rows(self, name: str, first: int, stop: int | None) -> torch.Tensor:
+        """Read rows of a tensor, from the first up to one that is left out; None for all."""
         with self._open() as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: (each[:0].dtype, torch.Size(each.get_shape())) for name, each in slices.items()}
+            found: torch.Tensor = file.get_slice(name)[first:stop]
+            return found
+
+    def size(self, name: str) -> torch.Size:
+        """Return the shape of a tensor."""
+        with self._open() as file:
+            return torch.Size(file.get_slice(name).get_shape())
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
@@ -120,12 +115,6 @@ class StateFile:
                 f"The training state at '{self.path}' is cut off or damaged ({error}). Resume from an earlier "
                 "checkpoint."
             ) from error
-
-    def _parsed(self, text: str | None) -> Any:
-        try:
-            return json.loads(text or "")
-        except (ValueError, RecursionError) as error:
-            raise self._damaged() from error
 
     def _damaged(self) -> StateError:
         return StateError(f"The training state at '{self.path}' is damaged. Resume from an earlier checkpoint.")

@@ -1,29 +1,17 @@
-"""Training states for other rows: read from what other processes have saved of theirs, or one process of all.
-
-torch.distributed.checkpoint finds which rows are in which file. Its own files hold a pickle, which is nothing to load
-from strangers; its reader of safetensors does not, and the files of a training state are such.
-"""
+"""Training states for other rows: read from what other processes have saved of theirs, or one process of all."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.tensor import DTensor
 
 from peft_dps.checkpoint.file import StateFile
 from peft_dps.checkpoint.state import LOADING, OTHER_VALUES, check_header, damage_told, place_of, values_of
 from peft_dps.errors import StateError
 from peft_dps.masking.frozen_bits import checksum
 from peft_dps.tensors.processes import Ranks, distinct, together
-from peft_dps.tensors.shards import local_part
 from peft_dps.training.controller import Controller
 from peft_dps.training.weight import TargetWeight
 
@@ -78,73 +66,31 @@ def _read(
     weights: Sequence[TargetWeight], sources: Sequence[StateFile], entries: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> dict[str, torch.Tensor]:
     """Read this process's rows of every tensor."""
-    kinds = [source.kinds() for source in sources]
-    wanted: dict[str, torch.Tensor] = {}
+    read: dict[str, torch.Tensor] = {}
     for weight in weights:
         found = entries[weight.name]
         for kind in found[0]["rows"]:
             key = f"{weight.name}.{kind}"
-            wanted[key] = _own_rows(weight, *_kind(key, kinds, [facts["shape"][0] for facts in found]))
+            read[key] = torch.cat(list(_own_rows(weight, key, sources, found)))
         for kind in found[0]["whole"]:
             key = f"{weight.name}.{kind}"
-            dtype, size = _kind(key, kinds, None)
-            wanted[key] = torch.empty(size, dtype=dtype, device=weight.weight.device)
-    reader = HuggingFaceStorageReader(str(sources[0].path.parent))
-    reader.fs = _Only([source.path for source in sources])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # each process reads for itself
-        try:
-            load(wanted, storage_reader=reader, no_dist=True)
-        except CheckpointException as error:  # which is no Exception
-            raise StateError(f"The training state at '{reader.path}' is damaged: {error}") from error
-    return {key: local_part(tensor) for key, tensor in wanted.items()}
+            read[key] = sources[-1].rows(key, 0, None)
+    return read
 
 
-def _kind(
-    key: str, kinds: Sequence[Mapping[str, tuple[torch.dtype, torch.Size]]], rows: Sequence[int] | None
-) -> tuple[torch.dtype, torch.Size]:
-    """Return the dtype and the shape of a tensor, which has some rows in each source, or is in each as a whole."""
-    dtype, size = kinds[0][key]
-    expected = [size] * len(kinds) if rows is None else [torch.Size([many, *size[1:]]) for many in rows]
-    if [found[key] for found in kinds] != [(dtype, each) for each in expected]:
-        raise StateError(f"The tensor {key!r} of the training state is damaged: its parts do not go together.")
-    return dtype, size
-
-
-def _own_rows(weight: TargetWeight, dtype: torch.dtype, size: torch.Size) -> torch.Tensor:
-    """Return memory for a tensor of this size, but for the number of rows, that is cut as the weight is."""
-    parameter, device = weight.parameter, weight.weight.device
-    local = torch.empty((weight.rows[1], *size[1:]), dtype=dtype, device=device)
-    if not isinstance(parameter, DTensor):
-        return local
-    whole = torch.empty((parameter.shape[0], *size[1:]), device="meta")
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=whole.shape,
-        stride=whole.stride(),
-    )
-
-
-class _Only(FileSystem):
-    """A file system with some files."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self._paths = [_Name(path) for path in paths]
-
-    def ls(self, path: Any) -> list[str]:
-        return list(self._paths)
-
-
-class _Name(str):
-    """The name of a file of safetensors, which the reader knows by its ending, and users need not call it so."""
-
-    __slots__ = ()
-
-    def endswith(self, *_: Any) -> bool:
-        return True
+def _own_rows(
+    weight: TargetWeight, key: str, sources: Sequence[StateFile], found: Sequence[Mapping[str, Any]]
+) -> Iterator[torch.Tensor]:
+    """Read the rows that are here, from one source after the other; each row once, also where there are replicas."""
+    row, stop = weight.rows[0], sum(weight.rows)
+    places = [(facts["offset"][0], facts["shape"][0], source) for source, facts in zip(sources, found, strict=True)]
+    yield sources[0].rows(key, 0, 0)  # in case that none is here
+    for first, many, source in sorted(places, key=lambda place: place[:2]):
+        if source.size(key)[0] != many:
+            raise StateError(f"The tensor {key!r} of the training state is damaged: its parts do not go together.")
+        if first <= row < min(stop, first + many):
+            yield source.rows(key, row - first, min(stop - first, many))
+            row = min(stop, first + many)
 
 
 def _check_cover(weight: TargetWeight, found: Sequence[Mapping[str, Any]]) -> None:

@@ -186,7 +186,9 @@ def test_a_save_killed_at_each_point_leaves_the_previous_state_or_the_new_one(tm
 
 def test_pieces_are_read_and_checked_one_by_one(training, path):
     file, state = statefile.StateFile(path), training.model.dps_state_dict()
-    assert file.kinds() == {name: (tensor.dtype, tensor.shape) for name, tensor in state["tensors"].items()}
+    for name, tensor in state["tensors"].items():
+        assert torch.equal(file.rows(name, 0, None), tensor)
+        assert torch.equal(file.rows(name, 1, 2), tensor[1:2])
     file.check()
     whole = bytearray(path.read_bytes())
     whole[-3] ^= 4
@@ -224,13 +226,6 @@ def test_a_header_that_is_none_is_refused(training, path, header):
     with pytest.raises(StateError, match="training state"):
         dps_adapter(training.model).load_state(path)
     assert_same(training.everything(), before)
-
-
-@pytest.mark.parametrize("offsets", ["[" * 100_000 + "]" * 100_000, "{}", "[]", "null", "x", '{"0.mask": 3}'])
-def test_places_of_rows_that_make_no_sense_are_refused(training, path, offsets):
-    rewritten(path, metadata={"DCP_SHARDING_INFO": offsets})
-    with pytest.raises(StateError, match="is damaged"):
-        statefile.StateFile(path).check()
 
 
 def test_no_file_is_unpickled(training, path, monkeypatch):

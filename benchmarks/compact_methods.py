@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.device_methods import targets, with_shira
 from benchmarks.engine import Evidence, select_now
-from benchmarks.models import build_model
+from benchmarks.models import build_model, make_batch
 from benchmarks.settings import DECODER, Settings
-from peft_dps import DPSConfig
+from peft_dps import DPSConfig, dps_adapter, recipes
 
 _FOREVER = 10**6  # steps
 
@@ -150,3 +150,32 @@ METHODS: dict[str, Method] = {
 # `full-linear` is left out: with a large decoder it needs a group of processes of its own.
 USUAL = tuple(name for name in METHODS if name != "full-linear")
 REFERENCES = ("full", "lora", "lora-fa")  # what step times are held against
+RECIPES = {f"recipe:{name}": getattr(recipes, name) for name in recipes.__all__}
+_STEPS = 2  # of a phase, so that warming up sees a selection
+
+
+def find_method(name: str) -> Method:
+    """Return the method of that name, which may be a recipe."""
+    if name in METHODS:
+        return METHODS[name]
+    recipe = RECIPES[name]
+    summary = str(recipe.__doc__).partition("\n")[0].rstrip(".")
+    return Method(name, summary, _by_recipe(recipe), recipe().storage == "compact")
+
+
+def _by_recipe(recipe: Callable[..., DPSConfig]) -> Prepare:
+    """As the recipe says, but for phases so short that a few steps see a selection."""
+
+    def prepare(model: PreTrainedModel, plan: Plan) -> nn.Module:
+        config = recipe(task_type=plan.task)
+        if config.schedule == "cycle":
+            config.schedule = "once"  # a mask holds in the steps that are measured
+        if isinstance(config.stage_steps, float):
+            config.stage_steps = _STEPS
+        config.score_steps = min(config.score_steps, 1)
+        prepared = get_peft_model(model, config)
+        if dps_adapter(prepared).awaits_scores:
+            prepared.score([make_batch(plan.settings)])
+        return prepared
+
+    return prepare

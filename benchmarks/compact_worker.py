@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.compact_methods import METHODS, Plan
+from benchmarks.compact_methods import Plan, find_method
 from benchmarks.engine import compact_tensors, target_weights, tensors_in
 from benchmarks.live import LiveTensors
 from benchmarks.models import make_batch
@@ -67,7 +67,7 @@ class Worker:
     def __init__(self, name: str, plan: Plan) -> None:
         set_up(plan.settings)
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)  # SHiRA
-        self.method = METHODS[name]
+        self.method = find_method(name)
         self.batch = make_batch(plan.settings)
         self.before = resident()
         self.model = self.method.build(plan)

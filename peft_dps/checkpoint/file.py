@@ -70,7 +70,8 @@ class StateFile:
             labels = file.metadata() or {}
         if _HEADER not in labels or _DIGEST not in labels:
             raise StateError(f"'{path}' holds no training state of peft_dps.")
-        self._header, self.digest = labels[_HEADER], labels[_DIGEST]
+        self._header: str = labels[_HEADER]
+        self.digest: str = labels[_DIGEST]
         try:
             self.header: dict[str, Any] = json.loads(self._header)
         except (ValueError, RecursionError) as error:

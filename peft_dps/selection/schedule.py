@@ -70,6 +70,11 @@ class Schedule:
 
     selects_again: ClassVar[bool] = True
 
+    @property
+    def begins_masked(self) -> bool:
+        """Whether a subnetwork is selected before the first step."""
+        return False
+
     def at(self, step: int) -> Position:
         """Return the position of an optimizer step, counted from 1."""
         raise NotImplementedError
@@ -205,6 +210,11 @@ class Once(Schedule):
     def __post_init__(self) -> None:
         if type(self.score_steps) is not int or self.score_steps < 0:
             raise ConfigError(f"`score_steps` must be an integer of at least 0, got {self.score_steps!r}.")
+
+    @property
+    def begins_masked(self) -> bool:
+        """Whether evidence is gathered before training; see `Schedule.begins_masked`."""
+        return self.score_steps == 0
 
     def resolve(self, total_steps: int | None) -> Once:
         """Check that something is left to train; see `Schedule.resolve`."""

@@ -306,6 +306,12 @@ class Controller:
             self.weights, self.recipe, adapter=self.adapter, step=clock.step, steps=steps, phase=position.number
         ).run()
 
+    @property
+    def awaits_scores(self) -> bool:
+        """Whether batches have to be scored before training, and none have been yet."""
+        before = self.clock.entered is None and not (self.clock.step or self.clock.scored_steps)
+        return before and self.recipe.evidence.looks and self.recipe.schedule.begins_masked
+
     def begin_scoring(self) -> None:
         """Get ready for batches that are scored before training.
 

@@ -31,6 +31,11 @@ class DPSAdapter:
         """Tell what DPS is doing: cycle, stage, entries selected per layer, and whether a frozen entry moved."""
         return status_of(self._controller)
 
+    @property
+    def awaits_scores(self) -> bool:
+        """Whether batches are to be scored before training: `schedule="once"` with `score_steps=0`, and not done."""
+        return self._controller.awaits_scores
+
     def masks(self) -> dict[str, torch.Tensor]:
         """Return the masks that hold now.
 

@@ -32,6 +32,7 @@ EXPECTED = {
         "frozen entries unmoved",
         "as if never interrupted, bit for bit: True",
     ],
+    "own_score.py": ["subnetwork 5/5, selected 10.", "the loss falls: True"],
     "four_bits_to_lora.py": [
         "step 12, cycle 1, subnetwork 9/-, selected 5.6%",
         "the loss falls: True",

@@ -130,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peft-dps", description="Compare fine-tuning methods side by side.")
     commands = parser.add_subparsers(dest="command", required=True)
     known = (
-        f"methods: {', '.join(METHODS)}; any with -nodropout after it; peft:<config class>:<JSON>. "
+        f"methods: {', '.join(METHODS)}; any with -nodropout after it; "
+        "recipe:<name>, or family for all; peft:<config class>:<JSON>. "
         f"tasks: {', '.join(TASKS)}; or your own with --data."
     )
 

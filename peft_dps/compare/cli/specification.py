@@ -12,6 +12,7 @@ from typing import Any
 from peft_dps.compare.data.tasks import Place
 from peft_dps.compare.data.user_data import OwnData
 from peft_dps.compare.methods.choice import Choice
+from peft_dps.compare.methods.table import FAMILY
 from peft_dps.compare.runs.comparison import METHODS, Comparison
 from peft_dps.compare.settings import Settings
 
@@ -66,7 +67,8 @@ def to_comparison(content: Mapping[str, Any]) -> Comparison:
     if "output" not in content:
         raise ValueError("`output` must name the result file, got none.")
     rates = content.get("learning_rates")
-    methods = [_choice(item) for item in _listed("methods", content.get("methods", METHODS))]
+    named = _listed("methods", content.get("methods", METHODS))
+    methods = [_choice(item) for name in named for item in (FAMILY if name == "family" else [name])]
     values: dict[str, Any] = {
         "output": Path(_text("output", content["output"])),
         "methods": [_with_rates(choice, rates) for choice in methods],

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from peft_dps.compare.methods.table import PEFT_PREFIX, find_method
+from peft_dps.compare.methods.table import PEFT_PREFIX, RECIPE_PREFIX, find_method
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Choice:
 
     @classmethod
     def parse(cls, text: str) -> Choice:
-        """Read a choice as the command line writes it: `name`, `name:{"option": value}` or `peft:Class:{...}`.
+        """Read a choice as the command line writes it: `name`, `name:{"option": value}`, `peft:Class:{...}` and so on.
 
         Raises:
             ValueError: The part after the colon is no JSON object.
         """
-        found = re.fullmatch(rf"((?:{PEFT_PREFIX})?[^:]+)(?::(.*))?", text, re.DOTALL)
+        found = re.fullmatch(rf"((?:{PEFT_PREFIX}|{RECIPE_PREFIX})?[^:]+)(?::(.*))?", text, re.DOTALL)
         name, written = (found[1], found[2]) if found else (text, None)
         try:
             options = json.loads(written) if written is not None else {}

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_dps import DPSConfig, disable_dropout
+from peft_dps import DPSConfig, disable_dropout, recipes
 from peft_dps.compare.methods.bitfit import apply_bitfit
 from peft_dps.compare.methods.bottleneck import add_houlsby, add_pfeiffer
 from peft_dps.compare.methods.head import head_modules
@@ -28,6 +28,9 @@ FULL_RATES = (3e-5, 1e-4, 3e-4)
 ADAPTER_RATES = (3e-4, 1e-3, 3e-3)
 FEW_ENTRIES_RATES = (1e-3, 3e-3, 1e-2)
 PEFT_PREFIX = "peft:"
+RECIPE_PREFIX = "recipe:"
+FAMILY = tuple(f"{RECIPE_PREFIX}{name}" for name in recipes.__all__)
+"""Every method of `peft_dps.recipes`."""
 DROPOUT = "dropout"
 SEED = "seed"
 NO_DROPOUT = "-nodropout"
@@ -154,14 +157,17 @@ def find_method(name: str) -> Method:
     if name in METHODS:
         return METHODS[name]
     plain = name.removesuffix(NO_DROPOUT)
-    if plain != name and (plain in METHODS or plain.startswith(PEFT_PREFIX)):
+    if plain != name and (plain in METHODS or plain.startswith((PEFT_PREFIX, RECIPE_PREFIX))):
         known = find_method(plain)
         defaults = {**known.defaults, DROPOUT: False}
         return replace(known, name=name, title=f"{known.title}, no dropout", defaults=defaults)
     if name.startswith(PEFT_PREFIX):
         return _peft_method(name)
+    if name.startswith(RECIPE_PREFIX):
+        return _recipe_method(name)
     raise ValueError(
-        f"`methods` must be among {', '.join(METHODS)}, any of them with {NO_DROPOUT!r} after it, or "
+        f"`methods` must be among {', '.join(METHODS)}, any of them with {NO_DROPOUT!r} after it, "
+        f"{RECIPE_PREFIX}<name> for a function of `peft_dps.recipes`, 'family' for all of these, or "
         f'{PEFT_PREFIX}<class>:<JSON> for any of PEFT\'s, as peft:LoraConfig:{{"r": 8}}, got {name!r}.'
     )
 
@@ -176,6 +182,27 @@ def _peft_method(name: str) -> Method:
         return kind(**{"task_type": "SEQ_CLS", **fields})
 
     return Method(name, class_name.removesuffix("Config"), prepare, ADAPTER_RATES, only_config=True)
+
+
+def _recipe_method(name: str) -> Method:
+    """Return a method of the family: where the weights are copied, everything else is trained in full as well."""
+    function = name.removeprefix(RECIPE_PREFIX)
+    if function not in recipes.__all__:
+        raise ValueError(f"`methods`: {name!r} must be {RECIPE_PREFIX} and one of {', '.join(recipes.__all__)}.")
+    recipe: Callable[..., DPSConfig] = getattr(recipes, function)
+
+    def prepare(model: PreTrainedModel | None, **fields: Any) -> PeftConfig:
+        config = recipe(**{"task_type": "SEQ_CLS", **fields})
+        if config.storage == "copy":
+            config.train_remaining = fields.get("train_remaining", True)
+        elif model is not None:
+            config.modules_to_save = sorted({*head_modules(model), *(config.modules_to_save or ())})
+        return config
+
+    config = recipe()
+    whole = config.storage == "copy" or config.recipe().granularity.spans_weights
+    rates = FULL_RATES if whole else FEW_ENTRIES_RATES if config.granularity == "entry" else ADAPTER_RATES
+    return Method(name, function, prepare, rates, only_config=True, takes_seed=True)
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

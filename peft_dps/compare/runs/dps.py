@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import numpy as np
 from torch import nn
 
@@ -22,3 +25,18 @@ def masks_of(model: nn.Module) -> Masks:
     """Return the masks that are in force. A layer of which every entry is selected has none."""
     masks = dps_adapter(model).masks()
     return {name: np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little") for name, mask in masks.items()}
+
+
+def score_before_training(model: Any, examples: Iterable[Any], collate: Callable[[list[Any]], Any]) -> None:
+    """Score examples one by one, without dropout, if the model's method selects from such before training.
+
+    Args:
+        model: A model on its device.
+        examples: Tokenized training examples.
+        collate: Makes a batch of them.
+    """
+    if status_of(model) is None or not dps_adapter(model).awaits_scores:
+        return
+    model.eval()
+    model.score({name: each.to(model.device) for name, each in collate([one]).items()} for one in examples)
+    model.train()

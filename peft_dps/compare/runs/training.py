@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from peft_dps.compare.data.metrics import measure
 from peft_dps.compare.data.task import Task, tokenize
 from peft_dps.compare.methods.table import find_method
+from peft_dps.compare.runs.dps import score_before_training
 from peft_dps.compare.runs.machine import hardware, versions
 from peft_dps.compare.runs.memory import PeakMemory
 from peft_dps.compare.runs.plan import Plan
@@ -37,6 +38,8 @@ from peft_dps.compare.runs.pretrained import load_model, load_tokenizer
 from peft_dps.compare.runs.recorder import Recorder, Report, thinned
 from peft_dps.compare.runs.run import Candidate, Run
 from peft_dps.compare.settings import Settings
+
+SCORED = 256  # training examples that are scored one by one, by methods that select before training
 
 
 def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[Candidate], report: Report) -> Run:
@@ -65,6 +68,7 @@ def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[
     collator = _Collator(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(plan, task, tokenizer, model, data, collator, recorder, folder)
+        score_before_training(model, data.select(range(min(SCORED, len(data)))), DataCollatorWithPadding(tokenizer))
         trainer.train()
         run = Run(
             plan=plan,

@@ -7,6 +7,7 @@ from peft_dps.compare.cli.flags import specification_of
 from peft_dps.compare.cli.specification import read_specification, to_comparison
 from peft_dps.compare.data.user_data import OwnData
 from peft_dps.compare.methods.choice import Choice
+from peft_dps.compare.methods.table import FAMILY
 from peft_dps.compare.runs.comparison import METHODS, Comparison
 from peft_dps.compare.settings import Settings
 
@@ -51,6 +52,12 @@ def test_flags_go_before_the_file(tmp_path):
     comparison = from_flags("--file", str(tmp_path / "s.toml"), "--seeds", "3", "--epochs", "1", "--methods", "full")
     assert (comparison.seeds, comparison.settings.epochs, comparison.model) == ([3], 1.0, "some/model")
     assert [choice.method for choice in comparison.methods] == ["full"]
+
+
+def test_family_stands_for_every_recipe():
+    methods = from_flags("--output", "x", "--methods", "full", "family", "lora").methods
+    assert [choice.method for choice in methods] == ["full", *FAMILY, "lora"]
+    assert "recipe:dps_dense" in FAMILY
 
 
 def test_flags_alone():

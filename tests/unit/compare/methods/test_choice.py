@@ -13,6 +13,8 @@ from peft_dps.compare.methods.choice import Choice
         ("full", "full", {}),
         ('dps-dense:{"density": 0.3}', "dps-dense", {"density": 0.3}),
         ("peft:LoraConfig", "peft:LoraConfig", {}),
+        ("recipe:paca", "recipe:paca", {}),
+        ('recipe:paca:{"units": 4}', "recipe:paca", {"units": 4}),
         (
             'peft:LoraConfig:{"r": 8, "target": ["a:b"]}',
             "peft:LoraConfig",

@@ -6,12 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch.utils.data import default_collate
 from transformers import AutoConfig, AutoModelForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
 
 from peft_dps.compare.methods import table as module
 from peft_dps.compare.methods.bitfit import apply_bitfit
 from peft_dps.compare.methods.head import head_parameters
-from peft_dps.compare.methods.table import METHODS, Method, find_method, register_method
+from peft_dps.compare.methods.table import FAMILY, METHODS, Method, find_method, register_method
+from peft_dps.compare.runs.dps import score_before_training
 
 IDS = torch.randint(15, (4, 8), generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 1, 0])
@@ -66,6 +68,26 @@ def test_every_method_trains_what_it_says_and_the_head(name, tiny_bert):
     assert moved <= set(trained(model))
     for part in HEAD if not name.startswith("peft:") else HEAD[:1]:
         assert sum(part in each for each in moved) == 2, part
+    json.dumps(config)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_every_recipe_is_a_method_that_trains_the_head_and_what_it_selects(name, tiny_bert):
+    units = {"units": 2} if "units" in find_method(name).apply(tiny_bert(), {})[1] else {}
+    model, config = find_method(name).apply(tiny_bert(), {"total_steps": 20, **units}, seed=3)
+    examples = [{"input_ids": ids, "labels": label} for ids, label in zip(IDS, LABELS, strict=True)]
+    score_before_training(model, examples, default_collate)
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for _ in range(12):
+        model(input_ids=IDS, labels=LABELS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {n for n, p in model.named_parameters() if p.shape != before[n].shape or not torch.equal(p, before[n])}
+    assert any("dps_" in each for each in moved)
+    for part in HEAD:
+        assert sum(part in each for each in moved) == 2, part
+    assert config["seed"] == 3
     json.dumps(config)
 
 
@@ -185,6 +207,7 @@ def test_any_config_of_peft_by_class_name(tiny_bert):
         ("lorra-nodropout", "got 'lorra-nodropout'"),
         ("peft:LoraModel", "PEFT has no configuration class 'LoraModel'"),
         ("peft:Nothing", "PEFT has no configuration class 'Nothing'"),
+        ("recipe:nothing", "'recipe:nothing' must be recipe: and one of dps_dense, "),
     ],
 )
 def test_unknown_methods_are_named(name, message):

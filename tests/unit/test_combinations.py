@@ -1,0 +1,229 @@
+"""Axes combine freely: a combination trains and keeps its promises, or is refused by the name of a field."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from peft_dps import DPSConfig, dps_adapter
+from peft_dps.errors import ConfigError
+from peft_dps.masking.frozen_policy import FROZEN
+from peft_dps.masking.noise import NOISES
+from peft_dps.masking.storage import STORAGES
+from peft_dps.selection.budget import SCOPES
+from peft_dps.selection.evidence import EVIDENCE
+from peft_dps.selection.granularity import GRANULARITIES
+from peft_dps.selection.schedule import SCHEDULES
+from peft_dps.selection.scores import SCORES
+from peft_dps.tuner.adapter import find_controller
+
+STEPS, STOP = 9, 5
+MOVES_FROZEN = [FROZEN.find(name) for name in FROZEN if "gradient" in name]  # by momentum and decay
+LEARNING_RATE, DECAY = 1e-2, 0.1
+
+
+class Block(nn.Module):
+    """Attention without softmax, and a feed-forward part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("query", "value", "output")})
+        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        attn = self.attn
+        x = x + attn["output"](torch.sigmoid(attn["query"](x)) * attn["value"](x))
+        return x + self.mlp(x)
+
+
+class Model(nn.Module):
+    """Two blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+TARGETS = r"blocks\..*(query|value|output|mlp\.[02])|head"
+
+
+def base() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(6, 8, generator=generator), torch.randint(3, (6,), generator=generator)
+
+
+def loss_of(model: nn.Module, examples: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(examples[0]), examples[1])
+
+
+def often(default: Any, others: Any) -> st.SearchStrategy[Any]:
+    """Draw the default about every second time, so that most combinations are not refused."""
+    return st.one_of(st.just(default), st.sampled_from(sorted(set(others), key=str)))
+
+
+def fields() -> st.SearchStrategy[dict[str, Any]]:
+    axes = {
+        "storage": st.sampled_from(sorted(STORAGES)),
+        "granularity": st.sampled_from(sorted(GRANULARITIES)),
+        "schedule": st.sampled_from(sorted(SCHEDULES)),
+        "score": often("squared_gradient", SCORES),
+        "evidence": often(None, EVIDENCE),
+        "scope": often(None, SCOPES),
+        "frozen": often("exact", FROZEN),
+        "noise": often(None, NOISES),
+        "density": st.sampled_from([0.1, 0.3, 0.7, 1.0]),
+        "units": often(None, [1, 2]),
+        "stage_steps": st.sampled_from([1, 2, 3]),
+        "score_steps": st.sampled_from([0, 1, 2]),
+        "reduction": st.sampled_from(["mean", "sum"]),
+        "train_bias": st.booleans(),
+        "seed": st.integers(0, 3),
+    }
+    return st.fixed_dictionaries(axes)
+
+
+class Training:
+    """A model, its optimizer, and how far it is."""
+
+    def __init__(self, config: DPSConfig) -> None:
+        self.model = get_peft_model(base(), copy.deepcopy(config)).train()
+        trained = [each for each in self.model.parameters() if each.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=DECAY)
+        self.step = 0
+
+    def begin(self) -> None:
+        recipe = find_controller(self.model).recipe
+        if recipe.evidence.looks and getattr(recipe.schedule, "score_steps", None) == 0:
+            self.model.score([batch(-1), batch(-2)], loss=loss_of)
+
+    def run(self, until: int, check: Any = None) -> None:
+        while self.step < until:
+            loss_of(self.model, batch(self.step)).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+            if check is not None:
+                check()
+
+    def save(self, folder: Any) -> dict[str, Any]:
+        self.model.save_dps_state(folder / "state.safetensors")
+        adapter = {name: each.clone() for name, each in get_peft_model_state_dict(self.model).items()}
+        return {"adapter": adapter, "optimizer": copy.deepcopy(self.optimizer.state_dict()), "step": self.step}
+
+    def load(self, saved: dict[str, Any], folder: Any) -> None:
+        set_peft_model_state_dict(self.model, saved["adapter"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.model.load_dps_state(folder / "state.safetensors")
+        self.step = saved["step"]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Every target's weight as its layer computes with it."""
+        layers = {each.name: each.layer for each in find_controller(self.model).existing}
+        return {name: layer.weight.detach().clone() for name, layer in layers.items()}
+
+
+class Watch:
+    """Looks, after each step, for entries outside of the mask that have moved, and for masks of another density."""
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.before = training.weights()
+        self.masks: dict[str, torch.Tensor] = {}
+
+    def __call__(self) -> None:
+        training, now = self.training, self.training.weights()
+        controller = find_controller(training.model)
+        recipe, masks = controller.recipe, dps_adapter(training.model).masks()
+        if controller.clock.position.phase.masked and recipe.frozen not in MOVES_FROZEN:
+            for name, mask in masks.items():
+                held = self.masks.get(name)
+                if held is not None and torch.equal(held, mask):  # since before this step
+                    assert torch.equal(now[name][~mask], self.before[name][~mask]), name
+        if masks and controller.clock.position.phase.masked:
+            self._check_size(recipe, masks, now)
+        self.before, self.masks = now, {name: mask.clone() for name, mask in masks.items()}
+
+    def _check_size(self, recipe: Any, masks: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
+        if recipe.budget.takes_all or recipe.granularity.spans_weights:
+            return
+        selected = sum(int(mask.count_nonzero()) for mask in masks.values())
+        if recipe.scope.across:
+            units = [each.size for each in self._units(recipe)]
+            limit = recipe.budget.limit(sum(each.numel() for each in weights.values()))
+            assert limit <= selected < limit + max(units)
+            return
+        for name, units in zip(weights, self._units(recipe), strict=True):
+            assert int(masks[name].count_nonzero()) == recipe.budget.count(units.count) * units.size, name
+
+    def _units(self, recipe: Any) -> list[Any]:
+        return [recipe.granularity.units(each.layout) for each in find_controller(self.training.model).existing]
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(fields=fields())
+def test_a_combination_trains_exactly_or_is_refused_by_name(fields, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("combination")
+    refused = ""
+    try:
+        config = DPSConfig(target_modules=TARGETS, **fields)
+        whole = Training(config)
+        whole.begin()
+    except ConfigError as error:
+        refused = str(error)
+    if refused:
+        named = set(re.findall(r"`(\w+)", refused))
+        assert named & set(fields), refused
+        event(f"refused: {sorted(named & set(fields))[0]}")
+        return
+    event("trained")
+    whole.run(STOP, Watch(whole))
+    saved = whole.save(folder)
+    whole.run(STEPS, Watch(whole))
+    resumed = Training(config)
+    resumed.load(saved, folder)
+    resumed.run(STEPS)
+    for name, weight in whole.weights().items():
+        assert torch.equal(resumed.weights()[name], weight), name
+    whole.model.save_pretrained(folder)
+    loaded = PeftModel.from_pretrained(base(), str(folder)).eval()
+    inputs = batch(100)[0]
+    assert torch.equal(loaded(inputs), whole.model.eval()(inputs))
+
+
+def test_most_axes_meet_each_other():
+    """The draws above are of some use only if many of them are not refused."""
+    seen: dict[str, set[str]] = {"granularity": set(), "schedule": set(), "storage": set(), "score": set()}
+
+    @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(fields=fields())
+    def look(fields: dict[str, Any]) -> None:
+        try:
+            DPSConfig(target_modules=TARGETS, **fields)
+        except ConfigError:
+            return
+        for axis, found in seen.items():
+            found.add(fields[axis])
+
+    look()
+    assert seen["granularity"] == set(GRANULARITIES)
+    assert seen["schedule"] == set(SCHEDULES)
+    assert seen["storage"] == set(STORAGES)
+    assert seen["score"] >= {"squared_gradient", "absolute_gradient", "random"}

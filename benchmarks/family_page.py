@@ -63,10 +63,10 @@ _NEIGHBOURS = """\
 
 Some methods near this family are another kind of thing. They go together with it.
 
-**Losses.** LNSR ([NAACL 2021](https://arxiv.org/abs/2107.04835)), R3F
-([ICLR 2021](https://arxiv.org/abs/2008.03156)) and SMART ([ACL 2020](https://arxiv.org/abs/1911.03437)) add a term to the loss that asks for similar outputs on inputs
-or hidden states that differ by noise. They call the model twice in a step. That works
-with every recipe: a step is an optimizer step, however many forwards it has.
+**Losses.** LNSR ([NAACL 2021](https://arxiv.org/abs/2107.04835)), R3F ([ICLR
+2021](https://arxiv.org/abs/2008.03156)) and SMART ([ACL 2020](https://arxiv.org/abs/1911.03437)) add a term to the
+loss that asks for similar outputs on inputs or hidden states that differ by noise. They call the model twice in a
+step. That works with every recipe: a step is an optimizer step, however many forwards it has.
 
 **Ensembles and weight averages.** WiSE-FT ([CVPR 2022](https://arxiv.org/abs/2109.01903)) averages pretrained and
 fine-tuned weights after training; LEVI ([ICML 2024](https://arxiv.org/abs/2402.04644)) joins several views. Of an
@@ -79,9 +79,10 @@ by a teacher whose uncertainty it measures, and trains few parameters on them. A
 trains vectors that it adds to their outputs. These vectors are new parameters, not a part of the weights.
 
 **Other tuners.** SPT ([ICCV 2023](https://arxiv.org/abs/2303.08566)) lets gradients decide where to put LoRAs.
-RoSTE ([2025](https://arxiv.org/abs/2502.09003)) trains for quantization.
-EPT ([AAAI 2025](https://arxiv.org/abs/2405.11464)) and other prompt tuning train inputs. DRPruning ([ACL 2025](https://arxiv.org/abs/2411.14055)) removes weights and
-chooses what to train on; what is frozen here stays in use.
+RoSTE ([2025](https://arxiv.org/abs/2502.09003)) trains for quantization. EPT ([AAAI
+2025](https://arxiv.org/abs/2405.11464)) and other prompt tuning train inputs. DRPruning ([ACL
+2025](https://arxiv.org/abs/2411.14055)) removes weights and chooses what to train on; what is frozen here stays in
+use.
 """
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_dps import DPSConfig
+from peft_dps.selection.granularity import GRANULARITIES, Submatrix
 
 TARGETS = ["embedding", "linear", "transposed", "convolution", "head"]
 
@@ -68,3 +69,10 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def deltas_of(model: nn.Module, adapter: str = "default") -> dict[str, nn.Module]:
     base = model.base_model.model
     return {name: base.get_submodule(name).dps_delta[adapter] for name in TARGETS}
+
+
+@GRANULARITIES.register("tile")
+class Tile(Submatrix):
+    """Tiles of a small model's weights, of up to three rows and columns."""
+
+    side = 3

@@ -1,6 +1,19 @@
 """Selective fine-tuning methods by name: each a function that returns its `DPSConfig`."""
 
 from peft_dps.recipes.dps import dps_dense, dps_mix
-from peft_dps.recipes.fixed import random_mask
+from peft_dps.recipes.fixed import dsee, magnitude, paca, random_mask, s2ft
+from peft_dps.recipes.once import child_tuning_d, fish, sift, smt
 
-__all__ = ["dps_dense", "dps_mix", "random_mask"]
+__all__ = [
+    "child_tuning_d",
+    "dps_dense",
+    "dps_mix",
+    "dsee",
+    "fish",
+    "magnitude",
+    "paca",
+    "random_mask",
+    "s2ft",
+    "sift",
+    "smt",
+]

@@ -6,6 +6,9 @@ from typing import Any
 
 from peft_dps.tuner.config import DPSConfig
 
+_FIXED: dict[str, Any] = {"schedule": "once", "score_steps": 0}
+_COMPACT: dict[str, Any] = {**_FIXED, "storage": "compact", "train_bias": False}
+
 
 def random_mask(**fields: Any) -> DPSConfig:
     """Entries selected once, at random: what scores have to beat at the same density.
@@ -13,5 +16,72 @@ def random_mask(**fields: Any) -> DPSConfig:
     Args:
         **fields: Fields of `DPSConfig` to set otherwise.
     """
-    fixed: dict[str, Any] = {"score": "random", "schedule": "once", "score_steps": 0}
-    return DPSConfig(**{**fixed, **fields})
+    return DPSConfig(**{**_FIXED, "score": "random", **fields})
+
+
+def magnitude(**fields: Any) -> DPSConfig:
+    """Entries selected once, where the pretrained weight is largest: score = abs(W0).
+
+    A baseline that needs no data. It finds what matters to the pretrained model, and not to the task.
+
+    Args:
+        **fields: Fields of `DPSConfig` to set otherwise.
+    """
+    return DPSConfig(**{**_FIXED, "score": "magnitude", **fields})
+
+
+def dsee(**fields: Any) -> DPSConfig:
+    """The sparse part of DSEE (Chen et al., ACL 2023, arXiv:2111.00160): where a low rank cannot hold the weight.
+
+    W0 is taken apart as U V + S, U V of rank 16. The 64 entries of each weight where abs(S) is largest are trained.
+    It needs no data, trains hardly anything, and costs one singular value decomposition of each weight.
+
+    DSEE finds U, V and S together by greedy steps (GreBsmo); here U V is the best approximation of its rank, and S
+    what it leaves. DSEE trains a LoRA of rank 16 beside the entries, and prunes W0: both are left out here.
+
+    Args:
+        **fields: Fields of `DPSConfig` to set otherwise.
+    """
+    return DPSConfig(**{**_COMPACT, "score": "low_rank_residual", **_units_or_density(64, fields), **fields})
+
+
+def paca(**fields: Any) -> DPSConfig:
+    """PaCA (Woo et al., ICLR 2025, arXiv:2503.01905): 16 columns of each weight, drawn at random.
+
+    As many parameters as a LoRA of rank 8 of a square weight. Nothing is computed beside the base layer but the
+    columns' own products, and the backward pass keeps 16 columns of each input. It needs no data to select from.
+
+    Their code divides the trained columns by `alpha / r` and multiplies them again in each forward, which makes
+    updates of AdamW `alpha / r` times as large; here they are trained as they are: multiply the learning rate instead.
+    They write into the pretrained weight; here the difference is held beside it, and weight decay pulls that to 0.
+
+    Args:
+        **fields: Fields of `DPSConfig` to set otherwise.
+    """
+    return DPSConfig(
+        **{**_COMPACT, "granularity": "column", "score": "random", **_units_or_density(16, fields), **fields}
+    )
+
+
+def s2ft(**fields: Any) -> DPSConfig:
+    """S2FT (Yang et al., NeurIPS 2024, arXiv:2412.06289): random channels of the output and down projections.
+
+    Columns of `o_proj` are channels of attention heads, columns of `down_proj` channels of the MLP. Three of a hundred
+    are trained, drawn at random. Names of modules are those of LLaMA: give `target_modules` for other models.
+
+    S2FT pairs each of these matrices with the one before it (value and output, up and down projection), whose rows
+    make the same channels, and moves selected channels next to each other so that they are a slice. Where only the
+    output and down projections are trained, as here, the pairing changes no result, and is left out. It draws whole
+    attention heads, and over all layers at once; here single channels are drawn, and as many in each weight. To train
+    both sides of a pair in the same channels is not possible: units of each weight are drawn by themselves.
+
+    Args:
+        **fields: Fields of `DPSConfig` to set otherwise.
+    """
+    chosen = {"granularity": "column", "score": "random", "density": 0.03, "target_modules": ["o_proj", "down_proj"]}
+    return DPSConfig(**{**_COMPACT, **chosen, **fields})
+
+
+def _units_or_density(units: int, fields: dict[str, Any]) -> dict[str, int]:
+    """Return a number of units, unless a density is given in place of it."""
+    return {} if "density" in fields else {"units": units}

@@ -9,7 +9,8 @@ import torch
 
 from peft_dps.errors import ConfigError, TargetError
 from peft_dps.masking.compact.delta import Delta, EntryDelta, WholeDelta, slot_axis
-from peft_dps.tensors.layout import Layout, Units
+from peft_dps.masking.compact.tiles import TileDelta
+from peft_dps.tensors.layout import TILE_SIDE, Layout, Units
 from peft_dps.tensors.registry import Registry
 
 _LAYER = re.compile(r"(?:^|.*?\.)\d+(?=\.|$)")  # up to the first number in a path: a layer of the model
@@ -38,9 +39,9 @@ class Granularity:
         self.reduction = reduction
 
     @property
-    def is_slices(self) -> bool:
+    def adds_to_output(self) -> bool:
         """Whether layers can compute with the units alone, and add that to what the base layer returns."""
-        return self._delta.is_slices
+        return self._delta.adds_to_output
 
     def units(self, layout: Layout) -> Units | None:
         """Return how the units lie in a weight; None where nothing tells."""
@@ -59,16 +60,16 @@ class Granularity:
             like: Tensor of the dtype and device that the values are to have.
 
         Raises:
-            TargetError: If the units are no slices of the weight.
+            TargetError: If nothing tells how the units lie in the weight.
         """
         units = self.units(layout)
-        if units is None or (self._delta is Delta and slot_axis(units) < 0):
+        if units is None:
             raise TargetError(
-                f"The units of a weight of shape {layout.shape} are no slices along one of its axes, like the columns "
-                "of a grouped convolution and the rows and columns of experts. Use `storage='copy'` or "
+                f"Nothing tells where the rows and columns of a weight of shape {layout.shape} are. Use "
                 "`granularity='entry'`, or leave it out of the targets."
             )
-        return self._delta(units, slots, like)
+        made = TileDelta if self._delta is Delta and slot_axis(units) < 0 else self._delta
+        return made(units, slots, like)
 
     def reduce(self, sums: torch.Tensor, size: int) -> torch.Tensor:
         """Return the scores of units.
@@ -111,6 +112,25 @@ class Column(Granularity):
     def units(self, layout: Layout) -> Units | None:
         """Return the columns."""
         return layout.columns
+
+
+@GRANULARITIES.register("submatrix")
+class Submatrix(Granularity):
+    """A tile of a matrix, of 256 rows and 256 columns (SMT, arXiv:2405.15525).
+
+    Where 256 does not divide a side, a tile is as long as the largest number up to 256 that does, so that all tiles of
+    a weight are of one size. A subclass with another `side`, registered by a name of its own, cuts smaller ones.
+
+    Attributes:
+        side: Largest number of rows and of columns of a tile.
+    """
+
+    side: ClassVar[int] = TILE_SIDE
+    _delta = TileDelta
+
+    def units(self, layout: Layout) -> Units | None:
+        """Return the tiles."""
+        return layout.tiles(self.side)
 
 
 @GRANULARITIES.register("tensor")

@@ -24,7 +24,7 @@ class ScoreContext:
     Attributes:
         gathered: The evidence of this phase, shape of the weight: for "squared_gradient" the sum of the squared
             gradients, in `score_dtype` (by default fp32, or fp64 for an fp64 weight), relaxed by participation in Mix.
-            None if the score was registered with `evidence="none"`.
+            In compact storage its sums over units. None if the score was registered with `evidence="none"`.
         weight: The weight as trained so far, in the adapter's dtype.
         load_base: Returns the pretrained weight, same shape, in the base model's dtype.
         generator: Random numbers of this weight and selection, on the CPU: the same on every process.
@@ -42,6 +42,11 @@ class ScoreContext:
     def base_weight(self) -> torch.Tensor:
         """The pretrained weight; with `offload_base` each look at it reads it from its file."""
         return self.load_base()
+
+    @property
+    def whole_base(self) -> torch.Tensor:
+        """The pretrained weight with the rows of all processes, which all have to ask for it."""
+        return self.base_weight if self.sharding is None else self.sharding.whole_of(self.base_weight)
 
     @property
     def evidence(self) -> torch.Tensor:
@@ -75,7 +80,7 @@ def register_score(
         name: The name, not taken yet. The same function may be registered again, as reloading its module does.
         evidence: What is gathered for it, by its name; "none" saves the memory and time of gathering.
         per_unit: Whether it needs no more of a unit than the sum of its entries' evidence, and looks at no weight.
-            Compact storage, which keeps nothing else, can then use it.
+            Compact storage, which keeps no other evidence, can then use it. A score without evidence does not need it.
 
     Returns:
         A decorator that returns its function unchanged.
@@ -121,6 +126,43 @@ def absolute_gradient(context: ScoreContext) -> torch.Tensor:
 def random(context: ScoreContext) -> torch.Tensor:
     """Score at random: the baseline that a score from gradients has to beat at the same density."""
     return context.random()
+
+
+@register_score("magnitude", evidence="none")
+def magnitude(context: ScoreContext) -> torch.Tensor:
+    """Score by the size of the pretrained weight: abs(W0)."""
+    return _widened(context.base_weight).abs().to(context.weight.device)
+
+
+@dataclass(frozen=True)
+class LowRankResidual:
+    """Score by what no matrix of a low rank can hold of the pretrained weight: abs(W0 - its best approximation).
+
+    DSEE (arXiv:2111.00160) trains the entries where the sparse part S of W0 = U V + S is largest, and finds U, V and S
+    together by greedy steps (GreBsmo). Here U V is the truncated singular value decomposition, the best of its rank,
+    and S all that it leaves. Weights of more than two axes are taken as `[first, others]`.
+
+    Args:
+        rank: Rank of U V. Register another one with
+            `register_score("low_rank_residual_4", evidence="none")(LowRankResidual(4))`.
+    """
+
+    rank: int = 16
+
+    def __call__(self, context: ScoreContext) -> torch.Tensor:
+        """Return the scores."""
+        weight = _widened(context.whole_base.to(context.weight.device))
+        matrix = weight.reshape(weight.shape[0], -1)
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        left = (matrix - u[:, : self.rank] * s[: self.rank] @ v[: self.rank]).view(weight.shape).abs()
+        return left if context.sharding is None else context.sharding.part_of(left)
+
+
+register_score("low_rank_residual", evidence="none")(LowRankResidual())
+
+
+def _widened(weight: torch.Tensor) -> torch.Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def check_scores(scores: Any, weight: torch.Tensor, *, score: str, name: str) -> None:

@@ -31,9 +31,8 @@ class UnitSums(Gathered):
         self.power = power
         self.total: torch.Tensor | None = None
         self.pending: torch.Tensor | None = None
-        spread = [axis for axis, length in enumerate(units.inner, 1) if length != 1]
         self._per_entry = units.size == 1
-        self._reduced = [axis for axis in range(len(units.shape)) if axis not in spread and (axis or units.lead > 1)]
+        self._spanned = list(range(len(units.shape), 2 * len(units.shape)))
 
     @property
     def is_empty(self) -> bool:
@@ -54,7 +53,7 @@ class UnitSums(Gathered):
             return None
         wide = gradient if gradient.dtype is torch.float64 else gradient.float()
         wide = wide.square() if self.power == 2 else wide.abs()
-        part = wide if self._per_entry else wide.sum(self._reduced).view(-1).double()
+        part = wide if self._per_entry else self.units.split(wide).sum(self._spanned).view(-1).double()
         self.pending = part if self.pending is None else self.pending.add_(part)
         return part.sum(dtype=torch.float64) * 0.0
 

@@ -10,19 +10,20 @@ import torch
 from peft_dps.errors import ConfigError
 
 _CHUNK = 1 << 18  # entries that are widened to fp64 at once
+TILE_SIDE = 256  # arXiv:2405.15525
 
 
 @dataclass(frozen=True)
 class Units:
     """Parts of equal size that a weight falls into.
 
-    Two entries are of one unit if their indices along the first axis, divided by `lead`, are equal, and if they are at
-    the same place along each axis that `inner` does not give as 1. Units are numbered in row-major order.
+    A unit spans neighbouring indices of each axis: two entries are of one unit if their indices along each axis,
+    divided by how many of them a unit spans, are equal. Units are numbered in row-major order.
 
     Attributes:
         shape: Shape of the whole weight.
         lead: How many indices of the first axis a unit spans.
-        inner: Per further axis, its length where units differ along it, 1 where a unit spans it.
+        inner: Per further axis, how many units follow each other along it: 1 where a unit spans it.
 
     Raises:
         ConfigError: If that does not cut the weight into parts of equal size.
@@ -34,7 +35,7 @@ class Units:
 
     def __post_init__(self) -> None:
         fits = len(self.inner) == len(self.shape) - 1 and all(
-            length in (1, whole) for length, whole in zip(self.inner, self.shape[1:], strict=True)
+            units >= 1 and length % units == 0 for units, length in zip(self.inner, self.shape[1:], strict=True)
         )
         if not fits or self.lead < 1 or self.shape[0] % self.lead:
             raise ConfigError(
@@ -53,8 +54,32 @@ class Units:
         return math.prod(self.shape) // self.count
 
     @property
+    def grid(self) -> tuple[int, ...]:
+        """Number of units along each axis."""
+        return (self._leads, *self.inner)
+
+    @property
+    def span(self) -> tuple[int, ...]:
+        """Number of indices of each axis that a unit spans."""
+        return tuple(length // units for length, units in zip(self.shape, self.grid, strict=True))
+
+    @property
     def _leads(self) -> int:
         return self.shape[0] // self.lead
+
+    def split(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return a view of a weight as its units, `[*grid, *span]`."""
+        cut = weight
+        for axis, sizes in reversed(list(enumerate(zip(self.grid, self.span, strict=True)))):
+            cut = cut.unflatten(axis, sizes)
+        axes = range(len(self.shape))
+        return cut.permute([2 * axis for axis in axes] + [2 * axis + 1 for axis in axes])
+
+    def join(self, units: torch.Tensor) -> torch.Tensor:
+        """Put a weight together from all of its units, `[count, *span]`."""
+        axes = range(len(self.shape))
+        apart = units.view(*self.grid, *self.span)
+        return apart.permute([place for axis in axes for place in (axis, len(self.shape) + axis)]).reshape(self.shape)
 
     def sums(self, part: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Add up the entries of each unit, in one order on every device and in every run.
@@ -67,14 +92,19 @@ class Units:
             `[count]`, fp64, 0 for units of which the part has nothing. Those of all parts add up to the whole's.
         """
         total = part.new_zeros((self._leads, *self.inner), dtype=torch.float64)
-        spanned = [axis for axis, length in enumerate(self.inner, 1) if length == 1]
+        spans = [
+            (axis, sizes) for axis, sizes in enumerate(zip(self.grid, self.span, strict=True)) if axis and sizes[1] > 1
+        ]
+        added = [axis + place for place, (axis, _) in enumerate(spans, 1)]
         rows, row = part.shape[0], 0
         step = max(1, _CHUNK // max(1, math.prod(self.shape[1:])))
         while row < rows:
             lead, into = divmod(first + row, self.lead)
             stop = min(rows, row + (step if self.lead == 1 else min(step, self.lead - into)))
             piece = part[row:stop].to(torch.float64)
-            piece = piece.sum(spanned, keepdim=True) if spanned else piece
+            for axis, sizes in reversed(spans):
+                piece = piece.unflatten(axis, sizes)
+            piece = piece.sum(added) if spans else piece
             if self.lead == 1:
                 total[first + row : first + stop] = piece
             else:
@@ -90,7 +120,9 @@ class Units:
             first: The first row.
             rows: Number of rows; None for all from the first on.
         """
-        leads = values.view(self._leads, *self.inner)
+        leads = values.view(self.grid)
+        for axis, (units, span) in enumerate(zip(self.inner, self.span[1:], strict=True), 1):
+            leads = leads.repeat_interleave(span, axis) if units > 1 and span > 1 else leads
         rows = self.shape[0] - first if rows is None else rows
         if self._leads == 1:
             return leads
@@ -123,6 +155,21 @@ class Layout:
     def whole(self) -> Units:
         """The weight as one unit."""
         return Units(self.shape, self.shape[0], (1,) * (len(self.shape) - 1))
+
+    def tiles(self, side: int = TILE_SIDE) -> Units | None:
+        """Return the tiles of so many rows and columns, fewer where that does not divide them.
+
+        A tile has as many rows as the largest number up to `side` that divides the number of rows, and as many columns
+        likewise. Each expert and each group of a convolution has tiles of its own. None where nothing tells rows and
+        columns apart.
+        """
+        if self.rows is None or self.columns is None:
+            return None
+        grid = []
+        for fine, coarse in ((max(pair), min(pair)) for pair in zip(self.rows.grid, self.columns.grid, strict=True)):
+            length = fine // coarse  # of the axis in one expert or group, if rows or columns differ along it
+            grid.append(fine // max(size for size in range(1, min(side, length) + 1) if length % size == 0))
+        return Units(self.shape, self.shape[0] // grid[0], tuple(grid[1:]))
 
     @property
     def entries(self) -> Units:

@@ -15,7 +15,7 @@ from peft_dps.errors import EngineError, StateError
 from peft_dps.masking.compact.delta import Delta, set_values
 from peft_dps.masking.frozen_bits import checksum
 from peft_dps.masking.mask import Mask
-from peft_dps.selection.scores import ScoreContext
+from peft_dps.selection.scores import ScoreContext, is_per_unit
 from peft_dps.selection.unit_sums import UnitSums
 from peft_dps.tensors.layout import Units
 from peft_dps.tensors.processes import world
@@ -152,21 +152,38 @@ class CompactWeight(TargetWeight):
         return UnitSums(units or self.layer.layout.whole, power)
 
     def score_context(self, generator: torch.Generator, steps: int) -> ScoreContext:
-        """Return what a score may look at: the sums of units."""
+        """Return what a score may look at: the sums of units; the weight, if it needs more than they are."""
         sums, device = self.sums, self.delta.index.device
+        if not self.recipe.evidence.looks and not is_per_unit(self.recipe.score_name):
+            weight = self._whole_weight()
+            return ScoreContext(gathered=None, weight=weight, load_base=self._whole_base, generator=generator)
         total = sums.total
         if sums.power is not None:
-            total = self._bounded(sums.zeros(device) if total is None else total.to(device))
+            total = sums.zeros(device) if total is None else total.to(device)
         shape = sums.zeros(torch.device("meta")).shape
         alike = torch.empty((), device=device).expand(shape)
-        return ScoreContext(gathered=total, weight=alike, load_base=self.layer.pretrained_weight, generator=generator)
+        return ScoreContext(gathered=total, weight=alike, load_base=self._whole_base, generator=generator)
 
-    def _bounded(self, total: torch.Tensor) -> torch.Tensor:
-        """Leave scores to so many units that are new as the adapter may still hold."""
+    def _whole_base(self) -> torch.Tensor:
+        """Return W0, with the rows of all processes."""
+        base = self.layer.pretrained_weight()
+        return base.full_tensor() if isinstance(base, DTensor) else base
+
+    def _whole_weight(self) -> torch.Tensor:
+        """Return W0 + D."""
+        if self.delta.parts() and self.sharding is not None:
+            raise EngineError(
+                f"The score {self.recipe.score_name!r} looks at the weight of {self.name!r}, whose units FSDP2 has "
+                "cut over processes. Select once (`schedule='once'`), or use `storage='copy'`."
+            )
+        return self.delta.applied(self._whole_base()).detach()
+
+    def limited(self, scores: torch.Tensor) -> torch.Tensor:
+        """Leave scores to so many units that are new as the adapter may still hold; see `TargetWeight.limited`."""
         most = self.recipe.budget.most_held(self.sums.units.count)
-        held, flat = self.delta.held.long(), total.view(-1)
+        held, flat = self.delta.held.long(), scores.reshape(-1)
         if most is None:
-            return total
+            return scores
         new = flat.clone()
         new[held] = -1.0
         room = max(0, most - len(held))
@@ -174,11 +191,13 @@ class CompactWeight(TargetWeight):
         kept = torch.zeros_like(flat)
         kept[held] = flat[held].clamp(min=torch.finfo(flat.dtype).tiny)  # before all that there is no room for
         kept[best] = flat[best]
-        return kept.view(total.shape)
+        return kept.view(scores.shape)
 
     def unit_sums(self, units: Units, scores: torch.Tensor) -> torch.Tensor:
-        """Return the scores of units, times their size where these are no sums."""
-        return scores.double() * (1 if self.recipe.evidence.looks else units.size)
+        """Return the scores of units, times their size where these are no sums; those of entries are added up."""
+        if scores.numel() != units.count:
+            return self.limited(units.sums(scores))
+        return self.limited(scores.double() * (1 if self.recipe.evidence.looks else units.size))
 
     def choose(self, choice: torch.Tensor, units: Units, phase: int) -> None:
         """Begin a phase in which the chosen units are updated; see `TargetWeight.choose`."""

@@ -55,7 +55,7 @@ class Recipe:
     @property
     def reads_base(self) -> bool:
         """Whether forwards compute with the values of the pretrained weights, instead of calling their layers."""
-        return not (self.storage.compact and self.granularity.is_slices)
+        return not (self.storage.compact and self.granularity.adds_to_output)
 
 
 def make_recipe(
@@ -83,7 +83,7 @@ def make_recipe(
 
     Args:
         density: Fraction of entries that the subnetwork holds, in (0, 1].
-        units: Number of rows or columns of each weight in place of a density.
+        units: Number of units of each weight in place of a density.
         budget: Name of what the density is counted in.
         max_density: Fraction of units that compact storage may hold values of, over all selections.
         schedule: Name of the schedule.
@@ -114,11 +114,10 @@ def make_recipe(
             f"`scope` is {scope!r}. Use `scope='model'`."
         )
     made_from = evidence or evidence_of(score)
-    if units is not None and (kind.per_entry or kind.spans_weights or SCOPES.find(scope).across):
-        named, given = ("scope", scope) if SCOPES.find(scope).across else ("granularity", granularity)
+    if units is not None and SCOPES.find(scope).across:
         raise ConfigError(
-            f"`units={units!r}` is a number of rows or columns of each weight, and `{named}` is {given!r}. Use "
-            "`granularity='column'` or `'row'` with `scope='tensor'`, or a `density`."
+            f"`units={units!r}` is a number of units of each weight, and `scope` is {scope!r}. Use `scope='tensor'` "
+            "with 'column', 'row', 'submatrix' or 'entry' as `granularity`, or a `density`."
         )
     if STORAGES.find(storage).compact:
         _check_compact(settings, made_from)
@@ -150,7 +149,8 @@ def _check_compact(settings: dict[str, Any], evidence: str) -> None:
         "evidence": EVIDENCE.find(evidence).looks
         and EVIDENCE.find(evidence).power is None
         and "which cannot be added up in a backward pass; use 'squared_gradient' or 'absolute_gradient'",
-        "score": not is_per_unit(settings["score"])
+        "score": EVIDENCE.find(evidence).looks
+        and not is_per_unit(settings["score"])
         and "which may look at single entries; register it with `per_unit=True` if it does not",
     }
     for name, why in impossible.items():

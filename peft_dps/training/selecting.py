@@ -161,7 +161,7 @@ class Selector:
         return scores_of(weight, self._recipe, index=index, step=self._step, steps=self._steps)
 
     def _sortable(self, weight: TargetWeight) -> SortableScores:
-        scores = self._scores(weight)
+        scores = weight.limited(self._scores(weight))
         with _named(weight.name):
             return SortableScores.of(scores)
 

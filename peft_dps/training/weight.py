@@ -241,6 +241,10 @@ class TargetWeight:
         """Return what a score may look at, after so many steps of gathering; relaxes the evidence in place."""
         raise NotImplementedError
 
+    def limited(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return scores of units, 0 for those that the adapter has no room for."""
+        return scores
+
     def unit_sums(self, units: Units, scores: torch.Tensor) -> torch.Tensor:
         """Add up the scores of the entries of each unit that are here, `[units]`, fp64."""
         raise NotImplementedError

@@ -14,6 +14,7 @@ from peft_dps.checkpoint.state import load_state, state_of
 from peft_dps.errors import ConfigError
 from peft_dps.training.controller import Controller
 from peft_dps.training.status import DPSStatus, status_of
+from peft_dps.tuner.examples import examples_of
 from peft_dps.tuner.layers.layer import DPSLayer
 
 
@@ -128,7 +129,14 @@ class DPSAdapter:
         """
         saving.load(self._controller, path)
 
-    def score(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[nn.Module, Any], torch.Tensor]) -> None:
+    def score(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss: Callable[[nn.Module, Any], torch.Tensor],
+        *,
+        per_example: bool = False,
+    ) -> None:
         """Gather evidence from batches before training, for `schedule="once"` with `score_steps=0`.
 
         Each batch counts as one step: its gradient is scored and thrown away, and nothing is updated.
@@ -137,15 +145,18 @@ class DPSAdapter:
             model: The model, in the mode (`train` or `eval`) in which its gradients are to be taken.
             batches: The batches.
             loss: Returns the loss of the model on a batch.
+            per_example: Whether each example of a batch is scored by itself: a backward pass, and a step, for each.
+                The squared gradients of a log-likelihood with the labels of the data then add up to the diagonal of
+                the empirical Fisher information.
 
         Raises:
-            ConfigError: If training has begun, or evidence is gathered in training.
+            ConfigError: If training has begun, or evidence is gathered in training, or a batch cannot be cut.
         """
         controller, rested = self._controller, self._controller.at_rest
         controller.begin_scoring()
         controller.at_rest = controller.scores_batches = True  # noise has no step to belong to
         try:
-            for batch in batches:
+            for batch in examples_of(batches) if per_example else batches:
                 model.zero_grad()
                 loss(model, batch).backward()
                 controller.gather_before_training()

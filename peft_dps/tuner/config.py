@@ -42,8 +42,8 @@ class DPSConfig(PeftConfig):
             to ACCUMULATE, relaxes scores by how often a column took part, and trains SUBNETWORK on
             W_eff = T + M * (W - T) / density, T being the weight when the stage began.
         density (`float`, defaults to 0.7): Fraction of entries that the subnetwork holds, in (0, 1].
-        units (`int`, *optional*): Number of rows or columns that are trained of each weight, in place of a density: as
-            many parameters as a LoRA of that rank, for half of its factors.
+        units (`int`, *optional*): Number of units that are trained of each weight, in place of a density. As many rows
+            or columns as a LoRA has ranks make half of its parameters.
         storage (`"copy" | "compact"`, defaults to `"copy"`): `"copy"`: parameters are copies of whole weights, which
             masks are put on; `"compact"`: they hold the selected units alone, beside a base model that is never
             written, so that frozen entries cost no gradient, no optimizer state and no memory.
@@ -57,8 +57,8 @@ class DPSConfig(PeftConfig):
         score_steps (`int`, defaults to 8): Steps of ACCUMULATE with `"once"` and `"every"`; with `"once"` 0 to score
             before training, from batches of yours (`model.score(batches)`).
         granularity (`str`, defaults to `"entry"`): What is selected as a whole: `"entry"`; `"row"`, all that makes
-            one output; `"column"`, all that takes one input; `"tensor"`, one weight; `"block"`, all targets of one
-            layer of the model; or a registered name.
+            one output; `"column"`, all that takes one input; `"submatrix"`, a tile of 256 rows and columns;
+            `"tensor"`, one weight; `"block"`, all targets of one layer of the model; or a registered name.
         reduction (`"mean" | "sum"`, defaults to `"mean"`): How the scores of its entries make the score of a unit.
         total_steps (`int`, *optional*): Number of optimizer steps of the whole training. Only a fractional
             `stage_steps` needs it, and not with the HF Trainer, which knows it.
@@ -69,7 +69,9 @@ class DPSConfig(PeftConfig):
             optimizer steps; with `"gradient"` only their gradient is zeroed, and momentum and weight decay still move
             them, as in the code released with the paper; or a registered name.
         score (`str`, defaults to `"squared_gradient"`): How entries are ranked: `"squared_gradient"`,
-            `"absolute_gradient"`, `"random"` (the baseline), or a name given to `peft_dps.register_score`.
+            `"absolute_gradient"`, `"random"` (the baseline), `"magnitude"` of the pretrained weight,
+            `"low_rank_residual"` (what a matrix of rank 16 leaves of it), or a name given to
+            `peft_dps.register_score`.
         evidence (`str`, *optional*): What is gathered for the score: `"squared_gradient"`, `"absolute_gradient"`,
             `"second_moment"` (of the optimizer), `"none"`, or a registered name. By default what the score is made of.
         noise (`str`, *optional*): What training forwards compute with in place of the weight: `"none"`, `"columns"`
@@ -117,7 +119,7 @@ class DPSConfig(PeftConfig):
     )
     density: float = field(default=0.7, metadata={"help": "Fraction of entries in the subnetwork, in (0, 1]."})
     units: int | None = field(
-        default=None, metadata={"help": "Number of rows or columns of each weight, in place of a density."}
+        default=None, metadata={"help": "Number of units of each weight, in place of a density."}
     )
     storage: str = field(
         default="copy", metadata={"help": "'copy' of whole weights, or 'compact': the selected units alone."}
@@ -137,7 +139,7 @@ class DPSConfig(PeftConfig):
     )
     granularity: str = field(
         default="entry",
-        metadata={"help": "What is selected as a whole: 'entry', 'row', 'column', 'tensor' or 'block'."},
+        metadata={"help": "What is selected as a whole: 'entry', 'row', 'column', 'submatrix', 'tensor' or 'block'."},
     )
     reduction: Literal["mean", "sum"] = field(
         default="mean", metadata={"help": "How the scores of its entries make the score of a unit."}

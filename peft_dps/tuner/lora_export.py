@@ -142,7 +142,7 @@ def _require_units(delta: Delta | None, adapter: str) -> None:
         )
     if not delta.is_slices:
         raise ConfigError(
-            f"`form='lora'` needs `granularity='row'` or `'column'`, and adapter {adapter!r} selects single entries "
+            f"`form='lora'` needs `granularity='row'` or `'column'`, and adapter {adapter!r} selects entries, tiles "
             "or whole weights, whose differences have no small rank. Use `form='difference'`, or merge the adapter "
             "(`merge_and_unload`)."
         )

@@ -190,6 +190,8 @@ class DPSModel(BaseTuner):
         batches: Iterable[Any],
         loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
         adapter_name: str | None = None,
+        *,
+        per_example: bool = False,
     ) -> None:
         """Gather evidence from batches before training; see `DPSAdapter.score`.
 
@@ -197,8 +199,10 @@ class DPSModel(BaseTuner):
             batches: The batches: keyword arguments of the model, unless `loss` knows better.
             loss: Returns the loss of the model on a batch; None for `model(**batch).loss`.
             adapter_name: Name of the adapter; None for the active one.
+            per_example: Whether each example of a batch, along the first axis of its tensors, is scored by itself, as
+                the empirical Fisher information asks for.
         """
-        self._adapter(adapter_name).score(self.model, batches, loss or _own_loss)
+        self._adapter(adapter_name).score(self.model, batches, loss or _own_loss, per_example=per_example)
 
     def _adapter(self, adapter_name: str | None) -> DPSAdapter:
         return dps_adapter(self.model, self._one_adapter(adapter_name))

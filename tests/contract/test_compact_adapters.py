@@ -10,20 +10,15 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_dps.tuner.layers.layer import DPSLayer
+from tests.compact import Tile
 from tests.contract.zoo import ZOO, Whole
 
-UNITS = ["column", "row", "entry", "block"]
-
-
-def is_possible(case, granularity) -> bool:
-    return case.name != "conv" or granularity != "column"  # it has grouped convolutions
+UNITS = ["column", "row", "entry", Tile.__name__.lower(), "block"]
 
 
 @pytest.fixture(params=UNITS)
 def compact(request, case):
     """Configurations of compact adapters for a case, of which several may be active."""
-    if not is_possible(case, request.param):
-        pytest.skip("columns of grouped convolutions are refused by name")
     options = {
         "modules_to_save": None, "storage": "compact", "granularity": request.param, "schedule": "once",
         "score_steps": 1, "density": 0.4, **({"task_type": None} if case.name == "bert" else {}),

@@ -15,7 +15,7 @@ STEPS = 9
 EVERY = {"score_steps": 2, "stage_steps": 4}
 KINDS = [
     ("column", "tensor"), ("row", "tensor"), ("entry", "tensor"), ("column", "model"), ("entry", "model"),
-    ("tensor", "model"), ("block", "model"),
+    ("tensor", "model"), ("block", "model"), ("tile", "tensor"),
 ]  # fmt: skip
 
 

@@ -33,10 +33,12 @@ class Delta(nn.Module):
         kept_index: Their numbers, int32.
         is_selected: Whether units have been selected.
         observes: Whether training forwards have to ask what to do.
-        is_slices: Whether units are slices of the weight, so that a layer can compute with them alone.
+        is_slices: Whether units are slices of the weight along one axis.
+        adds_to_output: Whether a layer can compute with the units alone, and add that to what its base layer returns.
     """
 
     is_slices: ClassVar[bool] = True
+    adds_to_output: ClassVar[bool] = True
     weight: nn.Parameter
     index: torch.Tensor
     kept_weight: torch.Tensor | None
@@ -232,7 +234,7 @@ class Delta(nn.Module):
 class EntryDelta(Delta):
     """What is added to the selected entries of a weight, which are numbered in row-major order."""
 
-    is_slices = False
+    is_slices = adds_to_output = False
 
     def shape_of(self, slots: int) -> tuple[int, ...]:
         """Return the shape of the values of so many entries."""
@@ -252,7 +254,7 @@ class EntryDelta(Delta):
 class WholeDelta(Delta):
     """A weight that is selected as a whole. `weight` is then a copy of it that is trained, and is empty until then."""
 
-    is_slices = False
+    is_slices = adds_to_output = False
 
     def shape_of(self, slots: int) -> tuple[int, ...]:
         """Return the shape of the weight, or one without entries."""

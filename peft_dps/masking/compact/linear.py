@@ -39,7 +39,7 @@ def add_columns(
         for values, columns in _parts(delta, index, kept):
             y = y + F.linear(x.index_select(-1, columns).to(y.dtype), values.to(y.dtype))
         return y
-    x, link = _tapped(x)
+    x, link = tapped(x)
     output: torch.Tensor = _AddColumns.apply(base(x), x.detach(), delta, index, kept, link)  # type: ignore[no-untyped-call]
     return output
 
@@ -68,7 +68,7 @@ def add_rows(
         for values, rows in _parts(delta, index, kept):
             y = y.index_add(-1, rows, F.linear(x.to(y.dtype), values.to(y.dtype)))
         return y
-    x, link = _tapped(x)
+    x, link = tapped(x)
     output: torch.Tensor = _AddRows.apply(base(x), x.detach(), delta, index, kept, link)  # type: ignore[no-untyped-call]
     return output
 
@@ -95,7 +95,8 @@ class Link:
         return gradient
 
 
-def _tapped(x: torch.Tensor) -> tuple[torch.Tensor, Link | None]:
+def tapped(x: torch.Tensor) -> tuple[torch.Tensor, Link | None]:
+    """Return x, and the link to the gradient that it will have; None if it will have none."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x, None
     link = Link()
@@ -129,7 +130,7 @@ class _AddColumns(torch.autograd.Function):
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         taken = _columns(flat, index).to(y.dtype)
-        output = _writable(y)
+        output = writable(y)
         rows = output.view(-1, y.shape[-1])
         rows.addmm_(taken, delta.to(y.dtype).t())
         if kept is not None:
@@ -162,7 +163,7 @@ class _AddRows(torch.autograd.Function):
         link: Link | None,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1]).to(y.dtype)
-        output = _writable(y)
+        output = writable(y)
         for values, rows in _parts(delta, index, kept):
             _add_columns_(output.view(-1, y.shape[-1]), rows, flat @ values.to(y.dtype).t())
         ctx.save_for_backward(x, delta, index)
@@ -186,7 +187,8 @@ class _AddRows(torch.autograd.Function):
         return gradient, None, own, None, None, None
 
 
-def _writable(y: torch.Tensor) -> torch.Tensor:
+def writable(y: torch.Tensor) -> torch.Tensor:
+    """Return what may be added to in place of y, and be returned."""
     # Neither `y` itself, of which autograd would copy the gradient, nor a view, into which no later module may write.
     return y.detach().contiguous()
 

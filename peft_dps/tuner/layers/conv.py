@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft_dps.masking.compact.delta import Delta
+from peft_dps.masking.compact.tiles import TileDelta
 from peft_dps.masking.effective_layers import effective_conv
 from peft_dps.masking.effective_weight import EffectiveWeight
 from peft_dps.tensors.layout import Layout, out_in
@@ -52,6 +53,8 @@ class Conv(DPSLayer):
     ) -> torch.Tensor:
         base: Any = self.get_base_layer()
         y, channels = compute(x), -len(base.kernel_size) - 1
+        if isinstance(delta, TileDelta):
+            return y + base._conv_forward(x.to(y.dtype), delta.dense(base.weight).to(y.dtype), None)
         for values, numbers in delta.parts():
             values = values.to(y.dtype)
             if delta.axis == 1:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft_dps.masking.compact.delta import Delta
+from peft_dps.masking.compact.tiles import TileDelta
 from peft_dps.masking.effective_layers import effective_embedding
 from peft_dps.masking.effective_weight import EffectiveWeight
 from peft_dps.tensors.layout import Layout, out_in
@@ -52,6 +53,11 @@ class Embedding(DPSLayer):
     ) -> torch.Tensor:
         base: Any = self.get_base_layer()
         y = compute(x)
+        if isinstance(delta, TileDelta):
+            own = F.embedding(
+                x, delta.dense(base.weight), base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq
+            )
+            return y + _scaled(own.to(y.dtype), base)
         for values, numbers in delta.parts():
             if delta.axis == 0:
                 slots, padding = self._slots_of(numbers)

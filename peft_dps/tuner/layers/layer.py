@@ -282,7 +282,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
     def _add_delta(
         self, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, delta: Delta
     ) -> torch.Tensor:
-        """Add to what `compute` makes of `x` what the selected rows or columns do."""
+        """Add to what `compute` makes of `x` what the selected rows, columns or tiles do."""
         raise NotImplementedError
 
     def _weight_gradient(self, x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -314,9 +314,9 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         return y + bias.to(y.dtype)
 
     def _adds_to_output(self, name: str) -> bool:
-        """Tell whether an adapter adds rows or columns to the output, and leaves the weight alone."""
+        """Tell whether an adapter adds to the output, and leaves the weight alone."""
         delta = self.delta(name)
-        return delta is not None and (delta.is_slices or not delta.is_selected or not delta.parts())
+        return delta is not None and (delta.adds_to_output or not delta.is_selected or not delta.parts())
 
     def _prepare_training(self, names: list[str]) -> dict[str, Any]:
         """Announce a training forward to the adapters, of which some want their part in it.

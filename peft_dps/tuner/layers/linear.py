@@ -13,6 +13,7 @@ from torch import nn
 from peft_dps.masking.compact.delta import Delta, EntryDelta
 from peft_dps.masking.compact.entries import linear_with_entries
 from peft_dps.masking.compact.linear import add_columns, add_rows
+from peft_dps.masking.compact.tiles import TileDelta, add_tiles
 from peft_dps.masking.effective_linear import effective_linear
 from peft_dps.masking.effective_weight import EffectiveWeight
 from peft_dps.tensors.layout import Layout, in_out, out_in
@@ -41,10 +42,24 @@ class _AnyLinear(DPSLayer):
         if self.unread is not None:
             # What an unknown module returns it may need for its backward pass.
             base, compute = compute, lambda x: base(x).clone()
+        if isinstance(delta, TileDelta):
+            return self._add_tiles(partial(self._compute_whole, compute), x, delta)
         add = add_columns if delta.axis == self.input_axis else add_rows
         kept = None if delta.kept is None else (self._out_in(delta.kept[0]), delta.kept[1])
         self._require_whole(x, self.in_features)
         return add(partial(self._compute_whole, compute), x, self._out_in(delta.weight), delta.index, kept)
+
+    def _add_tiles(
+        self, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, delta: TileDelta
+    ) -> torch.Tensor:
+        self._require_whole(x, self.in_features)
+        if torch.compiler.is_compiling():  # where the tiles would be constants
+            y = compute(x)
+            return y + F.linear(x.to(y.dtype), self._out_in(delta.dense(delta.weight)).to(y.dtype))
+        parts = [(values, delta.corners(numbers)) for values, numbers in delta.parts()]
+        if self.input_axis == 0:
+            parts = [(values.mT, [corner[::-1] for corner in corners]) for values, corners in parts]
+        return add_tiles(compute, x, parts)
 
     def _compute_whole(self, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         y = compute(x)

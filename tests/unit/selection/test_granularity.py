@@ -12,14 +12,15 @@ from transformers.pytorch_utils import Conv1D
 from peft_dps import DPSConfig
 from peft_dps.errors import ConfigError, TargetError
 from peft_dps.selection.granularity import GRANULARITIES, Block
+from tests.compact import Tile
 from tests.reference import ReferenceDense
 from tests.unit.conftest import trainable
 
-UNITS = ["row", "column", "tensor", "block"]
+UNITS = ["row", "column", "submatrix", "tile", "tensor", "block"]
 SCOPED = pytest.mark.parametrize(
     ("granularity", "scope"),
     [
-        *((unit, scope) for unit in ("row", "column") for scope in ("tensor", "model")),
+        *((unit, scope) for unit in ("row", "column", "submatrix", "tile") for scope in ("tensor", "model")),
         ("tensor", "model"),
         ("block", "model"),
     ],
@@ -56,21 +57,28 @@ class Net(nn.Module):
 
 
 MODULES = ["words", "blocks.0.conv", "blocks.0.proj", "blocks.1.out"]
-# Per weight, in the order in which PEFT finds them: row and column of an entry, and its block.
+# Per weight, in the order in which PEFT finds them: row and column of an entry, its tile of up to three rows and
+# columns, the matrix that it is in, and its block.
 PLACES = {
-    "words": (lambda i: i[0], lambda i: i[1], "words"),
-    "blocks.0.conv": (lambda i: i[0], lambda i: (i[0] // 4, i[1]), "blocks.0"),
-    "blocks.0.proj": (lambda i: i[1], lambda i: i[0], "blocks.0"),
-    "blocks.1.out": (lambda i: i[0], lambda i: i[1], "blocks.1"),
-    "blocks.1.experts.weight": (lambda i: (i[0], i[1]), lambda i: (i[0], i[2]), "blocks.1"),
-}
+    "words": (lambda i: i[0], lambda i: i[1], lambda i: (i[0] // 3, i[1] // 2), lambda _: 0, "words"),
+    "blocks.0.conv": (
+        lambda i: i[0], lambda i: (i[0] // 4, i[1]), lambda i: i[0] // 2, lambda i: i[0] // 4, "blocks.0",
+    ),
+    "blocks.0.proj": (lambda i: i[1], lambda i: i[0], lambda i: (i[0] // 2, i[1] // 3), lambda _: 0, "blocks.0"),
+    "blocks.1.out": (lambda i: i[0], lambda i: i[1], lambda i: i[1] // 2, lambda _: 0, "blocks.1"),
+    "blocks.1.experts.weight": (
+        lambda i: (i[0], i[1]), lambda i: (i[0], i[2]), lambda i: (i[0], i[1] // 2, i[2] // 3), lambda i: i[0],
+        "blocks.1",
+    ),
+}  # fmt: skip
 
 
 def names_of(granularity: str):
     """Per weight, a function that names the unit of an entry, so that names sort as units are numbered."""
     made = []
-    for name, (row, column, block) in PLACES.items():
-        unit = {"row": row, "column": column, "tensor": lambda _: 0, "block": lambda _: 0}[granularity]
+    for name, (row, column, tile, matrix, block) in PLACES.items():
+        whole = {"tensor": lambda _: 0, "block": lambda _: 0}
+        unit = {"row": row, "column": column, "tile": tile, "submatrix": matrix, **whole}[granularity]
         owner = block if granularity == "block" else name
         made.append(lambda index, unit=unit, owner=owner: (owner, unit(index)))
     return made
@@ -162,7 +170,7 @@ def test_whole_weights_are_chosen_over_the_model(granularity):
         DPSConfig(granularity=granularity, scope="tensor")
 
 
-@pytest.mark.parametrize("granularity", ["row", "column"])
+@pytest.mark.parametrize("granularity", ["row", "column", "submatrix"])
 def test_parameters_without_a_known_axis_have_no_rows(granularity):
     net = nn.Module()
     net.layer = nn.Module()
@@ -179,4 +187,5 @@ def test_an_unknown_reduction_is_refused():
 
 
 def test_every_granularity_is_tested_here():
+    assert GRANULARITIES.find("tile") is Tile
     assert {*UNITS, "entry"} == set(GRANULARITIES)

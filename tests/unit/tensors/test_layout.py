@@ -13,21 +13,28 @@ from peft_dps.errors import ConfigError
 from peft_dps.tensors import layout
 from peft_dps.tensors.layout import Layout, Units, experts, in_out, out_in
 
-# Per layout, which row and which column an entry is of.
+# Per layout, which row, which column and which tile an entry is of; tiles have up to three rows and columns.
 CASES = {
-    "linear": (out_in((5, 3)), lambda i: i[0], lambda i: i[1]),
-    "transposed": (in_out((3, 5)), lambda i: i[1], lambda i: i[0]),
-    "convolution": (out_in((6, 4, 2, 3)), lambda i: i[0], lambda i: i[1]),
-    "groups": (out_in((6, 2, 3), groups=3), lambda i: i[0], lambda i: (i[0] // 2, i[1])),
-    "depthwise": (out_in((6, 1, 3), groups=6), lambda i: i[0], lambda i: (i[0], i[1])),
-    "experts": (experts((3, 4, 5), transposed=False), lambda i: (i[0], i[1]), lambda i: (i[0], i[2])),
-    "transposed experts": (experts((3, 5, 4), transposed=True), lambda i: (i[0], i[2]), lambda i: (i[0], i[1])),
-}
+    "linear": (out_in((5, 6)), lambda i: i[0], lambda i: i[1], lambda i: (i[0], i[1] // 3)),
+    "transposed": (in_out((6, 5)), lambda i: i[1], lambda i: i[0], lambda i: (i[0] // 3, i[1])),
+    "convolution": (out_in((6, 4, 2, 3)), lambda i: i[0], lambda i: i[1], lambda i: (i[0] // 3, i[1] // 2)),
+    "groups": (out_in((8, 2, 3), groups=2), lambda i: i[0], lambda i: (i[0] // 4, i[1]), lambda i: i[0] // 2),
+    "depthwise": (out_in((6, 1, 3), groups=6), lambda i: i[0], lambda i: (i[0], i[1]), lambda i: i[0]),
+    "experts": (
+        experts((3, 4, 5), transposed=False),
+        lambda i: (i[0], i[1]), lambda i: (i[0], i[2]), lambda i: (i[0], i[1] // 2, i[2]),
+    ),
+    "transposed experts": (
+        experts((3, 5, 4), transposed=True),
+        lambda i: (i[0], i[2]), lambda i: (i[0], i[1]), lambda i: (i[0], i[1], i[2] // 2),
+    ),
+}  # fmt: skip
 
 
 def units_of(case: str) -> list[tuple[Units, object]]:
-    found, row, column = CASES[case]
+    found, row, column, tile = CASES[case]
     return [
+        (found.tiles(3), tile),
         (found.rows, row),
         (found.columns, column),
         (found.whole, lambda _: 0),
@@ -71,6 +78,23 @@ def test_parts_add_up_to_the_whole(case, cuts, chunk):
             assert torch.equal(spread.expand(b - a, *units.shape[1:]), units.expand(numbers)[a:b])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_weight_is_put_together_from_its_units(case):
+    for units, name in units_of(case):
+        values, numbers = torch.rand(units.shape), numbered(units.shape, name)
+        cut = units.split(values).reshape(units.count, -1)
+        for number in range(units.count):
+            assert sorted(cut[number].tolist()) == sorted(values[numbers == number].tolist())
+        assert units.split(values).shape == (*units.grid, *units.span)
+        assert torch.equal(units.join(cut.view(units.count, *units.span)), values)
+
+
+def test_tiles_of_large_matrices_have_256_rows_and_columns():
+    tiles = out_in((1024, 768)).tiles()
+    assert (tiles.grid, tiles.span) == ((4, 3), (256, 256))
+    assert out_in((300, 514)).tiles().span == (150, 2)  # 514 = 2 * 257
+
+
 def test_sums_are_the_same_in_every_run():
     units = out_in((300, 700)).columns
     values = torch.rand(300, 700)
@@ -84,5 +108,5 @@ def test_units_of_unequal_size_are_refused():
 
 def test_a_vector_has_no_columns_but_entries():
     vector = Layout((7,), None, None)
-    assert (vector.entries.count, vector.whole.count) == (7, 1)
+    assert (vector.entries.count, vector.whole.count, vector.tiles()) == (7, 1, None)
     assert torch.equal(vector.whole.sums(torch.ones(7)), torch.tensor([7.0], dtype=torch.float64))

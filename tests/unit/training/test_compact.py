@@ -14,6 +14,7 @@ from tests.compact import TARGETS, deltas_of, loss_of, make_base, make_batches, 
 KINDS = [
     ("column", "tensor"), ("row", "tensor"), ("entry", "tensor"),
     ("column", "model"), ("row", "model"), ("entry", "model"), ("tensor", "model"), ("block", "model"),
+    ("submatrix", "model"), ("tile", "tensor"), ("tile", "model"),
 ]  # fmt: skip
 SCORED_BEFORE = {"schedule": "once", "score_steps": 0}
 
@@ -187,8 +188,8 @@ def test_units_is_a_rank():
         ({"offload_base": True}, "`storage='compact'` does not go with `offload_base=True`"),
         ({"frozen": "gradient"}, "`storage='compact'` does not go with `frozen='gradient'`"),
         ({"evidence": "second_moment"}, "`storage='compact'` does not go with `evidence='second_moment'`"),
-        ({"granularity": "entry", "units": 4}, "`units=4` is a number of rows or columns .* `granularity` is 'entry'"),
-        ({"scope": "model", "units": 4}, "`units=4` is a number of rows or columns .* `scope` is 'model'"),
+        ({"scope": "model", "units": 4}, "`units=4` is a number of units of each weight, and `scope` is 'model'"),
+        ({"granularity": "block", "units": 4}, "`units=4` is a number of units of each weight"),
         ({"units": 0}, "`units` must be an integer of at least 1, got 0"),
         ({"units": 1.5}, "`units` must be an integer of at least 1, got 1.5"),
         ({"units": 11}, "`units` is 11, and a weight has only"),

@@ -15,6 +15,7 @@ from peft import PeftConfig, TaskType
 
 from peft_dps import DPSConfig
 from peft_dps.errors import ConfigError, DPSError
+from peft_dps.selection.scores import SCORES
 
 NOT_DEFAULT = {
     "target_modules": {"query", "value"},
@@ -59,10 +60,10 @@ REFUSED = [
     ("scope", ["tensor"], "`scope` must be one of 'tensor', 'model', got ['tensor']"),
     ("frozen", True, "`frozen` must be one of 'gradient', 'exact', 'exact_in_step', got True"),
     ("frozen", "none", "`frozen` must be one of 'gradient', 'exact', 'exact_in_step', got 'none'"),
-    ("score", "fisher", "`score` must be one of 'squared_gradient', 'absolute_gradient', 'random', got 'fisher'"),
+    ("score", "fisher", f"`score` must be one of {', '.join(map(repr, SCORES))}, got 'fisher'"),
     *(("score_dtype", bad, f"`score_dtype` must be one of 'float32', 'bfloat16', got {bad!r}")
       for bad in ("float16", None, torch.bfloat16)),
-    ("score", None, "`score` must be one of 'squared_gradient', 'absolute_gradient', 'random', got None"),
+    ("score", None, f"`score` must be one of {', '.join(map(repr, SCORES))}, got None"),
     *((name, bad, f"`{name}` must be True or False, got {bad!r}")
       for name in ("train_bias", "train_remaining", "lean", "offload_base", "init_weights")
       for bad in (1, 0, None, "all")),

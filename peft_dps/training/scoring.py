@@ -60,19 +60,21 @@ def check_dtypes(weights: Iterable[TargetWeight], recipe: Recipe) -> None:
         )
 
 
-def scores_of(weight: TargetWeight, recipe: Recipe, *, index: int, step: int, steps: int, **turn: int) -> torch.Tensor:
-    """Evaluate the score of one weight; relaxes its evidence in place.
-
-    Args:
-        weight: The weight.
-        recipe: The method.
-        index: Which of the weights of the adapter it is.
-        step: Number of the latest step.
-        steps: Steps in which evidence was gathered.
-        **turn: Number of the selection, and what is selected from; see `ScoreContext`.
-    """
+def scores_of(
+    weight: TargetWeight,
+    recipe: Recipe,
+    *,
+    index: int,
+    step: int,
+    steps: int,
+    selection: int = 1,
+    place: int = 0,
+    places: int = 1,
+) -> torch.Tensor:
+    """Evaluate the score of one weight; relaxes its evidence in place. The last three are told by `ScoreContext`."""
     seed = random.Random(f"peft_dps/score/{recipe.seed}/{step}/{index}").getrandbits(63)
-    context = replace(weight.score_context(torch.Generator().manual_seed(seed), steps), **turn)
+    context = weight.score_context(torch.Generator().manual_seed(seed), steps)
+    context = replace(context, selection=selection, place=place, places=places)
     scores = recipe.score(context)
     check_scores(scores, context.weight, score=recipe.score_name, name=weight.name)
     return scores

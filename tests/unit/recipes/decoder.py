@@ -114,6 +114,7 @@ class Plain:
 
 
 def make_model(config: DPSConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
+    config.target_modules = set(TARGETS)  # of a model that is none of transformers, "all-linear" takes the head too
     model = get_peft_model(make_net(), config)
     return model, optimizer_of(model)
 
@@ -147,7 +148,7 @@ def follow(
 
     Args:
         config: What the recipe returned.
-        choose: Called before a step with what is plain, the number of the step, its micro-batches and the weights that
+        choose: Called after a step of the recipe with what is plain, the number of the step, its micro-batches and the weights that
             the recipe trains in it; calls `Plain.choose`.
         always: Whether what is no target is trained from beginning to end.
         steps: Number of steps.
@@ -160,12 +161,15 @@ def follow(
         batches = micro_batches(step, micro)
         make_step(model, optimizer, batches)
         choose(plain, step, batches, selected(model))
-        make_step(plain.net, plain.optimizer, batches)
+        if always or plain.chosen:
+            make_step(plain.net, plain.optimizer, batches)
         assert selected(model) == plain.chosen, step
+        model.eval()  # a look at a weight in training mode would begin the next phase
         for name, module in model.base_model.model.named_modules():
             if name in TARGETS or (always and name in ("embed_tokens", "norm", "lm_head", "layers.1.norm")):
                 ours = getattr(module, "modules_to_save", {"default": module})["default"].weight
                 expected = plain.net.get_submodule(name).weight
                 torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10, msg=f"{name}, step {step}")
+        model.train()
         if step == resume_after:
             model, optimizer = resumed(model, optimizer, folder)

@@ -61,7 +61,8 @@ REFUSED = [
     ("budget", "flop", "`budget` must be one of 'entries', 'units', 'flops', got 'flop'"),
     ("frozen", True, "`frozen` must be one of 'gradient', 'exact', 'exact_in_step', got True"),
     ("frozen", "none", "`frozen` must be one of 'gradient', 'exact', 'exact_in_step', got 'none'"),
-    ("score", "fisher", "`score` must be one of 'squared_gradient', 'absolute_gradient', 'random', 'in_turn', got 'fisher'"),
+    ("score", "fisher",
+     "`score` must be one of 'squared_gradient', 'absolute_gradient', 'random', 'in_turn', got 'fisher'"),
     *(("score_dtype", bad, f"`score_dtype` must be one of 'float32', 'bfloat16', got {bad!r}")
       for bad in ("float16", None, torch.bfloat16)),
     ("score", None, "`score` must be one of 'squared_gradient', 'absolute_gradient', 'random', 'in_turn', got None"),
@@ -151,8 +152,7 @@ def test_every_field_of_ours_is_documented_in_the_docstring_and_in_its_help():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"units": 2}, "`units=2` is a number of rows or columns of each weight, or of weights or blocks of the model, "
-                       "and `granularity` is 'entry'"),
+        ({"units": 2}, "or of weights or blocks of the model, and `granularity` is 'entry'"),
         ({"units": 2, "granularity": "row", "scope": "model"}, "and `scope` is 'model'"),
         ({"budget": "units"}, "`budget='units'` counts whole weights, and `granularity='entry'` selects parts"),
         ({"budget": "flops", "granularity": "row"}, "`budget='flops'` counts whole weights"),

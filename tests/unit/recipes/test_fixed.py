@@ -57,7 +57,7 @@ def test_magnitude(storage):
 
 
 def test_dsee(low_rank):
-    follow(recipes.dsee(**TARGETS, score=low_rank, units=5), ranked(left_by_low_rank, count=5), nothing)
+    follow(recipes.dsee(**TARGETS, score=low_rank, density=0.04), ranked(left_by_low_rank, density=0.04), nothing)
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -85,14 +85,14 @@ def test_random_units(name):
 
 @pytest.mark.parametrize("name", ["magnitude", "dsee", "random_mask", "paca", "s2ft"])
 def test_it_resumes_in_the_middle(name, tmp_path, low_rank):
-    fields = {"magnitude": TARGETS, "dsee": {**TARGETS, "score": low_rank, "units": 5}}
+    fields = {"magnitude": TARGETS, "dsee": {**TARGETS, "score": low_rank, "density": 0.04}}
     fields = fields.get(name) or RANDOM[name][0]
     resume(getattr(recipes, name)(**fields), tmp_path, nothing, stops=(2,))
 
 
 def test_the_defaults_are_the_papers():
     found = {name: getattr(recipes, name)() for name in ("dsee", "paca", "s2ft")}
-    assert {name: config.units for name, config in found.items()} == {"dsee": 64, "paca": 16, "s2ft": None}
+    assert {name: config.units for name, config in found.items()} == {"dsee": None, "paca": 16, "s2ft": None}
     assert SCORES.find(found["dsee"].score) == LowRankResidual(16)
     assert found["s2ft"].target_modules == {"o_proj", "down_proj"}
     assert {config.storage for config in found.values()} == {"compact"}

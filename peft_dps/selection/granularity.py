@@ -27,10 +27,12 @@ class Granularity:
     Attributes:
         per_entry: Whether units are single entries, which are too many to be handled but by their masks.
         spans_weights: Whether a unit is a whole weight or more, so that it has to be chosen among several weights.
+        spans_layers: Whether a unit is all of a layer of the model.
     """
 
     per_entry: ClassVar[bool] = False
     spans_weights: ClassVar[bool] = False
+    spans_layers: ClassVar[bool] = False
     _delta: ClassVar[type[Delta]] = Delta
 
     def __init__(self, reduction: str = "mean") -> None:
@@ -149,7 +151,14 @@ class Tensor(Granularity):
 class Block(Tensor):
     """All targets of one layer of the model; a target outside of the numbered layers is a block by itself."""
 
+    spans_layers = True
+
     def owner(self, name: str) -> str:
         """Return the path of the numbered layer that the weight is in."""
-        found = _LAYER.match(name)
-        return name if found is None else found[0]
+        return layer_of(name) or name
+
+
+def layer_of(name: str) -> str | None:
+    """Return the path of the numbered layer of the model that a weight is in; None outside of them."""
+    found = _LAYER.match(name)
+    return None if found is None else found[0]

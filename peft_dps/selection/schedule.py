@@ -75,6 +75,11 @@ class Schedule:
         """Whether a subnetwork is selected before the first step."""
         return False
 
+    @property
+    def gathers(self) -> bool:
+        """Whether evidence can be gathered before a subnetwork is selected."""
+        return True
+
     def at(self, step: int) -> Position:
         """Return the position of an optimizer step, counted from 1."""
         raise NotImplementedError
@@ -166,21 +171,26 @@ class Every(Schedule):
 
     Attributes:
         stage_steps: Steps from one selection to the next; a float as in `Cycle`.
-        score_steps: Those at the beginning in which evidence is gathered.
+        score_steps: Those at the beginning in which evidence is gathered; 0 for scores that need none.
     """
 
     stage_steps: int | float
     score_steps: int
 
     def __post_init__(self) -> None:
-        _require_number("stage_steps", self.stage_steps, 2)
-        if type(self.score_steps) is not int or self.score_steps < 1:
-            raise ConfigError(f"`score_steps` must be an integer of at least 1, got {self.score_steps!r}.")
+        if type(self.score_steps) is not int or self.score_steps < 0:
+            raise ConfigError(f"`score_steps` must be an integer of at least 0, got {self.score_steps!r}.")
+        _require_number("stage_steps", self.stage_steps, 2 if self.score_steps else 1)
         if isinstance(self.stage_steps, int) and self.score_steps >= self.stage_steps:
             raise ConfigError(
                 f"`score_steps` must be less than `stage_steps`, the steps from one selection to the next, got "
                 f"{self.score_steps} of {self.stage_steps}."
             )
+
+    @property
+    def gathers(self) -> bool:
+        """Whether there are steps in which evidence is gathered."""
+        return self.score_steps > 0
 
     def resolve(self, total_steps: int | None) -> Every:
         """Return the schedule in steps; see `Schedule.resolve`."""

@@ -30,6 +30,9 @@ class ScoreContext:
         generator: Random numbers of this weight and selection, on the CPU: the same on every process.
         sharding: How FSDP2 has cut the weight over processes, and all of the above is this process's rows of it; None
             where it is whole.
+        selection: Number of the selection, from 1: that of the cycle.
+        place: Which of the weights it is, or of the blocks that weights are in, from 0, in the order of the modules.
+        places: Number of these.
     """
 
     gathered: torch.Tensor | None
@@ -37,6 +40,9 @@ class ScoreContext:
     load_base: Callable[[], torch.Tensor]
     generator: torch.Generator
     sharding: Sharding | None = None
+    selection: int = 1
+    place: int = 0
+    places: int = 1
 
     @property
     def base_weight(self) -> torch.Tensor:
@@ -163,6 +169,17 @@ register_score("low_rank_residual", evidence="none")(LowRankResidual())
 
 def _widened(weight: torch.Tensor) -> torch.Tensor:
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+@register_score("in_turn", evidence="none", per_unit=True)
+def in_turn(context: ScoreContext) -> torch.Tensor:
+    """Score weights or blocks by how soon it is their turn: in ascending order, another at each selection.
+
+    That is the order of BAdam (arXiv:2404.02827). With several `units` the next ones are selected too, so that each
+    one stays for as many selections. The `reduction` has to be "mean", as it is by default.
+    """
+    before = (context.place - (context.selection - 1)) % context.places
+    return torch.full_like(context.weight, context.places - before, dtype=torch.float32)
 
 
 def check_scores(scores: Any, weight: torch.Tensor, *, score: str, name: str) -> None:

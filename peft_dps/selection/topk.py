@@ -42,6 +42,11 @@ class SortableScores:
     dtype: torch.dtype
     highest: int
 
+    @property
+    def values(self) -> torch.Tensor:
+        """The scores themselves, flat."""
+        return self.bits.view(self.dtype)
+
     @classmethod
     def of(cls, scores: torch.Tensor) -> SortableScores:
         """Make scores sortable.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -220,6 +220,8 @@ class CompactController(Controller):
         self._see_phase()
 
 
-def make_controller(adapter: str, recipe: Recipe, total_steps: int | None) -> Controller:
-    """Return what drives a recipe, in the storage that it names."""
-    return (CompactController if recipe.storage.compact else Controller)(adapter, recipe, total_steps)
+def make_controller(
+    adapter: str, recipe: Recipe, total_steps: int | None, besides: Callable[[], int] = int
+) -> Controller:
+    """Return what drives a recipe, in the storage that it names; see `Controller`."""
+    return (CompactController if recipe.storage.compact else Controller)(adapter, recipe, total_steps, besides)

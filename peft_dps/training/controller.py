@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -41,6 +41,7 @@ class Controller:
         adapter: Name of the adapter.
         recipe: The method.
         total_steps: Number of optimizer steps of the training, if known.
+        besides: Returns how many entries are trained besides the weights, whatever is selected of them.
 
     Attributes:
         weights: The weights of the adapter.
@@ -54,8 +55,11 @@ class Controller:
     alive: ClassVar[weakref.WeakSet[Controller]] = weakref.WeakSet()
     generation: ClassVar[int] = 0  # goes on whenever a weight is tracked anew or forgotten, anywhere
 
-    def __init__(self, adapter: str, recipe: Recipe, total_steps: int | None = None) -> None:
+    def __init__(
+        self, adapter: str, recipe: Recipe, total_steps: int | None = None, besides: Callable[[], int] = int
+    ) -> None:
         self.adapter = adapter
+        self.besides = besides
         self.recipe = recipe
         self.planned_steps = total_steps
         self.at_rest = False
@@ -300,10 +304,18 @@ class Controller:
         clock, before = self.clock, self.clock.position
         with together(distinct(weight.ranks for weight in self.weights), "Selecting a subnetwork", EngineError):
             check_gathered(self.weights, self.recipe, adapter=self.adapter, step=clock.step, scored=clock.scored_steps)
-            check_observed(self.weights)
+            if before is None or before.phase.gathers:  # else no steps were looked at
+                check_observed(self.weights)
         steps = clock.scored_steps if before is None or before.length is None else before.length
         Selector(
-            self.weights, self.recipe, adapter=self.adapter, step=clock.step, steps=steps, phase=position.number
+            self.weights,
+            self.recipe,
+            adapter=self.adapter,
+            step=clock.step,
+            steps=steps,
+            phase=position.number,
+            selection=position.cycle,
+            besides=self.besides(),
         ).run()
 
     @property

@@ -9,11 +9,12 @@ from peft_dps.errors import ConfigError
 from peft_dps.masking.frozen_policy import FROZEN, FrozenPolicy, exact
 from peft_dps.masking.noise import NOISES, Noise
 from peft_dps.masking.storage import STORAGES, Storage
-from peft_dps.selection.budget import BUDGETS, SCOPES, Budget, Scope
+from peft_dps.selection.budget import BUDGETS, Budget
 from peft_dps.selection.evidence import EVIDENCE, Evidence, SquaredGradients
 from peft_dps.selection.granularity import GRANULARITIES, Entry, Granularity
 from peft_dps.selection.moment_evidence import SecondMoments  # noqa: F401  # registers it
 from peft_dps.selection.schedule import SCHEDULES, Schedule, ScheduleSettings
+from peft_dps.selection.scope import SCOPES, Scope
 from peft_dps.selection.scores import SCORES, ScoreFunction, evidence_of, is_per_unit, squared_gradient
 
 
@@ -82,8 +83,8 @@ def make_recipe(
     """Make a recipe from the names of its axes. The defaults are those of DPS Dense.
 
     Args:
-        density: Fraction of entries that the subnetwork holds, in (0, 1].
-        units: Number of units of each weight in place of a density.
+        density: Fraction of what the budget counts that the subnetwork holds, in (0, 1].
+        units: Number of units of each weight, or of weights or blocks of the model, in place of a density.
         budget: Name of what the density is counted in.
         max_density: Fraction of units that compact storage may hold values of, over all selections.
         schedule: Name of the schedule.
@@ -108,17 +109,10 @@ def make_recipe(
     kind = GRANULARITIES.find(granularity)
     counted = BUDGETS.find(budget)(density, units, max_density)
     scope = scope or ("model" if kind.spans_weights else "tensor")
-    if kind.spans_weights and not SCOPES.find(scope).across:
-        raise ConfigError(
-            f"`granularity={granularity!r}` selects whole weights, so there is nothing to choose from within one, and "
-            f"`scope` is {scope!r}. Use `scope='model'`."
-        )
+    _check_choice(settings, kind, SCOPES.find(scope), counted, scope)
     made_from = evidence or evidence_of(score)
-    if units is not None and SCOPES.find(scope).across:
-        raise ConfigError(
-            f"`units={units!r}` is a number of units of each weight, and `scope` is {scope!r}. Use `scope='tensor'` "
-            "with 'column', 'row', 'submatrix' or 'entry' as `granularity`, or a `density`."
-        )
+    phases = SCHEDULES.find(schedule)(ScheduleSettings(stage_steps, score_steps))
+    _check_schedule(phases, settings, made_from)
     if STORAGES.find(storage).compact:
         _check_compact(settings, made_from)
     elif max_density is not None:
@@ -126,7 +120,7 @@ def make_recipe(
     # At density 1 every column takes part in each step.
     noise_kind = NOISES.find("none" if counted.takes_all else noise)
     return Recipe(
-        schedule=SCHEDULES.find(schedule)(ScheduleSettings(stage_steps, score_steps)),
+        schedule=phases,
         budget=counted,
         evidence=EVIDENCE.find(made_from)(score_dtype),
         score=SCORES.find(score),
@@ -138,6 +132,50 @@ def make_recipe(
         seed=seed,
         settings={**settings, "scope": scope, "evidence": made_from},
     )
+
+
+def _check_choice(
+    settings: dict[str, Any], kind: type[Granularity], scope: type[Scope], budget: Budget, scope_name: str
+) -> None:
+    """Check that units can be chosen among those that are ranked together, and counted."""
+    granularity, units = settings["granularity"], settings["units"]
+    if kind.spans_weights and not scope.across:
+        raise ConfigError(
+            f"`granularity={granularity!r}` selects whole weights, so there is nothing to choose from within one, and "
+            f"`scope` is {scope_name!r}. Use `scope='model'`."
+        )
+    if kind.spans_layers and scope.divides_layers:
+        raise ConfigError(
+            f"`granularity={granularity!r}` selects all targets of a layer of the model at once, and "
+            f"`scope={scope_name!r}` ranks them apart. Use `granularity='tensor'`, or `scope='model'`."
+        )
+    if units is not None and scope.across and not kind.spans_weights:
+        raise ConfigError(
+            f"`units={units!r}` is a number of units of each weight, and `scope` is {scope_name!r}. Use "
+            "`scope='tensor'` with 'column', 'row', 'submatrix' or 'entry' as `granularity`, weights or blocks, or a "
+            "`density`."
+        )
+    if budget.whole_weights and not kind.spans_weights:
+        raise ConfigError(
+            f"`budget={settings['budget']!r}` counts whole weights, and `granularity={granularity!r}` selects parts "
+            "of them. Use `granularity='tensor'` or `'block'`, or `budget='entries'`."
+        )
+    if budget.in_flops and not scope.spans_model:
+        raise ConfigError(
+            f"`budget={settings['budget']!r}` counts the backward pass through the whole model, and "
+            f"`scope={scope_name!r}` chooses within parts of it. Use `scope='model'`."
+        )
+
+
+def _check_schedule(schedule: Schedule, settings: dict[str, Any], evidence: str) -> None:
+    """Check that there is what a schedule selects from, and what it trains."""
+    name = settings["schedule"]
+    if not schedule.gathers and EVIDENCE.find(evidence).looks:
+        raise ConfigError(
+            f"`schedule={name!r}` with `score_steps={settings['score_steps']!r}` selects without a step in which "
+            f"evidence is gathered, and `evidence` is {evidence!r}, which looks at gradients. Use a larger "
+            "`score_steps`, or a score that needs none, such as `score='random'`."
+        )
 
 
 def _check_compact(settings: dict[str, Any], evidence: str) -> None:

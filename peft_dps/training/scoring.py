@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch.optim import Optimizer
@@ -59,10 +60,21 @@ def check_dtypes(weights: Iterable[TargetWeight], recipe: Recipe) -> None:
         )
 
 
-def scores_of(weight: TargetWeight, recipe: Recipe, *, index: int, step: int, steps: int) -> torch.Tensor:
-    """Evaluate the score of one weight; relaxes its evidence in place."""
+def scores_of(
+    weight: TargetWeight,
+    recipe: Recipe,
+    *,
+    index: int,
+    step: int,
+    steps: int,
+    selection: int = 1,
+    place: int = 0,
+    places: int = 1,
+) -> torch.Tensor:
+    """Evaluate the score of one weight; relaxes its evidence in place. The last three are told by `ScoreContext`."""
     seed = random.Random(f"peft_dps/score/{recipe.seed}/{step}/{index}").getrandbits(63)
     context = weight.score_context(torch.Generator().manual_seed(seed), steps)
+    context = replace(context, selection=selection, place=place, places=places)
     scores = recipe.score(context)
     check_scores(scores, context.weight, score=recipe.score_name, name=weight.name)
     return scores

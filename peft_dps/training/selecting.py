@@ -10,8 +10,9 @@ import torch
 
 from peft_dps.errors import EngineError, ScoreError, TargetError
 from peft_dps.masking.mask import Mask
+from peft_dps.selection.budget import Candidates
 from peft_dps.selection.sharded_topk import WEIGHTS_AT_ONCE, select_sharded
-from peft_dps.selection.topk import SortableScores, check_one_dtype, select, select_within
+from peft_dps.selection.topk import SortableScores, check_one_dtype, select
 from peft_dps.tensors.layout import Units
 from peft_dps.tensors.processes import Ranks, distinct, together
 from peft_dps.training.recipe import Recipe
@@ -33,18 +34,33 @@ class Selector:
         step: Number of the latest step.
         steps: Steps of the phase in which evidence was gathered.
         phase: Number of the phase that begins.
+        selection: Number of the selection, from 1.
+        besides: Entries that are trained besides the selection, whatever it is.
     """
 
     def __init__(
-        self, weights: Sequence[TargetWeight], recipe: Recipe, *, adapter: str, step: int, steps: int, phase: int
+        self,
+        weights: Sequence[TargetWeight],
+        recipe: Recipe,
+        *,
+        adapter: str,
+        step: int,
+        steps: int,
+        phase: int,
+        selection: int = 1,
+        besides: int = 0,
     ) -> None:
         self._weights = weights
-        self._places = {id(weight): place for place, weight in enumerate(weights)}
+        self._indices = {id(weight): index for index, weight in enumerate(weights)}
+        owners = dict.fromkeys(recipe.granularity.owner(weight.name) for weight in weights)
+        self._places = {owner: place for place, owner in enumerate(owners)}
         self._recipe = recipe
         self._adapter = adapter
         self._step = step
         self._steps = steps
         self._phase = phase
+        self._selection = selection
+        self._besides = besides
         self._without_evidence: list[str] = []
 
     @torch.no_grad()
@@ -95,7 +111,7 @@ class Selector:
         with together([] if ranks is None else [ranks], _SELECTING, EngineError):
             scores = [self._sortable(weight) for weight in batch]
             check_one_dtype(scores)
-        problems = self._recipe.scope.problems(len(batch))
+        problems = self._recipe.scope.problems([weight.name for weight in batch])
         counts = [budget.count(sum(batch[index].entries for index in problem)) for problem in problems]
         if ranks is None:
             masks = [mask for p, count in zip(problems, counts, strict=True) for mask in select(_at(scores, p), count)]
@@ -120,32 +136,37 @@ class Selector:
             for ranks, part in zip((weight.score_ranks for weight in weights), own, strict=True)
         ]
         owners = self._owners(weights)
-        scores, sizes = [], []
-        for members in owners:  # weights of one owner have their units in common
-            size = sum(layouts[index].size for index in members)
+        candidates = []
+        for members in owners.values():  # weights of one owner have their units in common
+            sizes = tuple(layouts[index].size for index in members)
             total = sum((sums[index].cpu() for index in members[1:]), start=sums[members[0]].cpu())
             with _named(weights[members[0]].name):
-                scores.append(SortableScores.of(self._recipe.granularity.reduce(total, size)))
-            sizes.append(size)
-        chosen = self._choose(scores, sizes)
-        for members, choice in zip(owners, chosen, strict=True):
+                scores = SortableScores.of(self._recipe.granularity.reduce(total, sum(sizes)))
+            candidates.append(Candidates(scores, sizes))
+        chosen = self._choose(list(owners), candidates)
+        for members, choice in zip(owners.values(), chosen, strict=True):
             for index in members:
                 weights[index].choose(choice, layouts[index], self._phase)
-        self._note_empty([weights[members[0]] for members in owners], scores, None)
+        firsts = [weights[members[0]] for members in owners.values()]
+        self._note_empty(firsts, [each.scores for each in candidates], None)
 
-    def _choose(self, scores: list[SortableScores], sizes: list[int]) -> list[torch.Tensor]:
-        budget, scope = self._recipe.budget, self._recipe.scope
-        if not scope.across:
-            return [select([each], budget.count(each.bits.numel()))[0] for each in scores]
-        costs = [budget.cost(size) for size in sizes]
-        total = sum(cost * each.bits.numel() for cost, each in zip(costs, scores, strict=True))
-        return select_within(scores, costs, budget.limit(total))
+    def _choose(self, owners: list[str], candidates: list[Candidates]) -> list[torch.Tensor]:
+        recipe = self._recipe
+        problems = recipe.scope.problems(owners)
+        besides = self._besides if recipe.granularity.spans_weights and recipe.scope.spans_model else 0
+        chosen = recipe.budget.choose([[candidates[index] for index in each] for each in problems], besides)
+        found = {
+            index: mask
+            for problem, masks in zip(problems, chosen, strict=True)
+            for index, mask in zip(problem, masks, strict=True)
+        }
+        return [found[index] for index in range(len(candidates))]
 
-    def _owners(self, weights: list[TargetWeight]) -> list[list[int]]:
+    def _owners(self, weights: list[TargetWeight]) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
         for index, weight in enumerate(weights):
             found.setdefault(self._recipe.granularity.owner(weight.name), []).append(index)
-        return list(found.values())
+        return found
 
     def _units(self, weight: TargetWeight) -> Units:
         units = self._recipe.granularity.units(weight.layout)
@@ -157,8 +178,16 @@ class Selector:
         return units
 
     def _scores(self, weight: TargetWeight) -> torch.Tensor:
-        index = self._places[id(weight)]
-        return scores_of(weight, self._recipe, index=index, step=self._step, steps=self._steps)
+        return scores_of(
+            weight,
+            self._recipe,
+            index=self._indices[id(weight)],
+            step=self._step,
+            steps=self._steps,
+            selection=self._selection,
+            place=self._places[self._recipe.granularity.owner(weight.name)],
+            places=len(self._places),
+        )
 
     def _sortable(self, weight: TargetWeight) -> SortableScores:
         scores = weight.limited(self._scores(weight))

@@ -41,9 +41,15 @@ class DPSConfig(PeftConfig):
         variant (`"dense" | "mix"`, defaults to `"dense"`): `"dense"` trains as described; `"mix"` adds column noise
             to ACCUMULATE, relaxes scores by how often a column took part, and trains SUBNETWORK on
             W_eff = T + M * (W - T) / density, T being the weight when the stage began.
-        density (`float`, defaults to 0.7): Fraction of entries that the subnetwork holds, in (0, 1].
-        units (`int`, *optional*): Number of units that are trained of each weight, in place of a density. As many rows
-            or columns as a LoRA has ranks make half of its parameters.
+        density (`float`, defaults to 0.7): Fraction of entries that the subnetwork holds, in (0, 1]. Where the units
+            are weights or blocks, chosen over the whole model, what is trained besides them counts too: biases under
+            `train_bias`, modules under `modules_to_save` and `train_remaining`. They are part of the entries that
+            could be trained, and of those that are, whatever is selected.
+        units (`int`, *optional*): Number of units that are trained of each weight, or of weights or blocks of the
+            model, in place of a density. As many rows or columns as a LoRA has ranks make half of its parameters.
+        budget (`str`, defaults to `"entries"`): What the density is a fraction of: `"entries"`; for weights and blocks
+            also `"units"`, their number, whatever their size, and `"flops"`, those of the backward pass, which has to
+            reach down to the lowest selected weight; or a registered name.
         storage (`"copy" | "compact"`, defaults to `"copy"`): `"copy"`: parameters are copies of whole weights, which
             masks are put on; `"compact"`: they hold the selected units alone, beside a base model that is never
             written, so that frozen entries cost no gradient, no optimizer state and no memory.
@@ -54,24 +60,25 @@ class DPSConfig(PeftConfig):
             `stage_steps` steps; or a registered name.
         stage_steps (`int | float`, defaults to 0.05): Length of a stage of `"cycle"`, or steps from one selection of
             `"every"` to the next: optimizer steps if an int, a fraction of all steps in (0, 1) if a float.
-        score_steps (`int`, defaults to 8): Steps of ACCUMULATE with `"once"` and `"every"`; with `"once"` 0 to score
-            before training, from batches of yours (`model.score(batches)`).
+        score_steps (`int`, defaults to 8): Steps of ACCUMULATE with `"once"` and `"every"`; 0 for scores that need no
+            evidence, and with `"once"` to score before training, from batches of yours (`model.score(batches)`).
         granularity (`str`, defaults to `"entry"`): What is selected as a whole: `"entry"`; `"row"`, all that makes
             one output; `"column"`, all that takes one input; `"submatrix"`, a tile of 256 rows and columns;
             `"tensor"`, one weight; `"block"`, all targets of one layer of the model; or a registered name.
         reduction (`"mean" | "sum"`, defaults to `"mean"`): How the scores of its entries make the score of a unit.
         total_steps (`int`, *optional*): Number of optimizer steps of the whole training. Only a fractional
             `stage_steps` needs it, and not with the HF Trainer, which knows it.
-        scope (`"tensor" | "model"`, *optional*): Whether the best units are chosen within each weight or over all
-            weights together. By default within each weight, and over all where units are weights or more.
+        scope (`"tensor" | "category" | "model"`, *optional*): Whether the best units are chosen within each weight,
+            within the weights of attention and the other weights of each layer of the model, or over all weights
+            together. By default within each weight, and over all where units are weights or more.
         frozen (`str`, defaults to `"exact"`): What frozen means in SUBNETWORK. With `"exact"` frozen entries keep
             their bits whatever the optimizer does; `"exact_in_step"` does so with a copy of them only while the
             optimizer steps; with `"gradient"` only their gradient is zeroed, and momentum and weight decay still move
             them, as in the code released with the paper; or a registered name.
         score (`str`, defaults to `"squared_gradient"`): How entries are ranked: `"squared_gradient"`,
             `"absolute_gradient"`, `"random"` (the baseline), `"magnitude"` of the pretrained weight,
-            `"low_rank_residual"` (what a matrix of rank 16 leaves of it), or a name given to
-            `peft_dps.register_score`.
+            `"low_rank_residual"` (what a matrix of rank 16 leaves of it), `"in_turn"` (weights or blocks in ascending
+            order), or a name given to `peft_dps.register_score`.
         evidence (`str`, *optional*): What is gathered for the score: `"squared_gradient"`, `"absolute_gradient"`,
             `"second_moment"` (of the optimizer), `"none"`, or a registered name. By default what the score is made of.
         noise (`str`, *optional*): What training forwards compute with in place of the weight: `"none"`, `"columns"`
@@ -119,7 +126,10 @@ class DPSConfig(PeftConfig):
     )
     density: float = field(default=0.7, metadata={"help": "Fraction of entries in the subnetwork, in (0, 1]."})
     units: int | None = field(
-        default=None, metadata={"help": "Number of units of each weight, in place of a density."}
+        default=None, metadata={"help": "Number of units of each weight, or of the model, in place of a density."}
+    )
+    budget: str = field(
+        default="entries", metadata={"help": "What the density counts: 'entries', 'units' or 'flops'."}
     )
     storage: str = field(
         default="copy", metadata={"help": "'copy' of whole weights, or 'compact': the selected units alone."}
@@ -148,7 +158,8 @@ class DPSConfig(PeftConfig):
         default=None, metadata={"help": "Optimizer steps of the whole training, for a fractional `stage_steps`."}
     )
     scope: str | None = field(
-        default=None, metadata={"help": "Choose the best units within each weight ('tensor'), or over the 'model'."}
+        default=None,
+        metadata={"help": "Choose the best units within each 'tensor', each 'category', or over the 'model'."},
     )
     frozen: str = field(
         default="exact",

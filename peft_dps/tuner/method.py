@@ -9,10 +9,11 @@ from peft_dps.errors import ConfigError
 from peft_dps.masking.frozen_policy import FROZEN
 from peft_dps.masking.noise import NOISES
 from peft_dps.masking.storage import STORAGES
-from peft_dps.selection.budget import SCOPES
+from peft_dps.selection.budget import BUDGETS
 from peft_dps.selection.evidence import EVIDENCE
 from peft_dps.selection.granularity import GRANULARITIES
 from peft_dps.selection.schedule import SCHEDULES
+from peft_dps.selection.scope import SCOPES
 from peft_dps.selection.scores import SCORES, evidence_of
 from peft_dps.tensors.registry import Registry
 from peft_dps.training.recipe import Recipe, make_recipe
@@ -20,6 +21,7 @@ from peft_dps.training.recipe import Recipe, make_recipe
 _NOISE_OF = {"dense": "none", "mix": "columns"}  # by variant
 _NAMED: dict[str, Registry[Any]] = {  # fields that take names which users may register
     "schedule": SCHEDULES,
+    "budget": BUDGETS,
     "granularity": GRANULARITIES,
     "scope": SCOPES,
     "frozen": FROZEN,
@@ -65,7 +67,24 @@ def recipe_of(config: Any) -> Recipe:
     if config.lean:
         names |= _less_memory(config, names)
     plain = {name: getattr(config, name) for name in _PLAIN}
-    return replace(make_recipe(**names, **plain), settings=settings_of(config))
+    recipe = make_recipe(**names, **plain)
+    if recipe.budget.in_flops:
+        _check_backward_ends(config)
+    return replace(recipe, settings=settings_of(config))
+
+
+def _check_backward_ends(config: Any) -> None:
+    """Refuse what a number of FLOPs of the backward pass says nothing of, or is not true with."""
+    for name, why in (
+        ("train_bias", "and biases of every layer keep the backward pass from ending at the lowest selected weight"),
+        ("train_remaining", "and what lies below the targets keeps the backward pass from ending at one of them"),
+        ("target_parameters", "of which nothing tells how many FLOPs they take"),
+    ):
+        if getattr(config, name):
+            raise ConfigError(
+                f"`budget={config.budget!r}` does not go with `{name}={getattr(config, name)!r}`, {why}. Leave it out "
+                f"(`train_bias=False`), or use `budget='entries'`."
+            )
 
 
 def _check_base_is_needed(config: Any) -> None:

@@ -30,6 +30,7 @@ from peft_dps.tuner.offload import offload_bases, offload_originals
 from peft_dps.tuner.removal import remove_adapter
 from peft_dps.tuner.targets import expand_all_linear, is_target, save_remaining, warn_of_statistics
 from peft_dps.tuner.tied_targets import check_ties, tie_saved_modules
+from peft_dps.tuner.trained_tensors import Besides
 from peft_dps.tuner.weighted_adapter import combined_config, fill, make_terms
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -74,7 +75,8 @@ class DPSModel(BaseTuner):
         config = _as_dps(self.peft_config[adapter_name])
         require_adapter_name(adapter_name)
         config.validate()  # fields may have been set since it was made
-        controller = make_controller(adapter_name, config.recipe(), config.total_steps)
+        besides = Besides(model, adapter_name)
+        controller = make_controller(adapter_name, config.recipe(), config.total_steps, besides)
         self._injecting = controller, low_cpu_mem_usage
         try:
             super().inject_adapter(

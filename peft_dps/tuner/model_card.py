@@ -10,7 +10,12 @@ from peft_dps.tuner.config import DPSConfig
 
 # The section is marked, so that it is found and replaced when the card is written again.
 _BEGIN, _END = "<!-- peft_dps: written on saving, replaced on saving again -->", "<!-- end of peft_dps -->"
-_SCOPES = {"tensor": "chosen within each weight", "model": "chosen over all weights together"}
+_SCOPES = {
+    "tensor": "chosen within each weight",
+    "category": "chosen within attention and the rest of each layer",
+    "model": "chosen over all weights together",
+}
+_BUDGETS = {"entries": "", "units": " of the weights", "flops": " of the FLOPs of the backward pass"}
 _POLICIES = {"exact": "keep their bits", "gradient": "have no gradient; momentum and weight decay move them"}
 _SHOWN = 6  # names of modules
 
@@ -60,7 +65,7 @@ def _rows(config: DPSConfig, controller: Controller) -> list[tuple[str, str]]:
         length = f"{config.stage_steps:g} of all steps{known}"
     rows = [
         ("variant", f"`{config.variant}`"),
-        ("density of the subnetwork", f"{config.density:g}, {_SCOPES[str(config.scope)]}"),
+        ("density of the subnetwork", f"{_amount(config)}, {_SCOPES.get(str(config.scope), f'`{config.scope}`')}"),
         ("length of a stage", length),
         ("score", f"`{config.score}`"),
         ("frozen entries in SUBNETWORK", _POLICIES.get(config.frozen, f"`{config.frozen}`")),
@@ -80,6 +85,12 @@ def _rows(config: DPSConfig, controller: Controller) -> list[tuple[str, str]]:
     if controller.loaded_after == step:
         rows.append(("weights", "loaded after the last of these steps, as those of a better checkpoint are"))
     return rows
+
+
+def _amount(config: DPSConfig) -> str:
+    if config.units is not None:
+        return f"{config.units} units"
+    return f"{config.density:g}{_BUDGETS.get(config.budget, f' (`{config.budget}`)')}"
 
 
 def _names(names: list[str] | None) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -54,3 +56,36 @@ def trained_tensors(model: nn.Module, adapter: str) -> Iterator[TrainedTensor]:
 def _floating(module: nn.Module) -> dict[str, torch.Tensor]:
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     return {path: tensor for path, tensor in named if tensor.is_floating_point()}
+
+
+class Besides:
+    """Counts the entries that an adapter trains whatever is selected: biases, and modules in `modules_to_save`.
+
+    Args:
+        model: The model, whose modules to save may be wrapped later.
+        adapter: Name of the adapter.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str) -> None:
+        self._model: Callable[[], nn.Module | None] = weakref.ref(model)
+        self._adapter = adapter
+        self._known = 0
+
+    def __call__(self) -> int:
+        """Return their number."""
+        model = self._model()
+        if model is not None:
+            found = {
+                id(each.value): each.value.numel()  # once, where several modules share it
+                for each in trained_tensors(model, self._adapter)
+                if isinstance(each.value, nn.Parameter) and each.name != "dps_weight"
+            }
+            self._known = sum(found.values())
+        return self._known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_known": self(), "_adapter": self._adapter, "_model": _gone}  # a copy trains as many
+
+
+def _gone() -> None:
+    """Stand in for the reference to a model."""

@@ -14,10 +14,11 @@ from peft_dps import DPSConfig, recipes
 from peft_dps.errors import ConfigError
 from peft_dps.masking.frozen_policy import FROZEN, FrozenWeight
 from peft_dps.masking.noise import NOISES
-from peft_dps.selection.budget import SCOPES
+from peft_dps.selection.budget import BUDGETS
 from peft_dps.selection.evidence import EVIDENCE, SummedGradients
 from peft_dps.selection.granularity import GRANULARITIES, Granularity
 from peft_dps.selection.schedule import SCHEDULES, Phase, Position, Schedule, Stage
+from peft_dps.selection.scope import SCOPES
 from peft_dps.selection.scores import SCORES, register_score
 from peft_dps.tensors.layout import Units
 from tests.unit.conftest import Net, controller_of, train, trainable
@@ -181,7 +182,9 @@ def test_dense_and_mix_are_recipes_of_the_same_axes():
 
 
 @pytest.mark.parametrize(
-    "registry", [SCORES, GRANULARITIES, SCHEDULES, FROZEN, EVIDENCE, SCOPES, NOISES], ids=lambda each: each.field
+    "registry",
+    [SCORES, GRANULARITIES, SCHEDULES, FROZEN, EVIDENCE, SCOPES, NOISES, BUDGETS],
+    ids=lambda each: each.field,
 )
 def test_names_are_checked_when_they_are_given_and_when_they_are_looked_up(registry):
     for bad in ("", 3, None):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -50,6 +51,7 @@ def test_the_built_in_scores_are_registered_with_the_evidence_they_are_made_from
         "random": "none",
         "magnitude": "none",
         "low_rank_residual": "none",
+        "in_turn": "none",
     }
 
 
@@ -134,6 +136,20 @@ def test_random_scores_are_fp32_of_the_weights_shape():
 
 
 # --- a user's score, from the config to the mask ---
+
+
+@pytest.mark.parametrize("units", [1, 2])
+def test_units_take_turns_in_ascending_order(units):
+    for selection in range(1, 12):
+        scores = []
+        for place in range(4):
+            own = dataclasses.replace(context(shape=(2, 3)), selection=selection, place=place, places=4)
+            values = SCORES.find("in_turn")(own)
+            assert (values.shape, values.dtype, values.unique().numel()) == ((2, 3), torch.float32, 1)
+            assert values.min() > 0
+            scores.append(float(values[0, 0]))
+        best = sorted(range(4), key=lambda place: -scores[place])[:units]
+        assert best == [(selection - 1 + further) % 4 for further in range(units)]
 
 
 def train_to_selection(score: str) -> torch.nn.Module:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch.optim import SGD, AdamW
 
-from tests.unit.conftest import controller_of, keep_of, trainable, weights_of
+from peft_dps import DPSConfig, register_score
+from peft_dps.selection.scores import SCORES
+from tests.unit.conftest import controller_of, keep_of, train, trainable, weights_of
 
 pytestmark = pytest.mark.device
 
@@ -89,3 +92,25 @@ def test_absolute_gradients_say_something_where_squares_do_not(make_model, batch
     assert keep_of(controller_of(model).weights[0]).bool().flatten()[best].all()
     assert torch.count_nonzero(gradient) == gradient.numel()
     assert not told(caplog)
+
+
+@pytest.mark.parametrize("storage", ["copy", "compact"])
+@pytest.mark.parametrize(("granularity", "places"), [("tensor", [0, 1, 2]), ("block", [0, 0, 1])])
+def test_a_score_is_told_whose_turn_it_may_be(batches, storage, granularity, places):
+    seen = []
+
+    @register_score("recorded", evidence="none", per_unit=True)
+    def recorded(context):
+        seen.append((context.selection, context.place, context.places))
+        return torch.ones_like(context.weight, dtype=torch.float32)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Sequential(nn.Linear(12, 6), nn.Linear(6, 6)), nn.Linear(6, 3))
+    fields = {"schedule": "every", "score_steps": 0, "stage_steps": 2, "granularity": granularity, "units": 1}
+    config = DPSConfig(target_modules=["0.0", "0.1", "1"], storage=storage, score="recorded", **fields)
+    try:
+        model = get_peft_model(net, config)
+        train(model, SGD(trainable(model), lr=0.1), batches(5))
+    finally:
+        SCORES.unregister("recorded")
+    assert seen == [(selection, place, max(places) + 1) for selection in (1, 2, 3) for place in places]

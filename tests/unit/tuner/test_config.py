@@ -23,6 +23,7 @@ NOT_DEFAULT = {
     "exclude_modules": {"pooler"},
     "variant": "mix",
     "density": 0.25,
+    "budget": "units",
     "schedule": "once",
     "stage_steps": 12,
     "score_steps": 0,
@@ -56,8 +57,9 @@ REFUSED = [
     ("target_modules", "", "`target_modules` must name modules or be 'all-linear', got ''"),
     ("variant", "Dense", "`variant` must be one of 'dense', 'mix', got 'Dense'"),
     ("variant", None, "`variant` must be one of 'dense', 'mix', got None"),
-    ("scope", "layer", "`scope` must be one of 'tensor', 'model', got 'layer'"),
-    ("scope", ["tensor"], "`scope` must be one of 'tensor', 'model', got ['tensor']"),
+    ("scope", "layer", "`scope` must be one of 'tensor', 'category', 'model', got 'layer'"),
+    ("scope", ["tensor"], "`scope` must be one of 'tensor', 'category', 'model', got ['tensor']"),
+    ("budget", "flop", "`budget` must be one of 'entries', 'units', 'flops', got 'flop'"),
     ("frozen", True, "`frozen` must be one of 'gradient', 'exact', 'exact_in_step', got True"),
     ("frozen", "none", "`frozen` must be one of 'gradient', 'exact', 'exact_in_step', got 'none'"),
     ("score", "fisher", f"`score` must be one of {', '.join(map(repr, SCORES))}, got 'fisher'"),
@@ -108,6 +110,7 @@ def test_the_defaults_are_the_papers():
         "exclude_modules": None,
         "variant": "dense",
         "density": 0.7,
+        "budget": "entries",
         "schedule": "cycle",
         "stage_steps": 0.05,
         "score_steps": 8,
@@ -144,6 +147,35 @@ def test_every_field_of_ours_is_documented_in_the_docstring_and_in_its_help():
     documented = set(re.findall(r"^ {8}(\w+) \(", DPSConfig.__doc__, re.MULTILINE))
     assert documented == ours
     assert all(DPSConfig.__dataclass_fields__[name].metadata["help"] for name in ours)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"units": 2, "granularity": "row", "scope": "model"}, "of each weight, and `scope` is 'model'"),
+        ({"units": 2, "scope": "category"}, "of each weight, and `scope` is 'category'"),
+        ({"budget": "units"}, "`budget='units'` counts whole weights, and `granularity='entry'` selects parts"),
+        ({"budget": "flops", "granularity": "row"}, "`budget='flops'` counts whole weights"),
+        ({"granularity": "tensor", "scope": "tensor"}, "`granularity='tensor'` selects whole weights"),
+        ({"granularity": "block", "scope": "category"}, "`scope='category'` ranks them apart"),
+        ({"granularity": "tensor", "scope": "category", "budget": "flops"}, "`scope='category'` chooses within parts"),
+        ({"granularity": "tensor", "budget": "flops", "units": 1}, "`units=1` counts units, and `budget` is 'flops'"),
+        ({"granularity": "tensor", "budget": "flops"}, "`budget='flops'` does not go with `train_bias=True`"),
+        ({"granularity": "tensor", "budget": "flops", "train_bias": False, "train_remaining": True},
+         "`budget='flops'` does not go with `train_remaining=True`"),
+        ({"granularity": "tensor", "budget": "flops", "train_bias": False, "target_parameters": ["experts.w"]},
+         "`budget='flops'` does not go with `target_parameters=['experts.w']`"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_chosen_or_counted_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        DPSConfig(**fields)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "block"])
+def test_units_may_be_weights_or_blocks_of_the_model(granularity):
+    assert DPSConfig(granularity=granularity, units=2).scope == "model"
+    assert DPSConfig(granularity=granularity, budget="flops", train_bias=False).recipe().budget.in_flops
 
 
 def test_layer_numbers_beside_a_regular_expression_are_refused():

@@ -39,7 +39,6 @@ class Candidates:
 
 
 Problem = Sequence[Candidates]  # what is ranked together
-_ROUNDING = 1e-9  # of a fraction of a small integer
 
 
 class Budget(Protocol):
@@ -196,7 +195,7 @@ class ShareBudget(EntryBudget):
         numbers = [sum(each.count for each in problem) for problem in problems]
         exact = [number * self.density for number in numbers]
         counts = [math.floor(share) for share in exact]
-        uneven = [index for index, count in enumerate(counts) if exact[index] - count > _ROUNDING]
+        uneven = [index for index, count in enumerate(counts) if exact[index] > count]
         following = {index: self._score_after(problems[index], counts[index]) for index in uneven}
         uneven.sort(key=following.__getitem__, reverse=True)
         for index in uneven[: self.count(sum(numbers)) - sum(counts)]:

@@ -75,6 +75,11 @@ class Schedule:
         """Whether a subnetwork is selected before the first step."""
         return False
 
+    @property
+    def gathers(self) -> bool:
+        """Whether evidence can be gathered before a subnetwork is selected."""
+        return True
+
     def at(self, step: int) -> Position:
         """Return the position of an optimizer step, counted from 1."""
         raise NotImplementedError
@@ -181,6 +186,11 @@ class Every(Schedule):
                 f"`score_steps` must be less than `stage_steps`, the steps from one selection to the next, got "
                 f"{self.score_steps} of {self.stage_steps}."
             )
+
+    @property
+    def gathers(self) -> bool:
+        """Whether there are steps in which evidence is gathered."""
+        return self.score_steps > 0
 
     def resolve(self, total_steps: int | None) -> Every:
         """Return the schedule in steps; see `Schedule.resolve`."""

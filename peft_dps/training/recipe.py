@@ -112,6 +112,8 @@ def make_recipe(
     scope = scope or ("model" if kind.spans_weights else "tensor")
     _check_choice(settings, kind, SCOPES.find(scope), counted, scope)
     made_from = evidence or evidence_of(score)
+    phases = SCHEDULES.find(schedule)(ScheduleSettings(stage_steps, score_steps))
+    _check_schedule(phases, settings, made_from)
     if STORAGES.find(storage).compact:
         _check_compact(settings, made_from)
     elif max_density is not None:
@@ -119,7 +121,7 @@ def make_recipe(
     # At density 1 every column takes part in each step.
     noise_kind = NOISES.find("none" if counted.takes_all else noise)
     return Recipe(
-        schedule=SCHEDULES.find(schedule)(ScheduleSettings(stage_steps, score_steps)),
+        schedule=phases,
         budget=counted,
         evidence=EVIDENCE.find(made_from)(score_dtype),
         score=SCORES.find(score),
@@ -164,6 +166,17 @@ def _check_choice(
         raise ConfigError(
             f"`budget={settings['budget']!r}` counts the backward pass through the whole model, and "
             f"`scope={scope_name!r}` chooses within parts of it. Use `scope='model'`."
+        )
+
+
+def _check_schedule(schedule: Schedule, settings: dict[str, Any], evidence: str) -> None:
+    """Check that there is what a schedule selects from, and what it trains."""
+    name = settings["schedule"]
+    if not schedule.gathers and EVIDENCE.find(evidence).looks:
+        raise ConfigError(
+            f"`schedule={name!r}` with `score_steps={settings['score_steps']!r}` selects without a step in which "
+            f"evidence is gathered, and `evidence` is {evidence!r}, which looks at gradients. Use a larger "
+            "`score_steps`, or a score that needs none, such as `score='random'`."
         )
 
 

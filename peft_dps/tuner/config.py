@@ -45,8 +45,8 @@ class DPSConfig(PeftConfig):
             are weights or blocks, chosen over the whole model, what is trained besides them counts too: biases under
             `train_bias`, modules under `modules_to_save` and `train_remaining`. They are part of the entries that
             could be trained, and of those that are, whatever is selected.
-        units (`int`, *optional*): In place of a density, the number of rows or columns that are trained of each weight
-            (as many parameters as a LoRA of that rank, for half of its factors), or of weights or blocks of the model.
+        units (`int`, *optional*): Number of units that are trained of each weight, or of weights or blocks of the
+            model, in place of a density. As many rows or columns as a LoRA has ranks make half of its parameters.
         budget (`str`, defaults to `"entries"`): What the density is a fraction of: `"entries"`; for weights and blocks
             also `"units"`, their number, whatever their size, and `"flops"`, those of the backward pass, which has to
             reach down to the lowest selected weight; or a registered name.
@@ -126,8 +126,7 @@ class DPSConfig(PeftConfig):
     )
     density: float = field(default=0.7, metadata={"help": "Fraction of entries in the subnetwork, in (0, 1]."})
     units: int | None = field(
-        default=None,
-        metadata={"help": "Number of rows or columns of each weight, or of weights or blocks, in place of a density."},
+        default=None, metadata={"help": "Number of units of each weight, or of the model, in place of a density."}
     )
     budget: str = field(
         default="entries", metadata={"help": "What the density counts: 'entries', 'units' or 'flops'."}

@@ -108,12 +108,13 @@ def test_half_of_four_is_two_beside_problems_of_three():
     assert sizes == [2, 2, 2, 1]
 
 
-@given(st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=6), min_size=1, max_size=6), densities)
+@given(st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=6), min_size=1, max_size=6), st.integers(1, 64))
 @settings(deadline=None)
-def test_a_share_is_exact_over_all_problems_and_nearly_in_each(scores, density):
+def test_a_share_is_exact_over_all_problems_and_nearly_in_each(scores, parts):
+    density = parts / 64  # exact, as all products with it
     found = chosen(ShareBudget(density), *(weights(*each) for each in scores))
     numbers = [len(each) for each in scores]
-    assert abs(sum(map(sum, found)) - math.ceil(sum(numbers) * density)) <= (1 if density > 1 - 1e-8 else 0)
+    assert sum(map(sum, found)) == math.ceil(sum(numbers) * density)
     for each, masks in zip(scores, found, strict=True):
         assert math.floor(len(each) * density) <= sum(masks) <= math.ceil(len(each) * density)
         left_out = [score for score, one in zip(each, masks, strict=True) if not one]
@@ -124,12 +125,12 @@ def test_flops_are_those_of_the_way_down_too():
     problem = weights(9.0, 1.0, 2.0)
     # A backward pass costs 24. The first weight costs 4, and 8 on the way to it.
     assert chosen(FlopsBudget(0.5), problem) == [[True, False, False]]
-    assert chosen(FlopsBudget(0.49), problem) == [[False, False, True]]
+    assert chosen(FlopsBudget(0.45), problem) == [[False, False, True]]
     assert chosen(FlopsBudget(0.67), problem) == [[True, False, True]]
     # In a block with two weights the input's gradient of the second is on the way to the first.
     blocks = weights(9.0, 1.0, sizes=[(4, 4), (4,)])
     assert chosen(FlopsBudget(0.67), blocks) == [[True, False]]
-    assert chosen(FlopsBudget(0.66), blocks) == [[False, True]]
+    assert chosen(FlopsBudget(0.62), blocks) == [[False, True]]
 
 
 def test_too_few_flops_for_any_weight_are_refused():

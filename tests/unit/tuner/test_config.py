@@ -154,6 +154,7 @@ def test_every_field_of_ours_is_documented_in_the_docstring_and_in_its_help():
     [
         ({"units": 2}, "or of weights or blocks of the model, and `granularity` is 'entry'"),
         ({"units": 2, "granularity": "row", "scope": "model"}, "and `scope` is 'model'"),
+        ({"units": 2, "granularity": "row", "scope": "category"}, "and `scope` is 'category'"),
         ({"budget": "units"}, "`budget='units'` counts whole weights, and `granularity='entry'` selects parts"),
         ({"budget": "flops", "granularity": "row"}, "`budget='flops'` counts whole weights"),
         ({"granularity": "tensor", "scope": "tensor"}, "`granularity='tensor'` selects whole weights"),

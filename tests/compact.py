@@ -39,7 +39,8 @@ def make_base(dtype: torch.dtype = torch.float64) -> EveryLayer:
 
 
 def make_model(base: nn.Module | None = None, **fields):
-    fields = {"target_modules": TARGETS, "storage": "compact", "granularity": "column", "density": 0.3, **fields}
+    size = {} if fields.get("units") is not None else {"density": 0.3}
+    fields = {"target_modules": TARGETS, "storage": "compact", "granularity": "column", **size, **fields}
     return get_peft_model(make_base() if base is None else base, DPSConfig(**fields))
 
 

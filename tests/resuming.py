@@ -56,9 +56,10 @@ class Training:
         net = nn.Sequential(nn.Linear(12, 17), nn.Dropout(0.1), nn.Tanh(), nn.Linear(17, 3)).to(DEVICE)
         names = ("variant", "frozen", "scope", "score", "score_dtype", "density", "stage_steps", "lean")
         names += ("granularity", "schedule", "evidence")
-        config = DPSConfig(
-            target_modules=["0", "3"], score_steps=plan.stage_steps, **{name: getattr(plan, name) for name in names}
-        )
+        fields = {name: getattr(plan, name) for name in names}
+        if plan.schedule != "cycle":
+            fields["score_steps"] = plan.stage_steps
+        config = DPSConfig(target_modules=["0", "3"], **fields)
         self.model = get_peft_model(net, config).train()
         self.optimizer = OPTIMIZERS[plan.optimizer]([p for p in self.model.parameters() if p.requires_grad])
         self.forward: nn.Module = self.model  # or what wraps it

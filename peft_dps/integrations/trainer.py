@@ -76,6 +76,7 @@ class DPSTrainerCallback(TrainerCallback, ExportableState):
             if resumed:
                 saving.load(controller, find_state(controller.adapter, saved, args, state))
             else:
+                controller.keep_selection()
                 _check_that_it_fits(controller, state)
         self._begun_at = {controller.adapter: controller.clock.step for controller in self._controllers}
         self._training = args, state

@@ -96,6 +96,10 @@ class Schedule:
         """
         return self
 
+    def going_on(self) -> Schedule | None:
+        """Return the schedule of a training that goes on with what is selected; None if others are selected anew."""
+        return None
+
     def state(self) -> dict[str, Any]:
         """Return the settings, once resolved, in plain values."""
         return dict(vars(self))
@@ -195,7 +199,14 @@ class Every(Schedule):
     def resolve(self, total_steps: int | None) -> Every:
         """Return the schedule in steps; see `Schedule.resolve`."""
         _require_selection("score_steps", self.score_steps, total_steps)
-        return Every(_in_steps(self.stage_steps, total_steps), self.score_steps)
+        steps = _in_steps(self.stage_steps, total_steps)
+        if steps <= self.score_steps:
+            raise ConfigError(
+                f"`stage_steps={self.stage_steps}` of {total_steps} training steps is {steps}, and scoring takes "
+                f"`score_steps={self.score_steps}` of each, so that none is left to train what was selected. Give "
+                "`stage_steps` as a larger number of steps (an int), or use a smaller `score_steps`."
+            )
+        return Every(steps, self.score_steps)
 
     def at(self, step: int) -> Position:
         """Return the position of an optimizer step; see `Schedule.at`."""
@@ -230,6 +241,10 @@ class Once(Schedule):
         """Check that something is left to train; see `Schedule.resolve`."""
         _require_selection("score_steps", self.score_steps, total_steps)
         return self
+
+    def going_on(self) -> Once:
+        """Return the schedule without scoring; see `Schedule.going_on`."""
+        return Once(0)
 
     def at(self, step: int) -> Position:
         """Return the position of an optimizer step; see `Schedule.at`."""

@@ -60,6 +60,11 @@ class Clock:
         """Return the position of the coming step."""
         return self.resolved.at(self.step + 1)
 
+    def go_on_with(self, schedule: Schedule) -> None:
+        """Begin at once in the first phase of a schedule that has nothing to score before it."""
+        self._resolved = schedule.resolve(self.total_steps)
+        self.entered = self.coming().number
+
     @property
     def phase_is_over(self) -> bool:
         """Whether the latest step was the last one of its phase."""
@@ -159,7 +164,7 @@ class Clock:
             expected = self.schedule.resolve(None)
         except ScheduleError:  # its lengths depend on the number of steps, which was another one once
             expected = schedule
-        if schedule != expected or schedule.state() != lengths:
+        if schedule not in (expected, self.schedule.going_on()) or schedule.state() != lengths:
             raise saved.damaged(f"`schedule` is {lengths!r}, and this training's is {expected.state()!r}")
         return schedule
 

@@ -14,6 +14,7 @@ from peft_dps.errors import ConfigError, EngineError, ScoreError
 from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import Observe
 from peft_dps.selection.evidence import are_finite
+from peft_dps.selection.schedule import Position
 from peft_dps.selection.unit_sums import add_up
 from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.processes import world
@@ -29,6 +30,12 @@ _REMEDY = (
     "Use a smaller `score_steps`, train for more steps, or score before training (`schedule='once'`, `score_steps=0` "
     "and `model.score(batches)`)."
 )
+_LOADED = (
+    "What was loaded since units were selected is from before the selection, as the best checkpoint of "
+    "`load_best_model_at_end` may be: but for biases and `modules_to_save` it changes nothing. What was trained is in "
+    "later checkpoints. To have units in every one, score before training (`schedule='once'`, `score_steps=0` and "
+    "`model.score(batches)`), or use a smaller `score_steps`."
+)
 
 
 class CompactController(Controller):
@@ -43,6 +50,7 @@ class CompactController(Controller):
     _factor: float | None  # of the gradient scaler that calls the step
     _asks: bool  # whether layers have to ask what to do
     _forgot: bool  # whether passes were forgotten since the latest step
+    _in_vain: int  # optimizer steps in evaluation mode, in which nothing is scored
 
     def make_delta(self, layout: Layout, like: torch.Tensor) -> Delta:
         """Make what a compact adapter holds of a weight; see `Controller.make_delta`."""
@@ -57,7 +65,7 @@ class CompactController(Controller):
         """Prepare a forward of a layer; see `Controller.observer`."""
         weight = self._weight_of(layer)
         if self.scores_batches:
-            return weight.observe
+            return weight.observe if self._is_trained(weight) else None
         if self.at_rest or not layer.training or not self._is_trained(weight):
             return None
         if not in_backward():  # else gradient checkpointing computes again what a forward has computed
@@ -85,9 +93,9 @@ class CompactController(Controller):
 
     def _is_trained(self, weight: CompactWeight) -> bool:
         """Tell whether the adapter is trained; a weight without units may have no gradient all the same."""
-        if weight.delta.slots:
-            return weight.delta.weight.requires_grad
-        return any(each.delta.weight.requires_grad for each in self.weights if each.exists())
+        if weight.delta.weight.requires_grad:
+            return True
+        return weight.is_trained and any(each.delta.weight.requires_grad for each in self.weights if each.exists())
 
     def _count_pass(self, weight: CompactWeight) -> None:
         """Count the passes since the latest forward as a step, if no optimizer will."""
@@ -109,9 +117,44 @@ class CompactController(Controller):
     def begin_call(self, weights: Sequence[TargetWeight], optimizer: Optimizer) -> None:
         """Take note that an optimizer is about to make a step; see `Controller.begin_call`."""
         super().begin_call(weights, optimizer)
+        self._in_vain = 0
         for weight in weights:
             if isinstance(weight, CompactWeight):
                 weight.see_optimizer(optimizer)
+
+    def see_no_gradient(self, weights: Sequence[TargetWeight]) -> None:
+        """Refuse a training in evaluation mode, which would select nothing; see `Controller.see_no_gradient`."""
+        trained = [weight.layer for weight in weights if isinstance(weight, CompactWeight) and weight.is_trained]
+        if self.at_rest or self.is_selected or not trained or any(layer.training for layer in trained):
+            return
+        self._in_vain += 1
+        if self._in_vain > 1:  # once may be a step that is about another part of the model
+            raise EngineError(
+                f"Adapter {self.adapter!r}: {self._in_vain} optimizer steps were made in evaluation mode, in which "
+                "nothing is scored, so no units would be selected and none trained. Call `model.train()` before the "
+                "loop (`peft_dps.disable_dropout(model)` switches dropout off), or score before training "
+                "(`schedule='once'`, `score_steps=0` and `model.score(batches)`)."
+            )
+
+    def keep_selection(self) -> None:
+        """Go on with the units that the adapter has; see `Controller.keep_selection`."""
+        going_on, deltas = (
+            self.recipe.schedule.going_on(),
+            [weight.delta for weight in self.weights if weight.exists()],
+        )
+        waits = any(delta.slots and not delta.is_selected for delta in deltas)
+        if going_on is None or waits or self.clock.step or self.clock.entered is not None or not self.is_selected:
+            return
+        self.clock.go_on_with(going_on)
+        for weight in self.weights:
+            if weight.exists():
+                weight.keep_selection(self.clock.coming().number)
+        self._see_phase()
+
+    def _enter_coming_phase(self) -> Position:
+        if not self.scores_batches:
+            self.keep_selection()
+        return super()._enter_coming_phase()
 
     @property
     def is_selected(self) -> bool:
@@ -125,23 +168,46 @@ class CompactController(Controller):
 
     def require_selection(self) -> None:
         """Refuse a training that has ended without a selection: it has trained nothing."""
-        if not self.is_selected:
+        if self._lost_selection:
+            logger.warning("Adapter %r: %s", self.adapter, _LOADED)
+        elif not self.is_selected:
             raise ScoreError(
                 f"Adapter {self.adapter!r}: training ended after {self.clock.step} steps, before units were selected, "
                 f"so nothing was trained. {_REMEDY}"
             )
 
     def see_saving(self) -> None:
-        """Warn if no units have been selected yet, so that the adapter changes nothing."""
-        begun = self.clock.step or any(weight.exists() and weight.sums.pending is not None for weight in self.weights)
-        if begun and not self.is_selected:
+        """Warn if a training has begun and no units are selected, so that the adapter changes nothing."""
+        cause = None if self.is_selected else self._why_unselected()
+        if cause is not None:
             logger.warning(
-                "Adapter %r is saved after %d steps, before units were selected: it holds nothing that was trained. "
-                "%s",
-                self.adapter,
-                self.clock.step,
-                _REMEDY,
+                "Adapter %r is saved without units: it holds nothing that was trained. %s", self.adapter, cause
             )
+
+    @property
+    def _lost_selection(self) -> bool:
+        """Whether units were selected, and what has been loaded since has none."""
+        return super().is_selected and not self.is_selected
+
+    def _why_unselected(self) -> str | None:
+        """Return why a training has selected nothing so far, and the remedy; None if none has begun."""
+        if self._lost_selection:
+            return _LOADED
+        if self.clock.step:
+            return f"None have been selected by step {self.clock.step}. {_REMEDY}"
+        if self._in_vain:
+            return (
+                "An optimizer step was made in evaluation mode, in which nothing is scored. Call `model.train()` "
+                "before the loop."
+            )
+        weights = [weight for weight in self.weights if weight.exists()]
+        if any(weight.forgotten or weight.sums.pending is not None for weight in weights):
+            return (
+                "Backward passes were seen, and no optimizer step over its parameters. Train with a "
+                "torch.optim.Optimizer over them, or score before training (`schedule='once'`, `score_steps=0` and "
+                "`model.score(batches)`)."
+            )
+        return None
 
     def see_caller(self, frame: FrameType) -> None:
         """Take note of a gradient scaler, whose factor is in the evidence, and whose skipped steps may be."""
@@ -187,7 +253,7 @@ class CompactController(Controller):
     def take_clock(self, clock: Any) -> None:
         """Go on from where a clock is."""
         super().take_clock(clock)
-        self._scaling, self._factor, self._forgot = PassScale(), None, False
+        self._scaling, self._factor, self._forgot, self._in_vain = PassScale(), None, False, 0
         self._asks = True
         for weight in self.weights:
             if weight.exists():
@@ -211,8 +277,9 @@ class CompactController(Controller):
                 f"Adapter {self.adapter!r}: units have been selected already, from batches that were scored before. "
                 "Give all batches in one call, or begin anew with another adapter."
             )
+        self.clock.scored_steps = 0  # what a call before this one has left that an exception ended
         for weight in self.weights:
-            weight.sums.drop()
+            weight.begin_gathering()
 
     def end_scoring(self) -> None:
         """Select at once when there are no more batches to score before training."""

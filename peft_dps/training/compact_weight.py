@@ -34,10 +34,12 @@ class CompactWeight(TargetWeight):
     Attributes:
         forgotten: Times that what passes had added was forgotten since the latest optimizer step.
         optimizers: Those that have made a step with it.
+        idle: Whether it has no units to train for the time being, and is frozen only until it has some.
         moved: Per slot, the one that its optimizer state is in, -1 for none; None where they are as they were.
     """
 
     takes_masks = False
+    idle = False
 
     @property
     def delta(self) -> Delta:
@@ -56,6 +58,18 @@ class CompactWeight(TargetWeight):
     def sums(self) -> UnitSums:
         """The evidence of this phase."""
         return self.gathered  # type: ignore[return-value]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its units are to be trained, once it has some: not those that someone has frozen by hand."""
+        return self.delta.weight.requires_grad or self.idle
+
+    @property
+    def selected_now(self) -> int | None:
+        """Entries of the units that the adapter has; see `TargetWeight.selected_now`."""
+        if self.selected is not None or not self.delta.is_selected:
+            return self.selected
+        return self.delta.slots * self.sums.units.size
 
     def observe(self, gradient: torch.Tensor) -> torch.Tensor | None:
         """Look at the gradient of the whole weight, in the backward pass of its layer; see `UnitSums.add`."""
@@ -201,16 +215,25 @@ class CompactWeight(TargetWeight):
 
     def choose(self, choice: torch.Tensor, units: Units, phase: int) -> None:
         """Begin a phase in which the chosen units are updated; see `TargetWeight.choose`."""
-        delta = self.delta
+        delta, trained = self.delta, self.is_trained
         numbers = choice.to(delta.index.device).view(-1).nonzero().view(-1).to(torch.int32)
         if delta.is_selected:
             self._exchange(delta, numbers)
         else:
             self._require_room(delta, len(numbers))
             delta.take(numbers, self.layer.pretrained_weight)
-        delta.weight.requires_grad_(bool(delta.slots))
-        self.selected, self.masked_in = len(numbers) * units.size, phase
+        self._begin(trained, phase)
         self.drop_evidence()
+
+    def keep_selection(self, phase: int) -> None:
+        """Begin a phase in which the units are updated that the adapter has."""
+        self._begin(self.is_trained, phase)
+
+    def _begin(self, trained: bool, phase: int) -> None:
+        slots = self.delta.slots
+        self.delta.weight.requires_grad_(trained and bool(slots))
+        self.idle = trained and not slots
+        self.selected, self.masked_in = slots * self.sums.units.size, phase
 
     def choose_entries(self, mask: Mask, selected: int, phase: int) -> None:
         """Begin a phase in which the chosen entries are updated; see `TargetWeight.choose_entries`."""

@@ -165,6 +165,9 @@ class Controller:
             if weight.frozen is None:
                 weight.see_version()
 
+    def see_no_gradient(self, weights: Sequence[TargetWeight]) -> None:
+        """Take note of an optimizer step that has no gradient of any of its weights."""
+
     def see_caller(self, frame: FrameType) -> None:
         """Take note of what calls the optimizer's step, whose frame this is."""
 
@@ -345,6 +348,9 @@ class Controller:
 
     def end_scoring(self) -> None:
         """Take note that there are no more batches to score before training."""
+
+    def keep_selection(self) -> None:
+        """Begin with what an earlier training has selected, if the adapter has it, and the schedule selects once."""
 
     @property
     def has_to_see_steps(self) -> bool:

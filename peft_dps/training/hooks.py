@@ -50,6 +50,7 @@ class _OpenStep:
         for controller, weights in self.work:
             with_gradient = [weight for weight in weights if weight.has_gradient]
             if not with_gradient:
+                controller.see_no_gradient(weights)
                 continue
             if self.closure_runs <= 1:
                 controller.begin_call(weights, self.optimizer)

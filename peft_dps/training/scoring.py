@@ -33,11 +33,17 @@ def check_gathered(weights: Iterable[TargetWeight], recipe: Recipe, *, adapter: 
     """Check that there is evidence to select a subnetwork from."""
     if not recipe.evidence.looks:
         return
+    weights = list(weights)
+    if scored == 0 and step == 0 and not any(weight.observed for weight in weights):
+        raise ScoreError(
+            f"Adapter {adapter!r}: call `model.score(batches)` before training, or set `score_steps` to the number of "
+            "steps to score in. Nothing has been scored, so no subnetwork can be selected."
+        )
     if scored == 0:
         raise ScoreError(
             f"Adapter {adapter!r}: no step of the ACCUMULATE stage that ended with step {step} was scored, so no "
             "subnetwork can be selected. Look for the cause of NaN or inf in the gradients; the weights are as before "
-            "this step. With `score_steps=0` call `model.score(batches)` before training."
+            "this step. In compact storage call `model.train()` too: in evaluation mode nothing is scored."
         )
     for weight in weights:
         if weight.observed > 0 and weight.gathered.is_empty and weight.mask is None:

@@ -15,7 +15,8 @@ class LayerStatus:
 
     Attributes:
         entries: Number of entries of the weight.
-        selected: Entries selected at the latest selection; None before the first.
+        selected: Entries selected at the latest selection, or those of a compact adapter that was loaded; None before
+            the first.
         observed: Steps of this ACCUMULATE stage (or of the one before this SUBNETWORK stage) that brought a gradient.
         frozen_moved: Whether a frozen entry has other bits than when this SUBNETWORK stage began.
     """
@@ -80,7 +81,8 @@ class DPSStatus:
 
     def __str__(self) -> str:
         if self.stage is None:
-            return f"DPS adapter {self.adapter!r}: no optimizer step seen yet"
+            trains = "" if self.selected is None else f", selected {self.selected} of {self.entries} entries"
+            return f"DPS adapter {self.adapter!r}: no optimizer step seen yet{trains}"
         selected = "none yet" if self.selected_fraction is None else f"{self.selected_fraction:.1%}"
         if self.stage is Stage.SUBNETWORK:
             moved = "moved" if self.frozen_moved else "unmoved"
@@ -95,7 +97,7 @@ class DPSStatus:
 
 def selected_fraction_of(controller: Controller) -> float | None:
     """Return the fraction of all entries selected at the latest selection, without reading any weight."""
-    return _fraction((weight.selected, weight.entries) for weight in controller.existing)
+    return _fraction((weight.selected_now, weight.entries) for weight in controller.existing)
 
 
 def _fraction(counts: Iterable[tuple[int | None, int]]) -> float | None:
@@ -120,7 +122,7 @@ def status_of(controller: Controller) -> DPSStatus:
         layers={
             weight.name: LayerStatus(
                 entries=weight.entries,
-                selected=weight.selected,
+                selected=weight.selected_now,
                 observed=weight.observed,
                 frozen_moved=weight.frozen_moved(),
             )

@@ -163,6 +163,11 @@ class TargetWeight:
         return self.parameter.numel()
 
     @property
+    def selected_now(self) -> int | None:
+        """Entries that are selected, also where an earlier training has selected them; None if none have been."""
+        return self.selected
+
+    @property
     def gradient(self) -> torch.Tensor:
         """The gradient that the optimizer is about to apply, or this process's rows of it."""
         gradient = self.parameter.grad

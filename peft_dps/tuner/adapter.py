@@ -150,20 +150,46 @@ class DPSAdapter:
                 the empirical Fisher information.
 
         Raises:
-            ConfigError: If training has begun, or evidence is gathered in training, or a batch cannot be cut.
+            ConfigError: If training has begun, evidence is gathered in training, there are no batches, one has no loss,
+                or cannot be cut.
         """
-        controller, rested = self._controller, self._controller.at_rest
+        controller, rested, scored = self._controller, self._controller.at_rest, 0
+        _require_batches(batches)
         controller.begin_scoring()
         controller.at_rest = controller.scores_batches = True  # noise has no step to belong to
         try:
-            for batch in examples_of(batches) if per_example else batches:
+            for scored, batch in enumerate(examples_of(batches) if per_example else batches, 1):  # noqa: B007
                 model.zero_grad()
-                loss(model, batch).backward()
+                _require_loss(loss(model, batch)).backward()
                 controller.gather_before_training()
+            if not scored:
+                raise ConfigError(
+                    f"`batches` holds no batch to score, got an empty {type(batches).__name__}. Give at least one; an "
+                    "iterator that was used up before has to be made anew."
+                )
             controller.end_scoring()
         finally:
             controller.at_rest, controller.scores_batches = rested, False
             model.zero_grad()
+
+
+def _require_batches(batches: Any) -> None:
+    if isinstance(batches, (Mapping, str)) or not isinstance(batches, Iterable):
+        one = " For a single batch give a list of one: `[batch]`." if isinstance(batches, Mapping) else ""
+        raise ConfigError(
+            f"`batches` must be batches to go through, such as a list, got {type(batches).__name__}.{one}"
+        )
+
+
+def _require_loss(value: Any) -> torch.Tensor:
+    given = f"a {type(value).__name__}"
+    if isinstance(value, torch.Tensor):
+        if value.numel() == 1 and value.requires_grad:
+            return value
+        given = f"a tensor of shape {list(value.shape)}, {'with' if value.requires_grad else 'without'} a gradient"
+    raise ConfigError(
+        f"`loss` must return the loss of a batch, a tensor of one entry that depends on what is trained, got {given}."
+    )
 
 
 def dps_adapter(model: nn.Module, adapter_name: str | None = None) -> DPSAdapter:

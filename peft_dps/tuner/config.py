@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from peft_dps.errors import AdapterFileError, ConfigError
 from peft_dps.training.recipe import Recipe
+from peft_dps.tuner.idle_fields import refuse_idle_fields
 from peft_dps.tuner.method import recipe_of
 
 
@@ -228,25 +229,36 @@ class DPSConfig(PeftConfig):
         return cls(variant=variant, **{**paper, **fields})
 
     @classmethod
-    def compact(cls, units: int = 16, **fields: Any) -> DPSConfig:
+    def compact(cls, units: int | None = None, **fields: Any) -> DPSConfig:
         """Build a configuration of few parameters: columns, chosen once by the gradients of the first eight steps.
 
         The sixteen columns of each linear layer in which the gradient is largest are trained from then on, and nothing
         else: of a square layer, half of the parameters of a LoRA of rank 16.
 
         Args:
-            units: Number of columns of each weight, as the rank of a LoRA.
+            units: Number of columns of each weight, as the rank of a LoRA; None for 16, unless there is a `density`.
             **fields: Fields to set otherwise.
 
         Returns:
             The configuration.
+
+        Raises:
+            ConfigError: If a field has a value that cannot work, or single entries are to be selected without a
+                `density`.
         """
+        if units is None and fields.get("density") is None:
+            if fields.get("granularity") == "entry":
+                raise ConfigError(
+                    "`DPSConfig.compact(granularity='entry')` needs a `density`, such as 0.01: `units` is a number of "
+                    "rows or columns of each weight."
+                )
+            units = 16
         cheap: dict[str, Any] = {
             "storage": "compact",
             "granularity": "column",
             "schedule": "once",
             "score_steps": 8,
-            "units": None if "density" in fields else units,
+            "units": units,
             "train_bias": False,
         }
         return cls(**{**cheap, **fields})
@@ -292,6 +304,8 @@ class DPSConfig(PeftConfig):
         self._validate_targets()
         self._validate_plain()
         schedule = self.recipe().schedule
+        if not (self.inference_mode or self.is_to_be_filled):  # one that was saved has been trained with
+            refuse_idle_fields(self)
         if self.total_steps is not None:
             schedule.resolve(self.total_steps)
 

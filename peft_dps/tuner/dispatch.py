@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from peft_dps.errors import TargetError
+from peft_dps.errors import ConfigError, TargetError
 from peft_dps.training.recipe import Recipe
 from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.layers.conv import Conv1d, Conv2d, Conv3d
@@ -146,13 +146,19 @@ def check_layout(layer: DPSLayer, recipe: Recipe, key: str) -> None:
             "`granularity='column'` or 'row', or leave it out with `exclude_modules`."
         )
     layout = layer.layout
-    without_units = recipe.granularity.units(layout) is None
+    units = recipe.granularity.units(layout)
+    without_units = units is None
     if without_units or (recipe.noise.substitutes and layout.columns is None):
         field = "granularity='entry'" if without_units else "variant='dense'"
         raise TargetError(
             f"The parameter {key!r} has the shape {layout.shape}, and nothing tells which axis holds inputs, so that "
             f"it has no rows and columns. Use `{field}`, or leave it out of `target_parameters`."
         )
+    if units is not None and not (recipe.scope.across or recipe.granularity.spans_weights):
+        try:
+            recipe.budget.count(units.count)
+        except ConfigError as error:
+            raise ConfigError(f"The target {key!r}: {error}") from error
 
 
 def check_mergeable(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.lora_export import LoraReport, export_lora
 from peft_dps.tuner.targets import is_named
 from peft_dps.tuner.trained_tensors import TrainedTensor, trained_tensors
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def export_adapter(
 
     `form="difference"` compresses the difference to the pretrained weights; every bit comes back.
     `PeftModel.from_pretrained`, `load_adapter` and `AutoPeftModel...` add it to those of the base model that they are
-    given, once `peft_dps` is imported, and refuse any other base model.
+    given, once `peft_dps` is imported, and refuse any other base model. An adapter with `storage="compact"` gets no
+    smaller by it: `save_pretrained` writes the selected units alone.
 
     `form="lora"` writes the rows or columns of an adapter with `storage="compact"` as a LoRA that computes the same.
     Whatever takes a LoRA loads it, without `peft_dps`.
@@ -114,6 +118,13 @@ def export_adapter(
     adapter = _adapter_of(model, adapter_name)
     if form == "lora":
         return export_lora(model, folder, adapter, rank)
+    config: Any = model.peft_config[adapter]
+    if config.storage == "compact":
+        logger.warning(
+            "Adapter %r has `storage='compact'`, of which `form='difference'` makes no smaller file than "
+            "`save_pretrained`. `form='lora'` makes one of rows and columns that loads without peft_dps.",
+            adapter,
+        )
     tensors = list(trained_tensors(model, adapter))
     whole, saved_modules = tuple(whole), tuple(saved_modules)
     layers = {tensor.module for tensor in tensors if tensor.in_layer}

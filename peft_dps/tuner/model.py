@@ -326,8 +326,19 @@ def _is_to_be_filled(config: DPSConfig, controller: Controller | None) -> bool:
     return config.is_to_be_filled and (controller is None or controller.clock.step == 0)
 
 
-def _own_loss(model: nn.Module, batch: Any) -> torch.Tensor:
-    loss: torch.Tensor = model(**batch).loss
+def _own_loss(model: nn.Module, batch: Any) -> Any:
+    remedy = "Or give `loss=`, a function of the model and a batch that returns its loss."
+    if not isinstance(batch, Mapping):
+        raise ConfigError(
+            f"`batches` must hold dicts, which are passed as `model(**batch)`, got a {type(batch).__name__}. {remedy}"
+        )
+    output = model(**batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is None:
+        raise ConfigError(
+            f"The model returned a {type(output).__name__} without a loss for a batch of {sorted(map(str, batch))}. "
+            f"Put `labels` into `batches`. {remedy}"
+        )
     return loss
 
 

@@ -113,7 +113,8 @@ class Case:
         return self.make().eval().to(DEVICE)
 
     def config(self, **options: Any) -> DPSConfig:
-        return DPSConfig(**{"stage_steps": 2, "density": 0.5, **self.options, **options})
+        fields = {"stage_steps": 2, **self.options, **options}
+        return DPSConfig(**({} if fields.get("units") is not None else {"density": 0.5}) | fields)
 
     def model(self, **options: Any) -> PeftModel:
         return get_peft_model(self.base(), self.config(**options)).eval()

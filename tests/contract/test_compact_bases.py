@@ -169,7 +169,7 @@ def test_passes_add_up_to_a_batch(kind):
 @quantized
 @pytest.mark.parametrize("schedule", ["every", "cycle"])
 def test_selecting_again(kind, schedule):
-    model = wrap(kind, schedule=schedule, stage_steps=3, score_steps=1)
+    model = wrap(kind, schedule=schedule, stage_steps=3, score_steps={"every": 1, "cycle": 8}[schedule])
     before = bytes_of(odd_of(model).get_base_layer())
     losses = train(model, steps=14)
     assert losses[-1] < losses[0]

@@ -123,7 +123,8 @@ def test_convolutions(case, tmp_path):
 @pytest.mark.parametrize("granularity", ["column", "row"])
 def test_units_that_are_trained_no_more_are_written_too(granularity, schedule, tmp_path):
     case = CASES[0]
-    model = compact(case, steps=12, granularity=granularity, schedule=schedule, stage_steps=2)
+    lengths = {"stage_steps": 2, "score_steps": {"every": 1, "cycle": 8}[schedule]}
+    model = compact(case, steps=12, granularity=granularity, schedule=schedule, **lengths)
     deltas = [layer.dps_delta["default"] for layer in exported_layers(model).values()]
     assert any(delta.kept is not None for delta in deltas)
     report = export_adapter(model, tmp_path, form="lora")

@@ -83,7 +83,9 @@ class Method:
         prepared = self.prepare(model, **given)
         config = {DROPOUT: with_dropout, **_plain(given)}
         if isinstance(prepared, DPSConfig) and stage_steps is not None:
-            prepared.stage_steps = prepared.score_steps = stage_steps
+            prepared.stage_steps = stage_steps
+            if prepared.schedule != "cycle":
+                prepared.score_steps = stage_steps
         if isinstance(prepared, PeftConfig):
             config.update(_plain(prepared.to_dict()))
             return get_peft_model(model, prepared), config

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from peft_dps.errors import TargetError
 from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import Observe, observed, observed_weight
+from peft_dps.masking.compact.read_weight import made_when_used
 from peft_dps.masking.effective_weight import EffectiveWeight, materialize
 from peft_dps.tensors.layout import Layout
 from peft_dps.training.layer import Training
@@ -226,7 +227,17 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         base_weight = self._base.in_base(self.get_base_layer())[0]
         if self.unread is not None or not self._adapters_in_effect():
             return base_weight if self._home() in (None, base_weight.device) else self.pretrained()[0]
-        return self._effective()[0].to(base_weight.dtype)
+        names = self._adapters_in_effect()
+        prepared = self._prepare_training(names)
+
+        def make() -> torch.Tensor:
+            return self._combined_weight(names, prepared).to(base_weight.dtype)
+
+        delta = None if prepared or len(names) > 1 else self.delta(names[0])
+        is_sum = delta is not None and (self._adds_to_output(names[0]) or self._adds_entries(names[0]))
+        if delta is None or not is_sum or not delta.parts() or torch.compiler.is_compiling():
+            return make()
+        return made_when_used(make, base_weight, delta.weight)
 
     @property
     def bias(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -236,7 +247,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         base_bias = self._base.in_base(self.get_base_layer())[1]
         if base_bias is None or not self._adapters_in_effect():
             return base_bias
-        bias = self._effective()[1]
+        bias = self._combined_bias(self._adapters_in_effect())
         return None if bias is None else bias.to(base_bias.dtype)
 
     def unload_and_optionally_merge_module(
@@ -371,24 +382,26 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             return []
         return [name for name in self.active_adapters if self.trained(name) is not None]
 
-    def _effective(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _effective(self) -> torch.Tensor:
         names = self._adapters_in_effect()
-        return self._combined(names, self._prepare_training(names))
+        return self._combined_weight(names, self._prepare_training(names))
 
     def _combined(
         self, names: list[str], prepared: dict[str, Any] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the weight and bias of one adapter, or W0 plus the deltas of several."""
-        weights = [self._own_weight(name, (prepared or {}).get(name)) for name in names]
-        biases = [self.dps_bias[name] for name in names if name in self.dps_bias]
-        if len(names) == 1:
-            return weights[0], biases[0] if biases else self.pretrained()[1]
-        pretrained_weight, pretrained_bias = self.pretrained()
-        weight = sum((own - pretrained_weight.to(own.dtype) for own in weights), start=pretrained_weight)
-        bias = pretrained_bias
-        if pretrained_bias is not None:
-            bias = sum((own - pretrained_bias.to(own.dtype) for own in biases), start=pretrained_bias)
-        return weight, bias
+        return self._combined_weight(names, prepared or {}), self._combined_bias(names)
+
+    def _combined_weight(self, names: list[str], prepared: dict[str, Any]) -> torch.Tensor:
+        weights = [self._own_weight(name, prepared.get(name)) for name in names]
+        return weights[0] if len(names) == 1 else _plus_deltas(self.pretrained()[0], weights)
+
+    def _combined_bias(self, names: list[str]) -> torch.Tensor | None:
+        biases: list[Any] = [self.dps_bias[name] for name in names if name in self.dps_bias]
+        if len(names) == 1 and biases:
+            return biases[0]  # type: ignore[no-any-return]
+        pretrained = self.pretrained()[1]
+        return None if pretrained is None else _plus_deltas(pretrained, biases)
 
     def _own_weight(self, name: str, prepared: Any) -> Any:
         """Return an adapter's weight, as a training forward sees it where something is prepared for that."""
@@ -422,6 +435,10 @@ def _announce(controller: Training, layer: DPSLayer) -> EffectiveWeight | None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _observer(controller: Training, layer: DPSLayer) -> Observe | None:
     return controller.observer(layer)
+
+
+def _plus_deltas(base: torch.Tensor, trained: list[Any]) -> torch.Tensor:
+    return sum((own - base.to(own.dtype) for own in trained), start=base)
 
 
 def _detached_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ class ParamWrapper(DPSLayer):
             self.unmerge()
         if not self._adapters_in_effect():
             return self._call_base(*args, **kwargs)
-        return self._call_base_with(self._effective()[0].to(self.pretrained_parameter.dtype), *args, **kwargs)
+        return self._call_base_with(self._effective().to(self.pretrained_parameter.dtype), *args, **kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -175,7 +175,7 @@ def test_an_unselected_block_has_neither_gradient_nor_state_and_none_below_is_co
 
 
 def test_units_is_a_rank():
-    model = make_model(density=0.7, units=2, schedule="once", score_steps=1)
+    model = make_model(units=2, schedule="once", score_steps=1)
     train(model, AdamW(trainable(model), 1e-2), make_batches(3))
     assert {delta.slots for delta in deltas_of(model).values()} == {2}
 
@@ -192,9 +192,9 @@ def test_units_is_a_rank():
         ({"scope": "model", "units": 4}, "`units=4` is a number of rows or columns .* `scope` is 'model'"),
         ({"units": 0}, "`units` must be an integer of at least 1, got 0"),
         ({"units": 1.5}, "`units` must be an integer of at least 1, got 1.5"),
-        ({"units": 11}, "`units` is 11, and a weight has only"),
+        ({"units": 11}, "The target 'embedding': `units` is 11, and a weight has only 8 of them"),
         ({"max_density": 0.1}, "`max_density` must be at least `density`, got 0.1 and 0.3"),
-        ({"units": 6, "density": 0.1, "max_density": 0.25}, "`max_density=0.25` lets an adapter hold"),
+        ({"units": 6, "max_density": 0.25}, "`max_density=0.25` lets an adapter hold"),
         ({"score_dtype": "bfloat16"}, "`storage='compact'` does not go with `score_dtype='bfloat16'`"),
         ({"max_density": 2}, r"`max_density` must be in \(0, 1\], got 2"),
         ({"storage": "copy", "max_density": 0.5}, "`max_density=0.5` bounds what `storage='compact'` holds"),

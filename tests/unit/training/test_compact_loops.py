@@ -398,7 +398,8 @@ def test_an_adapter_that_is_saved_before_its_selection_is_reported(make, data, c
         assert not caplog.records
         step(model, optimizer, data(1))
         model.save_pretrained(tmp_path)
-        assert "before units were selected" in caplog.text
+        assert "saved without units" in caplog.text
+        assert "None have been selected by step 1." in caplog.text
         assert "`score_steps`" in caplog.text
         caplog.clear()
         for batch in data(STEPS):

@@ -120,6 +120,8 @@ def make_recipe(
             f"`units={units!r}` is a number of rows or columns of each weight, and `{named}` is {given!r}. Use "
             "`granularity='column'` or `'row'` with `scope='tensor'`, or a `density`."
         )
+    phases = SCHEDULES.find(schedule)(ScheduleSettings(stage_steps, score_steps))
+    _check_schedule(phases, settings, made_from)
     if STORAGES.find(storage).compact:
         _check_compact(settings, made_from)
     elif max_density is not None:
@@ -127,7 +129,7 @@ def make_recipe(
     # At density 1 every column takes part in each step.
     noise_kind = NOISES.find("none" if counted.takes_all else noise)
     return Recipe(
-        schedule=SCHEDULES.find(schedule)(ScheduleSettings(stage_steps, score_steps)),
+        schedule=phases,
         budget=counted,
         evidence=EVIDENCE.find(made_from)(score_dtype),
         score=SCORES.find(score),
@@ -139,6 +141,22 @@ def make_recipe(
         seed=seed,
         settings={**settings, "scope": scope, "evidence": made_from},
     )
+
+
+def _check_schedule(schedule: Schedule, settings: dict[str, Any], evidence: str) -> None:
+    """Check that there is what a schedule selects from, and what it trains."""
+    name = settings["schedule"]
+    if not schedule.gathers and EVIDENCE.find(evidence).looks:
+        raise ConfigError(
+            f"`schedule={name!r}` with `score_steps={settings['score_steps']!r}` selects without a step in which "
+            f"evidence is gathered, and `evidence` is {evidence!r}, which looks at gradients. Use a larger "
+            "`score_steps`, or a score that needs none, such as `score='random'`."
+        )
+    if STORAGES.find(settings["storage"]).compact and (schedule.rewinds or not schedule.selects):
+        raise ConfigError(
+            f"`storage='compact'` does not go with `schedule={name!r}`, which trains whole weights: it holds selected "
+            "units alone. Use `storage='copy'`."
+        )
 
 
 def _check_compact(settings: dict[str, Any], evidence: str) -> None:

@@ -147,7 +147,7 @@ def check_layout(layer: DPSLayer, recipe: Recipe, key: str) -> None:
         )
     layout = layer.layout
     without_units = recipe.granularity.units(layout) is None
-    if without_units or (recipe.noise.substitutes and layout.columns is None):
+    if without_units or (recipe.noise.substitutes and recipe.noise.units(layout) is None):
         field = "granularity='entry'" if without_units else "variant='dense'"
         raise TargetError(
             f"The parameter {key!r} has the shape {layout.shape}, and nothing tells which axis holds inputs, so that "

@@ -57,12 +57,13 @@ REFUSED = [
     ("variant", None, "`variant` must be one of 'dense', 'mix', got None"),
     ("scope", "layer", "`scope` must be one of 'tensor', 'model', got 'layer'"),
     ("scope", ["tensor"], "`scope` must be one of 'tensor', 'model', got ['tensor']"),
-    ("frozen", True, "`frozen` must be one of 'gradient', 'exact', 'exact_in_step', got True"),
-    ("frozen", "none", "`frozen` must be one of 'gradient', 'exact', 'exact_in_step', got 'none'"),
-    ("score", "fisher", "`score` must be one of 'squared_gradient', 'absolute_gradient', 'random', got 'fisher'"),
+    ("frozen", True, "`frozen` must be one of 'gradient', 'scaled_gradient', 'exact', 'exact_in_step', got True"),
+    ("frozen", "none", "`frozen` must be one of 'gradient', 'scaled_gradient', 'exact', 'exact_in_step', got 'none'"),
+    ("score", "fisher",
+     "`score` must be one of 'squared_gradient', 'absolute_gradient', 'random', 'movement', got 'fisher'"),
     *(("score_dtype", bad, f"`score_dtype` must be one of 'float32', 'bfloat16', got {bad!r}")
       for bad in ("float16", None, torch.bfloat16)),
-    ("score", None, "`score` must be one of 'squared_gradient', 'absolute_gradient', 'random', got None"),
+    ("score", None, "`score` must be one of 'squared_gradient', 'absolute_gradient', 'random', 'movement', got None"),
     *((name, bad, f"`{name}` must be True or False, got {bad!r}")
       for name in ("train_bias", "train_remaining", "lean", "offload_base", "init_weights")
       for bad in (1, 0, None, "all")),

@@ -150,8 +150,8 @@ class DPSAdapter:
                 the empirical Fisher information.
 
         Raises:
-            ConfigError: If training has begun, evidence is gathered in training, there are no batches, one has no loss,
-                or cannot be cut.
+            ConfigError: If training has begun, evidence is gathered in training, there are no batches, or one has no
+                loss or cannot be cut.
         """
         controller, rested, scored = self._controller, self._controller.at_rest, 0
         _require_batches(batches)

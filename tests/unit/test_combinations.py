@@ -75,31 +75,42 @@ def loss_of(model: nn.Module, examples: Any) -> torch.Tensor:
     return nn.functional.cross_entropy(model(examples[0]), examples[1])
 
 
-def often(default: Any, others: Any) -> st.SearchStrategy[Any]:
-    """Draw the default about every second time, so that most combinations are not refused."""
-    return st.one_of(st.just(default), st.sampled_from(sorted(set(others), key=str)))
+FREE = {
+    "storage": st.sampled_from(sorted(STORAGES)),
+    "granularity": st.sampled_from(sorted(GRANULARITIES)),
+    "schedule": st.sampled_from(sorted(SCHEDULES)),
+    "score": st.sampled_from(sorted(SCORES)),
+    "evidence": st.sampled_from(sorted(EVIDENCE)),
+    "scope": st.sampled_from(sorted(SCOPES)),
+    "budget": st.sampled_from(sorted(BUDGETS)),
+    "frozen": st.sampled_from(sorted(FROZEN)),
+    "noise": st.sampled_from(sorted(NOISES)),
+    "density": st.sampled_from([0.1, 0.3, 0.7, 1.0]),
+    "units": st.sampled_from([1, 2]),
+    "stage_steps": st.sampled_from([1, 2, 3]),
+    "score_steps": st.sampled_from([0, 1, 2]),
+    "reduction": st.sampled_from(["mean", "sum"]),
+    "train_bias": st.booleans(),
+    "seed": st.integers(0, 3),
+}
 
 
-def fields() -> st.SearchStrategy[dict[str, Any]]:
-    axes = {
-        "storage": st.sampled_from(sorted(STORAGES)),
-        "granularity": st.sampled_from(sorted(GRANULARITIES)),
-        "schedule": st.sampled_from(sorted(SCHEDULES)),
-        "score": often("squared_gradient", SCORES),
-        "evidence": often(None, EVIDENCE),
-        "scope": often(None, SCOPES),
-        "frozen": often("exact", FROZEN),
-        "noise": often(None, NOISES),
-        "density": st.sampled_from([0.1, 0.3, 0.7, 1.0]),
-        "units": often(None, [1, 2]),
-        "budget": often("entries", BUDGETS),
-        "stage_steps": st.sampled_from([1, 2, 3]),
-        "score_steps": st.sampled_from([0, 1, 2]),
-        "reduction": st.sampled_from(["mean", "sum"]),
-        "train_bias": st.booleans(),
-        "seed": st.integers(0, 3),
-    }
-    return st.fixed_dictionaries(axes)
+@st.composite
+def fields(draw: Any) -> dict[str, Any]:
+    """Draw fields that have an effect on each other, and at times one more that may be anything."""
+    names = {"storage", "granularity", "schedule", "train_bias", "seed"}
+    drawn = {name: draw(FREE[name]) for name in sorted(names)}
+    kind, steps = GRANULARITIES.find(drawn["granularity"]), drawn["schedule"] in ("once", "every")
+    drawn["stage_steps"] = 3 if drawn["schedule"] == "every" else draw(FREE["stage_steps"])
+    wanted = ["density", "score", *(["score_steps"] if steps else []), *([] if kind.per_entry else ["reduction"])]
+    if drawn["storage"] == "copy":
+        wanted += [draw(st.sampled_from(["frozen", "noise", "evidence"]))]
+    wanted += [draw(st.sampled_from(["scope", "budget" if kind.spans_weights else "score"]))]
+    drawn |= {name: draw(FREE[name]) for name in wanted}
+    if draw(st.integers(0, 3)) == 0:
+        name = draw(st.sampled_from(sorted(FREE)))
+        drawn[name] = draw(FREE[name])
+    return drawn
 
 
 class Training:

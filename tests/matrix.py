@@ -28,7 +28,8 @@ HEAD = """# What is supported
 Every "yes" and every "refused" is what a test shows; the tests run with every change. They run on the CPU with small,
 randomly initialised models, and show that things work as promised, not how well a model learns. "Refused" means an
 error that names the cause, or a warning where it says so; a dash means that there is no such test, for instance
-generation with a classifier. Tests are named below `tests/`.
+generation with a classifier. Tests are named below `tests/`. What does not name compact storage is about copies of
+whole weights (`storage="copy"`, the default).
 
 Layers of GPTQ, AWQ, HQQ, compressed-tensors, AQLM, EETQ and FP8, whose kernels need an accelerator, are stood in for
 by modules that have their attributes and a backward pass of their own; those of bitsandbytes and torchao are real.

@@ -34,6 +34,7 @@ def test_a_fresh_adapter_changes_no_output(case, compact):
     assert torch.equal(case.output(get_peft_model(case.base(), compact()).eval()), case.output(case.base()))
 
 
+@pytest.mark.supports("Layers", "compact: trains, disables to the bit", row="case")
 def test_it_trains_and_disables_to_the_bit(case, compact):
     expected, model = case.output(case.base()), get_peft_model(case.base(), compact()).eval()
     frozen = {name: value.clone() for name, value in model.state_dict().items() if "dps_" not in name}
@@ -114,8 +115,10 @@ def test_saving_and_loading(case, compact, tmp_path):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_bases_train_fp32_units(case, compact, dtype):
+@pytest.mark.supports("Dtypes", "base, compact", row="dtype")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_units_train_in_fp32_or_more_whatever_the_base(case, compact, dtype):
+    dtype = getattr(torch, dtype)
     model = get_peft_model(case.base().to(dtype), compact())
     case_inputs = case.inputs if case.inputs.dtype is torch.int64 else case.inputs.to(dtype)
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], 0.1)
@@ -126,7 +129,7 @@ def test_half_precision_bases_train_fp32_units(case, compact, dtype):
         optimizer.step()
         optimizer.zero_grad()
     trained = [layer.dps_delta["default"].weight for layer in layers_of(model)]
-    assert {weight.dtype for weight in trained} == {torch.float32}
+    assert {weight.dtype for weight in trained} == {torch.float64 if dtype is torch.float64 else torch.float32}
     assert any(bool(weight.count_nonzero()) for weight in trained)
 
 
@@ -140,6 +143,7 @@ def test_the_status_of_layers(case, compact):
     )
 
 
+@pytest.mark.supports("Models", "trains, compact {granularity}", row="whole")
 @pytest.mark.parametrize("granularity", ["column", "entry"])
 @pytest.mark.parametrize("whole", ZOO, ids=str)
 def test_whole_models_train(whole: Whole, granularity):

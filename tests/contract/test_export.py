@@ -279,3 +279,14 @@ def test_an_offloaded_base_is_the_same_base(case, tmp_path):
     export_adapter(model, tmp_path)
     loaded = PeftModel.from_pretrained(case.base(), tmp_path)
     assert_same_bits(adapter_state(loaded), adapter_state(model))
+
+
+def test_the_difference_of_a_compact_adapter_is_said_to_be_no_smaller(mlp, tmp_path, caplog):
+    fields = {"storage": "compact", "granularity": "column", "schedule": "once", "score_steps": 1, "task_type": None}
+    model = mlp.model(**fields, modules_to_save=None)
+    mlp.train(model, steps=3)
+    report = export_adapter(model, tmp_path)
+    (record,) = caplog.records
+    assert "makes no smaller file than `save_pretrained`. `form='lora'`" in record.getMessage()
+    assert report.ratio >= 1
+    assert_same_bits(adapter_state(PeftModel.from_pretrained(mlp.base(), tmp_path)), adapter_state(model))

@@ -282,12 +282,13 @@ def with_trained_bias():
             lambda: CASES[0].model(**COMPACT, granularity="column"),
             "selected none yet. Train it past its `score_steps`",
         ),
-        (lambda: compact(CASES[0], granularity="entry", units=None, density=0.1), "selects single entries or whole"),
+        (lambda: compact(CASES[0], granularity="entry", units=None, density=0.1), "selects entries, tiles or whole"),
+        (lambda: compact(CASES[0], granularity="submatrix", units=1), "selects entries, tiles or whole"),
         (lambda: compact(CASES[0], granularity="tensor", units=None), "`granularity='row'` or `'column'`"),
         (lambda: compact(CASES[0], granularity="block", units=None), "`granularity='row'` or `'column'`"),
         (with_trained_bias, "has trained that of 'body.layers.0.fc'. Train with `train_bias=False`"),
     ],
-    ids=["copy", "nothing selected", "entry", "tensor", "block", "bias"],
+    ids=["copy", "nothing selected", "entry", "submatrix", "tensor", "block", "bias"],
 )
 @pytest.mark.refuses(
     "Saving and loading", "entries and whole weights as a LoRA", "their differences have no small rank"

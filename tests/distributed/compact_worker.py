@@ -19,10 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from peft_dps import dps_adapter
 from peft_dps.errors import EngineError
+from tests.compact import Tile
 
 ONCE = {"storage": "compact", "schedule": "once", "score_steps": 3, "train_bias": False, "granularity": "column"}
 EVERY = {**ONCE, "schedule": "every", "score_steps": 1, "stage_steps": 3}
 ROWS = {"granularity": "row"}
+TILES = {"granularity": Tile.__name__.lower()}
+LARGEST = {"score": "magnitude", "score_steps": 0}  # by the pretrained weights, which FSDP2 cuts
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, shares: list[Any]) -> None:
@@ -72,7 +75,16 @@ def caught(work: Any) -> str:
 
 
 def ddp() -> None:
-    for fields in ({**ONCE, "train_bias": True}, {**ONCE, **ROWS}, {**ONCE, "granularity": "entry"}, EVERY):
+    grouped = {"target_modules": ["words", "conv", "head"]}  # whose columns are no slices
+    for fields in (
+        {**ONCE, "train_bias": True},
+        {**ONCE, **ROWS},
+        {**ONCE, "granularity": "entry"},
+        EVERY,
+        {**EVERY, **TILES},
+        {**EVERY, **grouped},
+        {**ONCE, **LARGEST},
+    ):
         model, alone = make_model(fields), make_model(fields)
         wrapped = DistributedDataParallel(model)
         optimizer, optimizer_alone = optimizer_of(model), optimizer_of(alone)
@@ -125,6 +137,9 @@ def fsdp2() -> None:
         ({**ONCE, "granularity": "entry"}, None),
         (EVERY, None),
         ({**EVERY, **ROWS}, None),
+        ({**EVERY, **TILES}, None),
+        ({**ONCE, **LARGEST, **TILES}, None),
+        ({**ONCE, **LARGEST, "granularity": "entry"}, ()),
         (EVERY, ()),
         ({**EVERY, **ROWS}, ()),
     ):

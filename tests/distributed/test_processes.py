@@ -48,6 +48,8 @@ def test_ddp_resumes_bitwise(tmp_path):
                 {"fields": MIX},
                 {"fields": {**MIX, "scope": "model", "participation_decay": True}, "recompute": True, "micro": 2},
                 {"fields": MIX, "sharding": {"reshard_after_forward": False}, "clip": 0.1},
+                {"fields": {"score": "magnitude"}},
+                {"fields": {"score": "low_rank_residual", "scope": "model"}},
             ],
             id="2",
         ),

@@ -41,6 +41,13 @@ EXPECTED = {
         "a LoRA of rank 4",
         "served without peft_dps: True, largest difference below 1e-5: True",
     ],
+    "two_tasks.py": [
+        "DPS adapter 'A': step 120",
+        "DPS adapter 'B': step 120",
+        "pretrained",
+        "A + B",
+        "in its weaker task the sum is ahead of each adapter: True",
+    ],
     "fsdp2.py": [],  # only by torchrun, below
     "accelerate_loop.py": ["step 16, cycle 2, subnetwork 4/4, selected 30.1%", "loaded DPS"],
 }

@@ -54,8 +54,8 @@ class Conv(DPSLayer):
         base: Any = self.get_base_layer()
         y, channels = compute(x), -len(base.kernel_size) - 1
         if isinstance(delta, TileDelta):
-            added: torch.Tensor = base._conv_forward(x.to(y.dtype), delta.dense(base.weight).to(y.dtype), None)
-            return y + added
+            own: torch.Tensor = base._conv_forward(x.to(y.dtype), delta.dense(base.weight).to(y.dtype), None)
+            return y + own
         for values, numbers in delta.parts():
             values = values.to(y.dtype)
             if delta.axis == 1:

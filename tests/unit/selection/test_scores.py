@@ -10,7 +10,7 @@ from peft import get_peft_model
 from peft_dps import DPSConfig, register_score
 from peft_dps.errors import ConfigError
 from peft_dps.selection import topk
-from peft_dps.selection.scores import SCORES, ScoreContext, evidence_of
+from peft_dps.selection.scores import SCORES, LowRankResidual, ScoreContext, evidence_of
 from peft_dps.selection.topk import SortableScores
 
 
@@ -133,6 +133,36 @@ def test_random_scores_are_fp32_of_the_weights_shape():
     scores = SCORES.find("random")(context(shape=(3, 2, 2)))
     assert (scores.shape, scores.dtype) == ((3, 2, 2), torch.float32)
     assert bool((scores >= 0).all())
+
+
+# --- from the pretrained weight ---
+
+
+def test_magnitude_is_that_of_the_pretrained_weight():
+    base = torch.randn(5, 4).to(torch.bfloat16)
+    given = ScoreContext(None, torch.zeros(5, 4), lambda: base, torch.Generator())
+    assert torch.equal(SCORES.find("magnitude")(given), base.float().abs())
+
+
+def test_a_low_rank_residual_is_what_the_best_approximation_leaves():
+    base = torch.randn(40, 30, dtype=torch.float64)
+    found = SCORES.find("low_rank_residual")(ScoreContext(None, base, lambda: base, torch.Generator()))
+    directions = torch.linalg.eigh(base.t() @ base).eigenvectors[:, -16:]
+    torch.testing.assert_close(found, (base - base @ directions @ directions.t()).abs(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_sparse_part_on_a_low_rank_is_found():
+    low = torch.randn(40, 2) @ torch.randn(2, 30)
+    low[3, 7] += 5.0
+    scores = LowRankResidual(2)(ScoreContext(None, low, lambda: low, torch.Generator()))
+    assert int(scores.argmax()) == 3 * 30 + 7
+
+
+def test_a_convolution_is_a_matrix_of_its_output_channels():
+    base = torch.randn(6, 4, 3)
+    flat = base.view(6, 12)
+    own, other = (LowRankResidual(2)(ScoreContext(None, w, lambda w=w: w, torch.Generator())) for w in (base, flat))
+    assert torch.equal(own, other.view(6, 4, 3))
 
 
 # --- a user's score, from the config to the mask ---

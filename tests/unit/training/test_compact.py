@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.optim import SGD, Adafactor, AdamW
 
+from peft_dps import dps_adapter, register_score
 from peft_dps.errors import ConfigError, EngineError, ScoreError, StateError
+from peft_dps.selection.scores import SCORES
 from tests.compact import TARGETS, deltas_of, loss_of, make_base, make_batches, make_model, train, trainable
 
 KINDS = [
@@ -154,6 +156,49 @@ def test_an_adapter_holds_no_more_units_than_it_may():
         for share, delta in zip(held.values(), deltas_of(bound).values(), strict=True)
     )
     assert any(len(delta.held) > math.ceil(0.4 * delta.units.count) for delta in deltas_of(free).values())
+
+
+@pytest.mark.parametrize("granularity", ["entry", "column", "row", "tile", "tensor"])
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_scores_of_weights_select_what_a_copy_selects(granularity, scope):
+    if (granularity, scope) == ("tensor", "tensor"):
+        return
+    fields = {"score": "magnitude", "granularity": granularity, "scope": scope, "train_bias": False, **SCORED_BEFORE}
+    masks = []
+    for storage in ("copy", "compact"):
+        model = make_model(**fields, storage=storage)
+        train(model, SGD(trainable(model), 0.1), make_batches(1))
+        masks.append(dps_adapter(model).masks())
+    assert masks[0].keys() == masks[1].keys()
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+def test_scores_see_the_weight_as_trained():
+    seen = []
+
+    @register_score("seen", evidence="none")
+    def see(context):
+        seen.append((context.weight - context.base_weight).abs().sum().item())
+        return (context.weight - context.base_weight).abs()
+
+    try:
+        model = make_model(
+            score="seen", schedule="every", score_steps=1, stage_steps=2, target_modules=["linear"], density=0.5
+        )
+        train(model, SGD(trainable(model), 0.1), make_batches(6))
+    finally:
+        SCORES.unregister("seen")
+    assert seen[0] == 0.0
+    assert all(moved > 0 for moved in seen[1:])
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("fields", [{"score": "magnitude"}, {"score": "random", "granularity": "tile"}])
+def test_an_adapter_holds_no_more_units_than_it_may_whatever_the_score(fields):
+    model = make_model(schedule="every", score_steps=1, stage_steps=2, max_density=0.4, **fields)
+    train(model, AdamW(trainable(model), 5e-2), make_batches(16))
+    for delta in deltas_of(model).values():
+        assert 0 < len(delta.held) <= math.ceil(0.4 * delta.units.count)
 
 
 def test_an_unselected_block_has_neither_gradient_nor_state_and_none_below_is_computed():

@@ -40,7 +40,7 @@ __all__ = [
 Evidence = Callable[[str, int], torch.Tensor]  # the name of a weight and its number of units -> theirs, `[units]`
 
 # Where a weight keeps what, by the objects of its phase and their fields; anything else counts as a snapshot.
-_KINDS = {"gathered": "scores", "noise.count": "scores", "noise.columns": "masks", "frozen.mask": "masks"}
+_KINDS = {"gathered": "scores", "noise.count": "scores", "noise.drawn": "masks", "frozen.mask": "masks"}
 
 
 def target_weights(model: nn.Module) -> list[TargetWeight]:

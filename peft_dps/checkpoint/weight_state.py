@@ -63,6 +63,7 @@ def read_weight(weight: TargetWeight, saved: SavedState, clock: Clock) -> SavedW
     if saved.flag("masked") is not masked:
         raise saved.damaged(f"`masked` is {not masked} at step {clock.step}")
     if masked:
-        frozen = load_frozen(recipe.frozen, saved, values, with_snapshot=recipe.noise.substitutes)
+        share = (selected or 0) / weight.entries
+        frozen = load_frozen(recipe.frozen, saved, values, share, with_snapshot=recipe.noise.amplifies)
     saved.finish()
     return SavedWeight(weight, gathered, noise, frozen, observed, selected, clock.entered or 0)

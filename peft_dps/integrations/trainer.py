@@ -185,7 +185,7 @@ def _check_reference(controllers: Iterable[Controller]) -> None:
 def _check_that_it_fits(controller: Controller, state: TrainerState) -> None:
     schedule, adapter = controller.clock.resolved, controller.adapter
     length = schedule.at(1).length
-    if not any(schedule.at(step).phase.masked for step in range(1, state.max_steps + 1)):
+    if schedule.selects and not any(schedule.at(step).phase.masked for step in range(1, state.max_steps + 1)):
         raise ConfigError(
             f"Adapter {adapter!r}: the first stage takes {length} steps (`total_steps={controller.planned_steps}`), "
             f"and the Trainer has only {state.max_steps} to make, so no subnetwork will be selected. Use a smaller "

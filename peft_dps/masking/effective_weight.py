@@ -1,4 +1,4 @@
-"""Effective weights of DPS Mix: what a training forward multiplies with in place of the weight itself.
+"""Effective weights of methods with noise: what a training forward multiplies with in place of the weight itself.
 
 They are computed anew in the backward pass, so that no second copy of a weight lives from forward to backward.
 """
@@ -178,8 +178,8 @@ class _NoFurther(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         raise EngineError(
-            "DPS Mix has no second derivative, which a gradient penalty (`create_graph=True`) asks for. Use "
-            "`variant='dense'`."
+            "A method with noise (DPS Mix, Mixout) has no second derivative, which a gradient penalty "
+            "(`create_graph=True`) asks for. Use one without, such as `variant='dense'`."
         )
 
 
@@ -187,8 +187,8 @@ def refuse_transforms() -> None:
     """Refuse to compute an effective weight under `torch.func`."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise EngineError(
-            "DPS Mix cannot train under `torch.func` (grad, vmap, jvp, ...), which sees no effective weights. Use "
-            "`loss.backward()`, or `variant='dense'`."
+            "A method with noise (DPS Mix, Mixout) cannot train under `torch.func` (grad, vmap, jvp, ...), which sees "
+            "no effective weights. Use `loss.backward()`, or `variant='dense'`."
         )
 
 

@@ -29,6 +29,7 @@ class FrozenWeight:
         mask: Which of its entries are updated.
         snapshot: The weight when the mask began to hold, where noise computes with it; it may be kept.
         memory: Memory of the weight's shape and dtype that may be kept, or None.
+        share: Fraction of the entries of the whole weight that the mask updates.
 
     Attributes:
         moved_before: Whether something else moved frozen entries, from outside or before a resume.
@@ -38,9 +39,15 @@ class FrozenWeight:
     holds_bits = False
 
     def __init__(
-        self, weight: torch.Tensor, mask: Mask, snapshot: torch.Tensor | None, memory: torch.Tensor | None
+        self,
+        weight: torch.Tensor,
+        mask: Mask,
+        snapshot: torch.Tensor | None,
+        memory: torch.Tensor | None,
+        share: float = 1.0,
     ) -> None:
         self.mask = mask
+        self.share = share
         self.snapshot = snapshot
         self.dtype = weight.dtype
         self.moved_before = False
@@ -107,9 +114,23 @@ class FrozenWeight:
 
 
 # What makes a `FrozenWeight`, of the same arguments: a subclass of it, or a function that chooses one.
-FrozenPolicy = Callable[[torch.Tensor, Mask, torch.Tensor | None, torch.Tensor | None], FrozenWeight]
+FrozenPolicy = Callable[[torch.Tensor, Mask, torch.Tensor | None, torch.Tensor | None, float], FrozenWeight]
 FROZEN: Registry[FrozenPolicy] = Registry("frozen")
 FROZEN.register("gradient")(FrozenWeight)
+
+
+@FROZEN.register("scaled_gradient")
+class ScaledGradient(FrozenWeight):
+    """The policy "gradient", with a gradient that keeps its mean over random masks: G * M / share.
+
+    So does Child-Tuning_F (Xu et al., EMNLP 2021, arXiv:2109.05687), whose masks are drawn anew in each step.
+    """
+
+    def mask_gradient_(self, gradient: torch.Tensor) -> None:
+        """Zero the gradient of frozen entries, and divide that of the others by the share of these."""
+        super().mask_gradient_(gradient)
+        if self.share > 0:  # else all of it is zero
+            gradient.div_(self.share)
 
 
 class HeldBits(FrozenWeight):
@@ -181,26 +202,28 @@ class HeldBySnapshot(FrozenWeight):
 
 @FROZEN.register("exact")
 def exact(
-    weight: torch.Tensor, mask: Mask, snapshot: torch.Tensor | None, memory: torch.Tensor | None
+    weight: torch.Tensor, mask: Mask, snapshot: torch.Tensor | None, memory: torch.Tensor | None, share: float
 ) -> FrozenWeight:
     """Keep the bits of frozen entries, whatever the optimizer does."""
-    return (HeldBits if snapshot is None else HeldBySnapshot)(weight, mask, snapshot, memory)
+    return (HeldBits if snapshot is None else HeldBySnapshot)(weight, mask, snapshot, memory, share)
 
 
 @FROZEN.register("exact_in_step")
 def exact_in_step(
-    weight: torch.Tensor, mask: Mask, snapshot: torch.Tensor | None, memory: torch.Tensor | None
+    weight: torch.Tensor, mask: Mask, snapshot: torch.Tensor | None, memory: torch.Tensor | None, share: float
 ) -> FrozenWeight:
     """Keep the bits of frozen entries, with a copy of them only while the optimizer steps."""
-    return (HeldBitsInStep if snapshot is None else HeldBySnapshot)(weight, mask, snapshot, memory)
+    return (HeldBitsInStep if snapshot is None else HeldBySnapshot)(weight, mask, snapshot, memory, share)
 
 
-def load_frozen(policy: FrozenPolicy, saved: SavedState, weight: torch.Tensor, *, with_snapshot: bool) -> FrozenWeight:
+def load_frozen(
+    policy: FrozenPolicy, saved: SavedState, weight: torch.Tensor, share: float, *, with_snapshot: bool
+) -> FrozenWeight:
     """Freeze a weight as it was when a state was saved."""
     state = saved.tensor("mask", Mask.state_shape(weight.shape), torch.uint8).to(weight.device, copy=True)
     snapshot = None
     if with_snapshot:
         snapshot = saved.tensor("snapshot", weight.shape, weight.dtype).to(weight.device, copy=True)
-    frozen = policy(weight, Mask.load(state, weight.shape), snapshot, None)
+    frozen = policy(weight, Mask.load(state, weight.shape), snapshot, None, share)
     frozen.moved_before = saved.flag("moved")
     return frozen

@@ -1,23 +1,22 @@
-"""Noise in the forward passes of training: none, or the columns of DPS Mix that swap back to the pretrained weight."""
+"""Noise in the forward passes of training: columns or entries that swap back to the pretrained weight, or none."""
 
 from __future__ import annotations
 
 import functools
-import random
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from peft_dps.masking.effective_weight import AmplifiedWeight, EffectiveWeight, NoisyWeight, ShardedAmplifiedWeight
 from peft_dps.masking.frozen_policy import FrozenWeight
-from peft_dps.tensors.layout import Layout
+from peft_dps.masking.mixed_weight import EntryBits, MixedColumns, MixedEntries
+from peft_dps.masking.random_bits import counter, takes_part, word
+from peft_dps.tensors.layout import Layout, Units
 from peft_dps.tensors.registry import Registry
 from peft_dps.tensors.saved_state import SavedState, State
 from peft_dps.tensors.shards import Sharding
 
-_RESOLUTION_BITS = 53
-_WORD = 1 << 64
 _MOST_STEPS = 1 << 24  # up to which fp32 counts
 DECAY_FROM_STEPS = 50  # shorter stages do not count participation finely enough for the decay, in the released code
 
@@ -60,6 +59,8 @@ class Noise:
 
     Attributes:
         substitutes: Whether training forwards compute with something else than the weight.
+        amplifies: Whether what they compute with while a mask holds is made from the weight as it was when the mask
+            began to hold, in place of noise.
 
     Args:
         density: Density of the subnetwork.
@@ -68,6 +69,7 @@ class Noise:
     """
 
     substitutes: ClassVar[bool] = False
+    amplifies: ClassVar[bool] = False
 
     def __init__(self, density: float = 1.0, seed: int = 0, decay: bool | None = None) -> None:
         self.density = density
@@ -78,25 +80,29 @@ class Noise:
         """Return what is kept of one weight while evidence is gathered."""
         return WeightNoise()
 
-    def draw(self, step: int, columns: Sequence[int], device: torch.device) -> tuple[torch.Tensor | None, ...]:
+    def units(self, layout: Layout) -> Units | None:
+        """Return what takes part, or does not, as a whole; None where nothing tells which entries that are."""
+        return layout.entries
+
+    def draw(self, step: int, counts: Sequence[int], device: torch.device) -> tuple[Any, ...]:
         """Draw the noise of a step.
 
         Args:
             step: Number of the step.
-            columns: Number of columns of each weight.
+            counts: Number of units of each weight.
             device: Where to make it.
 
         Returns:
-            Per weight, a bool row `[columns]`, True where the column takes part; None for no noise.
+            Per weight, a bool tensor `[units]`, True where one takes part, or what makes it; None for no noise.
         """
-        return (None,) * len(columns)
+        return (None,) * len(counts)
 
     def noisy(self, weight: NoisedWeight) -> EffectiveWeight | None:
-        """Return what a training forward computes with while evidence is gathered; None for the weight itself."""
+        """Return what a training forward computes with in a step that noise was drawn for; None for the weight."""
         return None
 
     def amplified(self, weight: NoisedWeight) -> EffectiveWeight | None:
-        """Return what a training forward computes with while a mask holds; None for the weight itself."""
+        """Return what a training forward computes with while a mask holds, if it `amplifies`; None for the weight."""
         return None
 
     def load(self, saved: SavedState, layout: Layout, device: torch.device) -> WeightNoise:
@@ -105,13 +111,13 @@ class Noise:
 
 
 class WeightNoise:
-    """What is kept of one weight while evidence is gathered without noise: nothing.
+    """What is kept of one weight besides: nothing.
 
     Attributes:
-        columns: Which columns take part in the coming step, `[columns]`; None for all.
+        drawn: Which units take part in the coming step, as `Noise.draw` returns it; None for all.
     """
 
-    columns: torch.Tensor | None = None
+    drawn: Any = None
 
     def count_step(self, columns: int, device: torch.device, *, noisy: bool) -> None:
         """Count the columns that took part in a step."""
@@ -149,26 +155,29 @@ class ColumnNoise(Noise):
     """  # noqa: D415  # the formulas belong to the sentence
 
     substitutes = True
+    amplifies = True
+    mixes: ClassVar[type[NoisyWeight]] = NoisyWeight
 
     def begin(self) -> WeightNoise:
         """Return what counts how often each column takes part."""
         return Participation(self.decay)
 
-    def draw(self, step: int, columns: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
+    def units(self, layout: Layout) -> Units | None:
+        """Return the columns."""
+        return layout.columns
+
+    def draw(self, step: int, counts: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
         """Draw the columns of a step; see `Noise.draw`."""
-        words = _counters(self.seed, tuple(columns), device) ^ _word(f"{self.seed}/step {step}")
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0x9E3779B97F4A7C15)):
-            words = (words ^ _shift_right(words, shift)) * _signed(factor)
-        uniform = _shift_right(words, 64 - _RESOLUTION_BITS)
-        rows: tuple[torch.Tensor, ...] = (uniform < int(self.density * (1 << _RESOLUTION_BITS))).split(list(columns))
+        words = _counters(self.seed, tuple(counts), device) ^ word(f"{self.seed}/step {step}")
+        rows: tuple[torch.Tensor, ...] = takes_part(words, self.density).split(list(counts))
         return rows
 
     def noisy(self, weight: NoisedWeight) -> EffectiveWeight | None:
         """Return W0 + b * (W - W0) / density."""
-        drawn, units = weight.noise.columns, weight.layout.columns
+        drawn, units = weight.noise.drawn, weight.layout.columns
         if drawn is None or units is None:
             return None
-        return NoisyWeight(weight.whole_base(), units.spread(drawn.to(weight.whole_dtype())), self.density)
+        return self.mixes(weight.whole_base(), units.spread(drawn.to(weight.whole_dtype())), self.density)
 
     def amplified(self, weight: NoisedWeight) -> EffectiveWeight | None:
         """Return T + M * (W - T) / density."""
@@ -192,6 +201,43 @@ class ColumnNoise(Noise):
         return noise
 
 
+@NOISES.register("mixout")
+class Mixout(ColumnNoise):
+    """Mixout (Lee et al., ICLR 2020, arXiv:1909.11299): W_eff = W0 + b * (W - W0) / density, in every step.
+
+    b is 1 with probability `density`, drawn once for each input column, so that a neuron's outgoing weights swap back
+    together. The gradient is that of the formula, dL/dW = dL/dW_eff * b / density. Bits are those of `ColumnNoise`.
+    """
+
+    amplifies = False
+    mixes = MixedColumns
+
+    def begin(self) -> WeightNoise:
+        """Return nothing: evidence is not relaxed."""
+        return WeightNoise()
+
+    def load(self, saved: SavedState, layout: Layout, device: torch.device) -> WeightNoise:
+        """Return nothing, as `begin`."""
+        return WeightNoise()
+
+
+@NOISES.register("mixconnect")
+class Mixconnect(Noise):
+    """Mixconnect (arXiv:1909.11299): the formula of `Mixout`, with a b of its own for each entry."""
+
+    substitutes = True
+
+    def draw(self, step: int, counts: Sequence[int], device: torch.device) -> tuple[EntryBits, ...]:
+        """Return what makes the bits of a step, which are as many as the entries, piece by piece."""
+        words = (word(f"{self.seed}/weight {index}") for index in range(len(counts)))
+        return tuple(EntryBits(own, word(f"{self.seed}/step {step}"), self.density) for own in words)
+
+    def noisy(self, weight: NoisedWeight) -> EffectiveWeight | None:
+        """Return W0 + b * (W - W0) / density."""
+        drawn = weight.noise.drawn
+        return None if drawn is None else MixedEntries(weight.whole_base(), drawn, self.density)
+
+
 class Participation(WeightNoise):
     """How often each column of one weight took part in the steps of a phase.
 
@@ -203,7 +249,6 @@ class Participation(WeightNoise):
     """
 
     def __init__(self, decay: bool | None) -> None:
-        self.columns: torch.Tensor | None = None
         self.count: torch.Tensor | None = None
         self._decay = decay
 
@@ -212,7 +257,7 @@ class Participation(WeightNoise):
         if self.count is None:
             self.count = torch.zeros(columns, dtype=torch.float32, device=device)
         self.count = self.count.to(device)
-        self.count += self.columns.to(self.count) if noisy and self.columns is not None else 1.0
+        self.count += self.drawn.to(self.count) if noisy and self.drawn is not None else 1.0
 
     def relax_(self, evidence: torch.Tensor, weight: NoisedWeight, stage_steps: int) -> None:
         """Divide by max(F, 1), and multiply by exp(-F / stage_steps) with decay."""
@@ -232,24 +277,10 @@ class Participation(WeightNoise):
 
 
 @functools.lru_cache(maxsize=8)
-def _counters(seed: int, columns: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Give every column of every weight a 64-bit word of its own."""
-    odd = _signed(0xD1342543DE82EF95)
+def _counters(seed: int, counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Give every unit of every weight a 64-bit word of its own."""
     own = [
-        torch.arange(count, dtype=torch.int64, device="cpu") * odd + _word(f"{seed}/weight {index}")
-        for index, count in enumerate(columns)
+        counter(torch.arange(count, dtype=torch.int64, device="cpu"), word(f"{seed}/weight {index}"))
+        for index, count in enumerate(counts)
     ]
     return torch.cat(own).to(device)
-
-
-def _word(text: str) -> int:
-    return _signed(random.Random(f"peft_dps/noise/{text}").getrandbits(64))
-
-
-def _signed(word: int) -> int:
-    return word - _WORD if word >= _WORD >> 1 else word
-
-
-def _shift_right(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Shift without the sign, which torch's shift of int64 would copy."""
-    return (words >> bits) & ((1 << (64 - bits)) - 1)

@@ -12,10 +12,15 @@ from peft_dps.tensors.registry import Registry
 
 
 class Stage(str, enum.Enum):
-    """The two stages of DPS: Stage I and Stage II of Zhang et al. (NeurIPS 2022, arXiv:2211.01642), section 3."""
+    """What the status calls a phase.
+
+    The first two are Stage I and Stage II of DPS (Zhang et al., NeurIPS 2022, arXiv:2211.01642, section 3); in `FULL`
+    everything is trained, and nothing is to be selected.
+    """
 
     ACCUMULATE = "accumulate"
     SUBNETWORK = "subnetwork"
+    FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -26,15 +31,19 @@ class Phase:
         stage: What the status calls it.
         gathers: Whether evidence is gathered from the gradients.
         masked: Whether a mask holds, which is selected when the phase begins.
+        rewinds: Whether the weights become the pretrained ones again when the phase begins, after its selection.
     """
 
     stage: Stage
     gathers: bool
     masked: bool
+    rewinds: bool = False
 
 
 ACCUMULATE = Phase(Stage.ACCUMULATE, gathers=True, masked=False)
 SUBNETWORK = Phase(Stage.SUBNETWORK, gathers=False, masked=True)
+REWOUND = Phase(Stage.SUBNETWORK, gathers=False, masked=True, rewinds=True)
+FULL = Phase(Stage.FULL, gathers=False, masked=False)
 
 
 @dataclass(frozen=True)
@@ -65,10 +74,19 @@ class Schedule:
     """Tells the phase of each step. A subclass says `at`, and is a frozen dataclass if it has settings of its own.
 
     Attributes:
+        selects: Whether a subnetwork is selected at all.
         selects_again: Whether another subnetwork may be selected after the first.
+        rewinds: Whether there are phases that rewind; these begin with a training forward.
     """
 
+    selects: ClassVar[bool] = True
     selects_again: ClassVar[bool] = True
+    rewinds: ClassVar[bool] = False
+
+    @property
+    def gathers(self) -> bool:
+        """Whether evidence can be gathered before a subnetwork is selected."""
+        return True
 
     @property
     def begins_masked(self) -> bool:
@@ -139,6 +157,16 @@ def _once(settings: ScheduleSettings) -> Schedule:
 @SCHEDULES.register("every")
 def _every(settings: ScheduleSettings) -> Schedule:
     return Every(settings.stage_steps, settings.score_steps)
+
+
+@SCHEDULES.register("two-phase")
+def _two_phase(settings: ScheduleSettings) -> Schedule:
+    return TwoPhase(settings.stage_steps)
+
+
+@SCHEDULES.register("full")
+def _full(settings: ScheduleSettings) -> Schedule:
+    return Full()
 
 
 @dataclass(frozen=True)
@@ -251,6 +279,49 @@ class Once(Schedule):
         if _counted(step) <= self.score_steps:
             return Position(0, ACCUMULATE, step, self.score_steps)
         return Position(1, SUBNETWORK, step - self.score_steps, None)
+
+
+@dataclass(frozen=True)
+class TwoPhase(Schedule):
+    """Trains everything, selects, rewinds to the pretrained weights, and trains the subnetwork until training ends.
+
+    That is LT-SFT (Ansell et al., ACL 2022, arXiv:2110.07560).
+
+    Attributes:
+        stage_steps: Steps of the first phase; a float as in `Cycle`.
+    """
+
+    selects_again = False
+    rewinds = True
+    stage_steps: int | float
+
+    def __post_init__(self) -> None:
+        _require_number("stage_steps", self.stage_steps, 1)
+
+    def resolve(self, total_steps: int | None) -> TwoPhase:
+        """Return the schedule in steps; see `Schedule.resolve`."""
+        steps = _in_steps(self.stage_steps, total_steps)
+        _require_selection("stage_steps", steps, total_steps)
+        return TwoPhase(steps)
+
+    def at(self, step: int) -> Position:
+        """Return the position of an optimizer step; see `Schedule.at`."""
+        length = int(self.stage_steps)
+        if _counted(step) <= length:
+            return Position(0, ACCUMULATE, step, length)
+        return Position(1, REWOUND, step - length, None)
+
+
+@dataclass(frozen=True)
+class Full(Schedule):
+    """Trains everything from the first step to the last, for methods that select nothing."""
+
+    selects = False
+    selects_again = False
+
+    def at(self, step: int) -> Position:
+        """Return the position of an optimizer step; see `Schedule.at`."""
+        return Position(0, FULL, _counted(step), None)
 
 
 def _require_number(name: str, steps: Any, at_least: int) -> None:

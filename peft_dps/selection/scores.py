@@ -182,6 +182,13 @@ def in_turn(context: ScoreContext) -> torch.Tensor:
     return torch.full_like(context.weight, context.places - before, dtype=torch.float32)
 
 
+@register_score("movement", evidence="none")
+def movement(context: ScoreContext) -> torch.Tensor:
+    """Score by how far training has moved an entry: abs(W - W0), as LT-SFT (arXiv:2110.07560)."""
+    weight = _widened(context.weight)
+    return (weight - context.base_weight.to(weight)).abs()
+
+
 def check_scores(scores: Any, weight: torch.Tensor, *, score: str, name: str) -> None:
     """Check what a score returned, which may be anything if a user has registered it."""
     if not isinstance(scores, torch.Tensor) or not scores.is_floating_point():

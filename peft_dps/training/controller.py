@@ -9,9 +9,10 @@ from types import FrameType
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
-from peft_dps.errors import ConfigError, EngineError
+from peft_dps.errors import ConfigError, EngineError, StateError
 from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import Observe
 from peft_dps.masking.effective_weight import EffectiveWeight, refuse_transforms
@@ -25,6 +26,7 @@ from peft_dps.training.copied_weight import CopiedWeight
 from peft_dps.training.guards import EngineGuard, check_observed, refuse_capture
 from peft_dps.training.layer import TargetLayer
 from peft_dps.training.recipe import Recipe
+from peft_dps.training.rewinding import begin_anew
 from peft_dps.training.scoring import check_dtypes, check_gathered, gather
 from peft_dps.training.selecting import Selector
 from peft_dps.training.weight import TargetWeight
@@ -87,6 +89,8 @@ class Controller:
         self._prepared: Position | None = None  # position of the step that training forwards were prepared for
         self._prepared_for: int | None = None
         self._warned = False  # of steps without a training forward
+        self._rewound_after: int | None = None  # the step after which a forward has rewound the weights
+        self._rewound: list[nn.Parameter] = []  # those whose optimizer has to begin anew
         self._by_layer: dict[int, TargetWeight] = {}
         self._guard = EngineGuard()
 
@@ -120,9 +124,9 @@ class Controller:
         return self.recipe.storage
 
     @property
-    def substitutes(self) -> bool:
-        """Whether training forwards compute with something else than the weights."""
-        return self.recipe.noise.substitutes
+    def needs_forwards(self) -> bool:
+        """Whether every training forward has to be announced: it may use effective weights, or begin a phase."""
+        return self.recipe.noise.substitutes or self.recipe.schedule.rewinds
 
     def make_delta(self, layout: Layout, like: torch.Tensor) -> Delta:
         """Make what a compact adapter holds of a weight, in the dtype and on the device of `like`."""
@@ -155,10 +159,11 @@ class Controller:
             self._check_forwards(optimizer)
             self.clock.join(names)
         else:
+            self._check_rewound(weights)
             position = self._enter_coming_phase()
             if self._prepared_for != self.clock.step:  # no training forward of this step drew noise for it
                 for weight in self.weights:
-                    weight.noise.columns = None
+                    weight.noise.drawn = None
                 self._warn_of_no_forward(position)
             self.clock.begin_step(position, names)
         for weight in weights:
@@ -172,24 +177,57 @@ class Controller:
         """Take note of what calls the optimizer's step, whose frame this is."""
 
     def _check_forwards(self, optimizer: Optimizer) -> None:
-        """Refuse a second optimizer of a step after a forward that noise was drawn for, of the next one."""
-        if self.substitutes and self._prepared_for == self.clock.step:
+        """Refuse a second optimizer of a step after a forward with the noise, or the weights, of the next one."""
+        noisy = self.recipe.noise.substitutes and self._prepared_for == self.clock.step
+        if noisy or self._rewound_after == self.clock.step:
             raise EngineError(
                 f"Adapter {self.adapter!r}: {type(optimizer).__name__} is another optimizer of step "
-                f"{self.clock.step}, and there was a training forward since the first one. DPS Mix computes that with "
-                "the noise of the next step. Step all optimizers after the same forward and backward, or use "
-                "`variant='dense'`."
+                f"{self.clock.step}, and there was a training forward since the first one, which computes with the "
+                "noise, or the rewound weights, of the next step. Step all optimizers after the same forward and "
+                "backward, or use a method without (`variant='dense'`)."
+            )
+
+    def _check_rewound(self, weights: Sequence[TargetWeight]) -> None:
+        """Refuse the first step of a phase that rewinds if its gradient is that of other weights."""
+        coming = self.clock.coming()
+        if not coming.phase.rewinds or coming.step != 1:
+            return
+        seen = coming.number == self.clock.entered
+        unseen = next((each.name for each in weights if each.has_gradient and not each.layer.training), None)
+        if seen and unseen is None:
+            return
+        what = "there was no forward in training mode" if not seen else f"the layer {unseen!r} is in eval mode"
+        raise EngineError(
+            f"Adapter {self.adapter!r}: step {self.clock.step + 1} begins a phase with the pretrained weights, and "
+            f"{what} in which they could be rewound, so that its gradient is that of other weights. Call "
+            "`model.train()` before the forward; dropout can be switched off by `peft_dps.disable_dropout(model)`."
+        )
+
+    def begin_anew(self, optimizer: Optimizer) -> None:
+        """Let an optimizer that is about to make a step begin anew with parameters that were rewound."""
+        if self._rewound:
+            self._rewound = begin_anew(optimizer, self._rewound)
+
+    def check_whole(self) -> None:
+        """Refuse to save between a forward that has rewound the weights and the step of their optimizer."""
+        if self._rewound_after == self.clock.step:
+            raise StateError(
+                f"Adapter {self.adapter!r}: a forward has rewound the weights, and the optimizer's state of them is "
+                "still that of the phase before. Save the training state after `optimizer.step()`."
             )
 
     def _warn_of_no_forward(self, position: Position) -> None:
-        if self.substitutes and not self._warned and not position.phase.masked:
+        if self.recipe.noise.substitutes and not self._warned and self._draws(position):
             self._warned = True
             logger.warning(
-                "Adapter %r: DPS Mix makes a step without any forward in training mode, so there is no noise in it, "
-                "and it is a step of DPS Dense. Call `model.train()`; dropout can be switched off by "
-                "`peft_dps.disable_dropout(model)`.",
+                "Adapter %r: this is a step without any forward in training mode, so there is no noise in it. Call "
+                "`model.train()`; dropout can be switched off by `peft_dps.disable_dropout(model)`.",
                 self.adapter,
             )
+
+    def _draws(self, position: Position) -> bool:
+        """Tell whether noise is drawn for a step."""
+        return not (position.phase.masked and self.recipe.noise.amplifies)
 
     def take_gradients(
         self, weights: Sequence[TargetWeight], optimizer: Optimizer, grad_scale: torch.Tensor | None
@@ -236,23 +274,26 @@ class Controller:
         """Prepare a training forward of a layer."""
         if torch.is_grad_enabled():
             self._guard.check_forward(self.adapter, layer, self.clock.calls)
-        if not self.substitutes or self.at_rest:
+        if not self.needs_forwards or self.at_rest:
             return None
-        refuse_transforms()
+        noise = self.recipe.noise
+        if noise.substitutes:
+            refuse_transforms()
         refuse_capture(self.adapter)
-        # A recomputation in the backward pass (gradient checkpointing) has to see what the forward saw.
-        if self._prepared_for != self.clock.step and not in_backward():
-            self._prepare_forwards()
         weight = self._find(layer)
         if not isinstance(weight, CopiedWeight):
             raise EngineError(
                 f"A copy of a layer of adapter {self.adapter!r} computes a training forward, as torch.nn.DataParallel "
-                "makes them; DPS Mix cannot follow it. Use DistributedDataParallel, with one process per device."
+                "makes them; noise and rewinding cannot follow it. Use DistributedDataParallel, with one process per "
+                "device."
             )
-        if self._prepared is None or not self._prepared.phase.masked:
-            return self.recipe.noise.noisy(weight)
+        # A recomputation in the backward pass (gradient checkpointing) has to see what the forward saw.
+        if self._prepared_for != self.clock.step and not in_backward():
+            self._prepare_forwards()
+        if self._prepared is None or self._draws(self._prepared):
+            return noise.noisy(weight)
         weight.follow()
-        return self.recipe.noise.amplified(weight)
+        return noise.amplified(weight)
 
     def _find(self, layer: TargetLayer) -> TargetWeight | None:
         if not self._by_layer:
@@ -260,22 +301,23 @@ class Controller:
         return self._by_layer.get(id(layer))
 
     def _prepare_forwards(self) -> None:
-        """Get ready for the forwards of the next step: select its subnetwork, or draw its noise.
+        """Get ready for the forwards of the next step: select its subnetwork, and draw its noise.
 
         What a mask holds is dropped at the optimizer step only, so that until then its status can be told.
         """
         coming = self.clock.coming()
         if coming.phase.masked:
             self._enter_coming_phase()
-        else:
+        if self.recipe.noise.substitutes and self._draws(coming):
             self._forget_dead()
-            columns = [_columns(weight) for weight in self.weights]
-            rows: dict[torch.device, tuple[torch.Tensor | None, ...]] = {}
+            units = [self.recipe.noise.units(weight.layout) for weight in self.weights]
+            counts = [0 if each is None else each.count for each in units]
+            drawn: dict[torch.device, tuple[Any, ...]] = {}
             for index, weight in enumerate(self.weights):
                 device = weight.parameter.device
-                if device not in rows:
-                    rows[device] = self.recipe.noise.draw(self.clock.step + 1, columns, device)
-                weight.noise.columns = rows[device][index]
+                if device not in drawn:
+                    drawn[device] = self.recipe.noise.draw(self.clock.step + 1, counts, device)
+                weight.noise.drawn = drawn[device][index]
         self._prepared, self._prepared_for = coming, self.clock.step
 
     # Phases.
@@ -294,6 +336,8 @@ class Controller:
     def _begin(self, position: Position) -> None:
         if position.phase.masked:
             self._select(position)
+        if position.phase.rewinds:
+            self._rewind()
         if position.phase.gathers:
             check_dtypes(self.weights, self.recipe)
             for weight in self.weights:
@@ -302,6 +346,13 @@ class Controller:
         if not position.phase.masked:
             for weight in self.weights:
                 weight.thaw()
+
+    def _rewind(self) -> None:
+        self._rewound = [parameter for weight in self.weights for parameter in weight.rewind()]
+        self._rewound_after = self.clock.step
+        for device in {weight.weight.device for weight in self.weights if weight.sharding is not None}:
+            if device.type != "cpu":  # FSDP2 collects blocks that are still to come on a stream of its own
+                torch.accelerator.synchronize(device)
 
     def _select(self, position: Position) -> None:
         clock, before = self.clock, self.clock.position
@@ -359,7 +410,7 @@ class Controller:
 
     def require_selection(self) -> None:
         """Refuse a training that has ended without a selection, if nothing is trained before one."""
-        if self.clock.step > 0 and not self.is_selected:
+        if self.clock.step > 0 and self.recipe.schedule.selects and not self.is_selected:
             logger.warning("Adapter %r: training ended before a subnetwork was selected.", self.adapter)
 
     def see_saving(self) -> None:
@@ -390,11 +441,6 @@ class Controller:
             self.weights = self.existing
             self._by_layer = {}
             self._announce()
-
-
-def _columns(weight: TargetWeight) -> int:
-    columns = weight.layout.columns
-    return 0 if columns is None else columns.count
 
 
 def in_backward() -> bool:

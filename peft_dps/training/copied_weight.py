@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -13,6 +14,7 @@ from peft_dps.selection.scores import ScoreContext
 from peft_dps.tensors.layout import Units
 from peft_dps.tensors.saved_state import State
 from peft_dps.tensors.shards import local_part
+from peft_dps.training.rewinding import TrackedBias, rewind
 from peft_dps.training.weight import TargetWeight
 
 
@@ -51,15 +53,16 @@ class CopiedWeight(TargetWeight):
     def restart(self) -> None:
         """Forget everything, and begin a new training."""
         self._waiting: Mask | None = None  # selected, and not frozen with yet
+        self._bias = TrackedBias()
         super().restart()
 
     def begin_gathering(self) -> None:
         """Begin a phase that gathers evidence."""
         self.memory.give(self.gathered.memory())
         self.gathered = self.begin_evidence()
-        columns = self.noise.columns  # drawn for the coming step already
+        drawn = self.noise.drawn  # for the coming step already
         self.noise = self.recipe.noise.begin()
-        self.noise.columns = columns
+        self.noise.drawn = drawn
         self.observed = 0
 
     def thaw(self) -> None:
@@ -140,13 +143,32 @@ class CopiedWeight(TargetWeight):
             return
         if self.frozen is not None:
             self.memory.give(self._followed(self.frozen).memory())
-        if self.recipe.noise.substitutes:
+        if self.recipe.noise.amplifies:
             snapshot = self.take_memory(weight.dtype).copy_(weight)
         memory = self.memory.fitting(weight, weight.dtype)
-        self.frozen = self.recipe.frozen(weight, mask, snapshot, memory)
+        self.frozen = self.recipe.frozen(weight, mask, snapshot, memory, (self.selected or 0) / self.entries)
         self._waiting = None
         self.memory.drop()
         self.see_version()
+
+    def rewind(self) -> list[nn.Parameter]:
+        """Give the weight, and its bias, their pretrained values, and let the mask hold from there; return both."""
+        layer, rewound = self.layer, []
+        bias, pretrained = self._bias.find(layer, self.adapter), layer.pretrained()[1]
+        if self.parameter.requires_grad:
+            rewind(self.parameter, layer.trained(self.adapter), self.base_weight, self.name)
+            rewound.append(self.parameter)
+        if bias is not None and pretrained is not None and bias.requires_grad:
+            rewind(bias, layer.trained_bias(self.adapter), pretrained, self.name)
+            rewound.append(bias)
+        self.refreeze()
+        return rewound
+
+    def see_version(self) -> None:
+        """Take note of the weight's version, and of its bias while nothing has collected it."""
+        super().see_version()
+        if self.recipe.schedule.rewinds and self.exists():
+            self._bias.find(self.layer, self.adapter)
 
     def drop_evidence(self) -> None:
         """Forget what was gathered."""

@@ -106,11 +106,12 @@ def check_observed(weights: Iterable[TargetWeight]) -> None:
 
 
 def refuse_capture(adapter: str) -> None:
-    """Refuse to compute an effective weight in a CUDA graph, whose replays would all compute the same one."""
+    """Refuse a forward with noise, or one that may begin a phase, in a CUDA graph: all replays would be alike."""
     if _is_captured():
         raise EngineError(
             f"A training forward of adapter {adapter!r} is being captured in a CUDA graph. Its replays would repeat "
-            "the noise, or the stage, of this one step. Train DPS Mix without CUDA graphs, or use `variant='dense'`."
+            "the noise, or the stage, of this one step. Train DPS Mix, Mixout and LT-SFT without CUDA graphs, or use "
+            "`variant='dense'`."
         )
 
 

@@ -47,6 +47,7 @@ class _OpenStep:
         grad_scale, found_inf = (getattr(self.optimizer, name, None) for name in ("grad_scale", "found_inf"))
         if found_inf is not None and float(found_inf) > 0:
             return
+        _begin_anew(self.optimizer)
         for controller, weights in self.work:
             with_gradient = [weight for weight in weights if weight.has_gradient]
             if not with_gradient:
@@ -114,6 +115,7 @@ def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     if not work:
         if _open.steps:
             _close_abandoned(_stack())  # they keep their callers' tensors alive
+        _begin_anew(optimizer)  # it may have biases of target layers
         return None
     stack = _stack()
     outer = next((step for step in _open.steps if step.frames[0] in stack and step.covers(work)), None)
@@ -153,6 +155,11 @@ def after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, 
         else:
             _close(step)
             step.check_closure()
+
+
+def _begin_anew(optimizer: Optimizer) -> None:
+    for controller in list(Controller.alive):
+        controller.begin_anew(optimizer)
 
 
 def _close(step: _OpenStep) -> None:

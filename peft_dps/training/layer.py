@@ -38,6 +38,12 @@ class TargetLayer(Protocol):
     def trained(self, adapter: str) -> nn.Parameter | None:
         """Return an adapter's trained weight, or None."""
 
+    def trained_bias(self, adapter: str) -> nn.Parameter | None:
+        """Return the bias that an adapter trains, or None."""
+
+    def pretrained(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return W0, on the device of the trained weight, and the pretrained bias."""
+
     def delta(self, adapter: str) -> Delta | None:
         """Return what a compact adapter holds of the weight; None for an adapter that has a copy of it."""
 
@@ -51,8 +57,8 @@ class Training(Protocol):
     at_rest: bool
 
     @property
-    def substitutes(self) -> bool:
-        """Whether training forwards use effective weights."""
+    def needs_forwards(self) -> bool:
+        """Whether every training forward has to be announced: it may use effective weights, or begin a phase."""
 
     @property
     def storage(self) -> Storage:

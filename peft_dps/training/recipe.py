@@ -178,6 +178,11 @@ def _check_schedule(schedule: Schedule, settings: dict[str, Any], evidence: str)
             f"evidence is gathered, and `evidence` is {evidence!r}, which looks at gradients. Use a larger "
             "`score_steps`, or a score that needs none, such as `score='random'`."
         )
+    if STORAGES.find(settings["storage"]).compact and (schedule.rewinds or not schedule.selects):
+        raise ConfigError(
+            f"`storage='compact'` does not go with `schedule={name!r}`, which trains whole weights: it holds selected "
+            "units alone. Use `storage='copy'`."
+        )
 
 
 def _check_compact(settings: dict[str, Any], evidence: str) -> None:

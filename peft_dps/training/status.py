@@ -87,6 +87,8 @@ class DPSStatus:
         if self.stage is Stage.SUBNETWORK:
             moved = "moved" if self.frozen_moved else "unmoved"
             doing = f"selected {selected} of {self.entries} entries, frozen entries {moved}"
+        elif self.stage is Stage.FULL:
+            doing = f"training all of {self.entries} entries"
         else:
             doing = f"scoring {self.entries} entries, last selected {selected}"
         return (

@@ -281,6 +281,10 @@ class TargetWeight:
     def refreeze(self) -> None:
         """Let the frozen policy begin anew with the weight as it is, which may have changed since the selection."""
 
+    def rewind(self) -> list[nn.Parameter]:
+        """Give what is trained its pretrained values, and return those parameters."""
+        raise NotImplementedError
+
     def drop_evidence(self) -> None:
         """Forget what was gathered."""
         self.gathered = self.begin_evidence()

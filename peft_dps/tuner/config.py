@@ -58,9 +58,12 @@ class DPSConfig(PeftConfig):
             adapter may hold values, over all selections: units that are selected no more keep what they learned.
         schedule (`str`, defaults to `"cycle"`): Which phases follow each other: `"cycle"`, the two stages in turns;
             `"once"`, ACCUMULATE for `score_steps` steps and SUBNETWORK from then on; `"every"`, the same anew every
-            `stage_steps` steps; or a registered name.
+            `stage_steps` steps; `"two-phase"`, ACCUMULATE for `stage_steps` steps, and SUBNETWORK from then on, which
+            begins with the pretrained weights and a new optimizer state; `"full"`, nothing is selected; or a
+            registered name.
         stage_steps (`int | float`, defaults to 0.05): Length of a stage of `"cycle"`, or steps from one selection of
-            `"every"` to the next: optimizer steps if an int, a fraction of all steps in (0, 1) if a float.
+            `"every"` to the next, or of the first phase of `"two-phase"`: optimizer steps if an int, a fraction of all
+            steps in (0, 1) if a float.
         score_steps (`int`, defaults to 8): Steps of ACCUMULATE with `"once"` and `"every"`; 0 for scores that need no
             evidence, and with `"once"` to score before training, from batches of yours (`model.score(batches)`).
         granularity (`str`, defaults to `"entry"`): What is selected as a whole: `"entry"`; `"row"`, all that makes
@@ -75,15 +78,18 @@ class DPSConfig(PeftConfig):
         frozen (`str`, defaults to `"exact"`): What frozen means in SUBNETWORK. With `"exact"` frozen entries keep
             their bits whatever the optimizer does; `"exact_in_step"` does so with a copy of them only while the
             optimizer steps; with `"gradient"` only their gradient is zeroed, and momentum and weight decay still move
-            them, as in the code released with the paper; or a registered name.
+            them, as in the code released with the paper; `"scaled_gradient"` does so, and divides the gradient of the
+            others by their share; or a registered name.
         score (`str`, defaults to `"squared_gradient"`): How entries are ranked: `"squared_gradient"`,
             `"absolute_gradient"`, `"random"` (the baseline), `"magnitude"` of the pretrained weight,
-            `"low_rank_residual"` (what a matrix of rank 16 leaves of it), `"in_turn"` (weights or blocks in ascending
-            order), or a name given to `peft_dps.register_score`.
+            `"low_rank_residual"` (what a matrix of rank 16 leaves of it), `"movement"` (abs(W - W0)),
+            `"in_turn"` (weights or blocks in ascending order), or a name given to `peft_dps.register_score`.
         evidence (`str`, *optional*): What is gathered for the score: `"squared_gradient"`, `"absolute_gradient"`,
             `"second_moment"` (of the optimizer), `"none"`, or a registered name. By default what the score is made of.
         noise (`str`, *optional*): What training forwards compute with in place of the weight: `"none"`, `"columns"`
-            (of DPS Mix), or a registered name. By default what `variant` says.
+            (of DPS Mix), `"mixout"` (columns that swap back to W0, in every step), `"mixconnect"` (the same with
+            entries), or a registered name; what takes part does so with probability `density`. By default what
+            `variant` says.
         score_dtype (`"float32" | "bfloat16"`, defaults to `"float32"`): What evidence is added up in.
             `"bfloat16"` halves the memory of the scores; entries whose scores are within 0.4% of each other may change
             places, and once a sum is more than 256 times what a step adds to it, it stands still. `"float32"` means
@@ -140,7 +146,7 @@ class DPSConfig(PeftConfig):
     )
     schedule: str = field(
         default="cycle",
-        metadata={"help": "Which phases follow each other: 'cycle', 'once', 'every', or a registered name."},
+        metadata={"help": "Which phases follow each other: 'cycle', 'once', 'every', 'two-phase', 'full', ..."},
     )
     stage_steps: int | float = field(
         default=0.05, metadata={"help": "Steps of a stage if int, a fraction in (0, 1) of all steps if float."}

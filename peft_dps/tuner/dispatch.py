@@ -148,7 +148,7 @@ def check_layout(layer: DPSLayer, recipe: Recipe, key: str) -> None:
     layout = layer.layout
     units = recipe.granularity.units(layout)
     without_units = units is None
-    if without_units or (recipe.noise.substitutes and layout.columns is None):
+    if without_units or (recipe.noise.substitutes and recipe.noise.units(layout) is None):
         field = "granularity='entry'" if without_units else "variant='dense'"
         raise TargetError(
             f"The parameter {key!r} has the shape {layout.shape}, and nothing tells which axis holds inputs, so that "

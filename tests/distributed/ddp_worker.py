@@ -16,10 +16,19 @@ from peft_dps import DPSConfig, dps_adapter
 from peft_dps.errors import EngineError
 
 
-def make_model(variant: str) -> nn.Module:
+FIELDS: dict[str, dict[str, object]] = {
+    "dense": {},
+    "mix": {"variant": "mix"},
+    "lt_sft": {"schedule": "two-phase", "score": "movement", "scope": "model"},
+    "mixconnect": {"noise": "mixconnect", "schedule": "once", "score_steps": 3},
+}
+
+
+def make_model(method: str) -> nn.Module:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 3))
-    return get_peft_model(net, DPSConfig(target_modules=["0", "2"], variant=variant, density=0.4, stage_steps=3))
+    config = DPSConfig(**{"target_modules": ["0", "2"], "density": 0.4, "stage_steps": 3, **FIELDS[method]})
+    return get_peft_model(net, config)
 
 
 def state_of(model: nn.Module) -> list[torch.Tensor]:
@@ -42,15 +51,15 @@ def a_difference_is_named(model: nn.Module, rank: int) -> None:
         raise AssertionError("a difference went unnoticed")
 
 
-def main(variant: str) -> None:
+def main(method: str) -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rank)  # ranks differ in everything random, but not in their masks
-    model = make_model(variant)
+    model = make_model(method)
     torch.manual_seed(100 + rank)
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    alone = make_model(variant)
+    alone = make_model(method)
     optimizer_alone = torch.optim.AdamW([p for p in alone.parameters() if p.requires_grad], lr=1e-2)
     generator = torch.Generator().manual_seed(7)
     for _ in range(5):

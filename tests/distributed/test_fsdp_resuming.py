@@ -18,6 +18,7 @@ from tests.resuming import assert_same
 pytestmark = pytest.mark.slow
 WORKER = "fsdp_resume_worker.py"
 MIX = {"variant": "mix"}
+LT_SFT = {"schedule": "two-phase", "score": "movement", "scope": "model"}
 # Stages are 3 steps long.
 PLANS = [
     {"fields": {}, "stop": 2},
@@ -29,6 +30,8 @@ PLANS = [
     {"fields": {**MIX, "offload_base": True}, "stop": 4},
     {"fields": {"lean": True}, "stop": 7},
     {"fields": {**MIX, "lean": True}, "stop": 5},
+    {"fields": LT_SFT, "stop": 3},  # the next forward rewinds
+    {"fields": LT_SFT, "stop": 5},
 ]
 REPLICAS = [
     {"fields": {"scope": "model"}, "stop": 2, "mesh": [2, 2]},

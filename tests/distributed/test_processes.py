@@ -13,13 +13,14 @@ from tests.resuming import Training, assert_same
 MIX = {"variant": "mix"}
 OFFLOADED = {"offload_base": True}
 LEAN = {"lean": True}
+LT_SFT = {"schedule": "two-phase", "score": "movement", "scope": "model"}
 
 
 @pytest.mark.supports("Training", "DDP: as one process")
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["dense", "mix"])
-def test_ddp_ranks_agree_and_equal_one_process(variant):
-    torchrun("ddp_worker.py", variant)
+@pytest.mark.parametrize("method", ["dense", "mix", "lt_sft", "mixconnect"])
+def test_ddp_ranks_agree_and_equal_one_process(method):
+    torchrun("ddp_worker.py", method)
 
 
 @pytest.mark.slow
@@ -66,6 +67,31 @@ def test_ddp_resumes_bitwise(tmp_path):
                 {"fields": {**OFFLOADED, **MIX}, "sharding": {"on_host": True}, "micro": 2},
             ],
             id="2-offloaded",
+        ),
+        pytest.param(
+            2,
+            [
+                {"fields": LT_SFT, "micro": 2},
+                {"fields": LT_SFT, "sharding": {"reshard_after_forward": False}, "recompute": True, "clip": 0.1},
+                {"fields": LT_SFT, "blocks": []},
+                {"fields": {**LT_SFT, "scope": "tensor", "offload_base": True}},
+                {"fields": LT_SFT, "base_apart": True},
+                {
+                    "fields": {"frozen": "scaled_gradient", "schedule": "every", "score_steps": 0, "score": "random"},
+                    "micro": 2,
+                },
+                {"fields": {"noise": "mixout", "schedule": "once", "score_steps": 3}, "micro": 2},
+                {
+                    "fields": {
+                        "noise": "mixconnect",
+                        "schedule": "once",
+                        "score_steps": 3,
+                        "target_modules": ["words", "conv", "head"],
+                    },
+                    "blocks": ["words", "conv", "head"],
+                },
+            ],
+            id="2-other-recipes",
         ),
         pytest.param(
             3,

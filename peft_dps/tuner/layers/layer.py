@@ -142,6 +142,11 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             return delta.weight
         return self.dps_weight.get(adapter) if parameter is None else parameter
 
+    def trained_bias(self, adapter: str) -> nn.Parameter | None:
+        """Return the bias that an adapter trains, or None."""
+        bias: nn.Parameter | None = self.dps_bias.get(adapter)
+        return bias
+
     def delta(self, adapter: str) -> Delta | None:
         """Return what a compact adapter holds of the weight; None for an adapter that has a copy of it."""
         delta: Any = self._modules["dps_delta"]._modules.get(adapter)  # type: ignore[union-attr]
@@ -342,7 +347,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
                 if delta.observes and (self.training or controller.scores_batches):
                     made = _observer(controller, self)
             # Dense leaves a compiled graph whole; Mix breaks it here.
-            elif self.training and (controller.substitutes or not torch.compiler.is_compiling()):
+            elif self.training and (controller.needs_forwards or not torch.compiler.is_compiling()):
                 weight = self.trained(name)
                 made = _announce(controller, self) if weight is not None and weight.requires_grad else None
             if made is not None:

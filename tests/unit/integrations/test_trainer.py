@@ -76,6 +76,22 @@ def test_trainer_finds_the_number_of_steps_and_logs_the_stages(make_trainer):
     assert logs[3]["dps_selected"] == pytest.approx(0.25, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("fields", "stages"),
+    [
+        ({"schedule": "two-phase", "stage_steps": 0.25, "score": "movement"}, ["accumulate"] * 3 + ["subnetwork"] * 9),
+        ({"schedule": "full", "noise": "mixout"}, ["full"] * 12),
+        ({"schedule": "every", "stage_steps": 1, "score_steps": 0, "score": "random"}, ["subnetwork"] * 12),
+    ],
+)
+def test_the_trainer_runs_every_schedule(make_trainer, fields, stages):
+    trainer = make_trainer(fields, gradient_accumulation_steps=1)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["dps_stage"] for entry in logs] == stages
+    assert trainer.model.dps_status().engaged is (stages[-1] != "full")
+
+
 def test_what_is_reported_is_numbers(make_trainer):
     seen = []
 

@@ -9,7 +9,8 @@ import torch
 
 from peft_dps.errors import StateError
 from peft_dps.masking.effective_weight import NoisyWeight
-from peft_dps.masking.noise import NOISES, ColumnNoise, Noise, Participation
+from peft_dps.masking.mixed_weight import MixedColumns, MixedEntries
+from peft_dps.masking.noise import NOISES, ColumnNoise, Mixconnect, Mixout, Noise, Participation
 from peft_dps.tensors.layout import in_out, out_in
 from peft_dps.tensors.saved_state import SavedState
 
@@ -93,13 +94,85 @@ def test_the_mean_of_what_a_forward_computes_with_is_the_weight():
     assert ((total / draws - weight).abs() <= 4.5 * error).all()
 
 
+# --- Mixout and mixconnect ---
+
+
+def mixed(kind, weight, base, step=1):
+    """What a forward computes with, and b in the weight's shape."""
+    layout, noise = out_in(tuple(weight.shape)), kind(0.6, seed=2)
+    (drawn,) = noise.draw(step, [noise.units(layout).count], CPU)
+    held = SimpleNamespace(
+        noise=SimpleNamespace(drawn=drawn), layout=layout, whole_base=lambda: base, whole_dtype=lambda: weight
+    )
+    if kind is Mixout:
+        return noise.noisy(held), layout.columns.expand(drawn)
+    return noise.noisy(held), drawn.at(torch.arange(weight.numel())).view(weight.shape)
+
+
+@pytest.mark.parametrize("kind", [Mixout, Mixconnect])
+@pytest.mark.parametrize("shape", [(5, 8), (300, 700), (4, 3, 2)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_mixed_weights_and_their_gradients_are_the_formula(kind, shape, dtype):
+    weight, base = torch.randn(shape, dtype=dtype), torch.randn(shape).to(dtype)
+    effective, b = mixed(kind, weight, base)
+    expected = torch.where(b, torch.lerp(base, weight, 1 / 0.6), base)
+    tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-12
+    torch.testing.assert_close(effective.of(weight), expected, rtol=tolerance, atol=tolerance)
+    into = torch.empty(shape, dtype=dtype)
+    assert effective.of(weight, into) is into
+    assert torch.equal(into, effective.of(weight))
+    gradient = torch.randn(shape).to(dtype)
+    made = effective.gradient_(gradient.clone())
+    assert torch.equal(made, torch.where(b, gradient / 0.6, torch.zeros_like(gradient)))
+    assert effective.active_columns() is None
+
+
+@pytest.mark.parametrize("kind", [Mixout, Mixconnect])
+def test_rows_of_a_mixed_weight_are_those_of_the_whole(kind):
+    weight, base = torch.randn(20, 6), torch.randn(20, 6)
+    effective, _ = mixed(kind, weight, base)
+    rows = torch.tensor([[3, 3, 19], [0, 7, 3]])
+    assert torch.equal(effective.at(rows).of(weight[rows]), effective.of(weight)[rows])
+    assert torch.equal(effective.at(rows).gradient_(weight[rows]), effective.gradient_(weight.clone())[rows])
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("kind", [Mixout, Mixconnect])
+def test_a_gradient_of_what_takes_no_part_is_zero_whatever_it_was(kind, value):
+    weight = torch.randn(6, 5)
+    effective, b = mixed(kind, weight, weight)
+    assert torch.equal(effective.gradient_(torch.full((6, 5), value)).eq(0), ~b)
+    turned = torch.ones(5, 6).t()  # of another layout than row by row
+    assert torch.equal(effective.gradient_(turned), b / 0.6)
+
+
+def test_bits_of_entries_are_the_same_wherever_they_are_made_and_independent():
+    drawn = Mixconnect(0.7, seed=1).draw(3, [90_000, 90_000], CPU)
+    one, two = (each.at(torch.arange(90_000)).double() for each in drawn)
+    assert torch.equal(drawn[0].at(torch.arange(500, 700)).double(), one[500:700])
+    later = Mixconnect(0.7, seed=1).draw(4, [90_000], CPU)[0].at(torch.arange(90_000)).double()
+    other = Mixconnect(0.7, seed=2).draw(3, [90_000], CPU)[0].at(torch.arange(90_000)).double()
+    for bits in (one, two, later, other):
+        assert bits.mean().item() == pytest.approx(0.7, abs=5 * (0.21 / 90_000) ** 0.5)
+    pairs = torch.corrcoef(torch.stack([one, two, later, other, one.roll(1), one.roll(300)])).fill_diagonal_(0)
+    assert pairs.abs().max() < 5 * 90_000**-0.5
+
+
+def test_kinds_of_noise_are_found_by_name():
+    assert (NOISES.find("mixout"), NOISES.find("mixconnect")) == (Mixout, Mixconnect)
+    assert isinstance(mixed(Mixout, torch.ones(2, 3), torch.ones(2, 3))[0], MixedColumns)
+    assert isinstance(mixed(Mixconnect, torch.ones(2, 3), torch.ones(2, 3))[0], MixedEntries)
+    assert Mixout().units(out_in((2, 3))).count == 3
+    assert Mixconnect().units(out_in((2, 3))).count == 6
+
+
 # --- participation ---
 
 
 def test_participation_counts_the_columns_that_took_part_and_all_where_there_was_no_noise():
     noise = ColumnNoise(0.5).begin()
     noise.count_step(3, CPU, noisy=True)  # none were drawn
-    noise.columns = torch.tensor([True, False, False])
+    noise.drawn = torch.tensor([True, False, False])
     noise.count_step(3, CPU, noisy=True)
     noise.count_step(3, CPU, noisy=False)
     assert noise.count.tolist() == [3.0, 2.0, 2.0]

@@ -9,13 +9,18 @@ from hypothesis import strategies as st
 from peft_dps.errors import ConfigError, ScheduleError
 from peft_dps.selection.schedule import (
     ACCUMULATE,
+    FULL,
+    REWOUND,
     SCHEDULES,
     SUBNETWORK,
     Cycle,
+    Every,
+    Full,
     Once,
     Position,
     ScheduleSettings,
     Stage,
+    TwoPhase,
 )
 
 lengths = st.integers(1, 10_000)
@@ -58,7 +63,7 @@ def test_stages_of_one_step_alternate():
 
 
 def test_stages_are_their_names():
-    assert [stage.value for stage in Stage] == ["accumulate", "subnetwork"]
+    assert [stage.value for stage in Stage] == ["accumulate", "subnetwork", "full"]
 
 
 def test_evidence_is_gathered_in_one_phase_and_a_mask_holds_in_the_other():
@@ -162,13 +167,63 @@ def test_scoring_that_fills_the_training_is_refused():
         Once(10).resolve(10)
 
 
-@pytest.mark.parametrize("schedule", [Cycle(3), Once(4)])
+@given(lengths, steps)
+def test_selecting_every_few_steps_without_scoring_begins_with_a_mask(length, step):
+    position = Every(length, 0).at(step)
+    assert position.phase == SUBNETWORK
+    assert (position.number - 1) // 2 * length + position.step == step
+    assert 1 <= position.step <= position.length == length
+    assert position.is_last is (step % length == 0)
+
+
+def test_selecting_every_few_steps_needs_steps_to_select_for():
+    assert not Every(1, 0).gathers
+    assert Every(2, 1).gathers
+    with pytest.raises(ConfigError, match="`stage_steps` as a number of steps must be at least 2, got 1"):
+        Every(1, 1)
+    with pytest.raises(ConfigError, match="`stage_steps` as a number of steps must be at least 1, got 0"):
+        Every(0, 0)
+    with pytest.raises(ConfigError, match="`score_steps` must be an integer of at least 0, got -1"):
+        Every(5, -1)
+
+
+@given(lengths, steps)
+def test_two_phases_follow_each_other_and_the_second_rewinds(length, step):
+    position = TwoPhase(length).at(step)
+    if step <= length:
+        assert position == Position(0, ACCUMULATE, step, length)
+    else:
+        assert position == Position(1, REWOUND, step - length, None)
+    assert position.phase.rewinds is (step > length)
+
+
+def test_the_first_of_two_phases_is_a_number_or_a_fraction_of_steps():
+    assert TwoPhase(0.25).resolve(8) == TwoPhase(2)
+    assert TwoPhase(3).resolve(None) == TwoPhase(3)
+    with pytest.raises(ScheduleError, match=r"`stage_steps=0.25` is a fraction"):
+        TwoPhase(0.25).resolve(None)
+    with pytest.raises(ConfigError, match=r"`stage_steps` is 8 of only 8 training steps"):
+        TwoPhase(8).resolve(8)
+
+
+@given(steps)
+def test_a_full_training_is_one_phase(step):
+    assert Full().at(step) == Position(0, FULL, step, None)
+    assert (FULL.gathers, FULL.masked, FULL.rewinds) == (False, False, False)
+    assert not Full().selects
+
+
+@pytest.mark.parametrize("schedule", [Cycle(3), Once(4), TwoPhase(5)])
 def test_lengths_that_were_saved_come_back(schedule):
     other = type(schedule)(1)
     assert other.load(schedule.state()) == schedule
+    assert Full().load(Full().state()) == Full()
 
 
 def test_schedules_are_found_by_name():
     settings = ScheduleSettings(stage_steps=0.25, score_steps=6)
     assert SCHEDULES.find("cycle")(settings) == Cycle(0.25)
     assert SCHEDULES.find("once")(settings) == Once(6)
+    assert SCHEDULES.find("every")(settings) == Every(0.25, 6)
+    assert SCHEDULES.find("two-phase")(settings) == TwoPhase(0.25)
+    assert SCHEDULES.find("full")(settings) == Full()

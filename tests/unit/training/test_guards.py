@@ -79,3 +79,10 @@ def test_a_captured_forward_is_refused_for_mix_alone(make_model, batches, captur
     with pytest.raises(EngineError, match=r"'default' is being captured in a CUDA graph.*`variant='dense'`"):
         models[1](x)
     models[1].eval()(x)
+
+
+def test_a_captured_forward_is_refused_where_one_may_begin_a_phase(make_model, batches, captured):
+    model = make_model(schedule="two-phase", score="movement")
+    captured()
+    with pytest.raises(EngineError, match=r"'default' is being captured in a CUDA graph"):
+        model(batches(1)[0][0])

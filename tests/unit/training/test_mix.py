@@ -357,7 +357,7 @@ def test_conv1d_draws_noise_over_its_inputs(batches):
     layer = model.base_model.model.layer
     optimizer = SGD(trainable(model), lr=0.1)
     model(batches(1)[0][0]).square().mean().backward()
-    row = layer.dps_controllers["default"].weights[0].noise.columns
+    row = layer.dps_controllers["default"].weights[0].noise.drawn
     assert row.shape == (12,)
     assert (layer.dps_weight["default"].grad[~row] == 0).all()
     optimizer.step()
@@ -475,7 +475,7 @@ def test_a_forward_after_a_stage_leaves_its_status_true(make_model, batches):
     train(model, SGD(trainable(model), lr=0.1), batches(4))
     x, _ = batches(1)[0]
     model(x)  # of the next ACCUMULATE stage already: noisy
-    assert controller_of(model).weights[0].noise.columns is not None
+    assert controller_of(model).weights[0].noise.drawn is not None
     assert model.dps_status().stage is Stage.SUBNETWORK
     assert not model.dps_status().frozen_moved
     weight = controller_of(model).weights[0]

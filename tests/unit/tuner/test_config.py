@@ -60,8 +60,8 @@ REFUSED = [
     ("scope", "layer", "`scope` must be one of 'tensor', 'category', 'model', got 'layer'"),
     ("scope", ["tensor"], "`scope` must be one of 'tensor', 'category', 'model', got ['tensor']"),
     ("budget", "flop", "`budget` must be one of 'entries', 'units', 'flops', got 'flop'"),
-    ("frozen", True, "`frozen` must be one of 'gradient', 'exact', 'exact_in_step', got True"),
-    ("frozen", "none", "`frozen` must be one of 'gradient', 'exact', 'exact_in_step', got 'none'"),
+    ("frozen", True, "`frozen` must be one of 'gradient', 'scaled_gradient', 'exact', 'exact_in_step', got True"),
+    ("frozen", "none", "`frozen` must be one of 'gradient', 'scaled_gradient', 'exact', 'exact_in_step', got 'none'"),
     ("score", "fisher", f"`score` must be one of {', '.join(map(repr, SCORES))}, got 'fisher'"),
     *(("score_dtype", bad, f"`score_dtype` must be one of 'float32', 'bfloat16', got {bad!r}")
       for bad in ("float16", None, torch.bfloat16)),

@@ -1,0 +1,32 @@
+"""Child-Tuning (Xu et al., EMNLP 2021, arXiv:2109.05687)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft_dps.tuner.config import DPSConfig
+
+
+def child_tuning_f(**fields: Any) -> DPSConfig:
+    """Child-Tuning_F: in each step another random part of the entries gets a gradient, G * M / p_F.
+
+    It is a regularizer for full fine-tuning on little data, and needs no evidence. It saves no memory: it costs a
+    random number for each entry in each step, drawn on the CPU, and a mask.
+
+    In the paper M is drawn by the entry, and a part p_F of all takes part on average; here exactly ceil(n * density)
+    of the n entries of each weight do, and the gradient is divided by the share that does. Momentum and weight decay
+    move all entries, as in the released optimizer. That masks every parameter; here biases are trained in full, and
+    other parameters are with `train_remaining`. p_F is `density`; the paper tries 0.2, 0.3 and 0.4.
+
+    Args:
+        **fields: Fields of `DPSConfig` to set otherwise.
+    """
+    paper: dict[str, Any] = {
+        "density": 0.3,
+        "schedule": "every",
+        "stage_steps": 1,
+        "score_steps": 0,
+        "score": "random",
+        "frozen": "scaled_gradient",
+    }
+    return DPSConfig(**{**paper, **fields})

@@ -15,7 +15,6 @@ from benchmarks.traffic import Collectives
 from peft_dps import DPSConfig, dps_adapter
 from peft_dps.errors import EngineError
 
-
 FIELDS: dict[str, dict[str, object]] = {
     "dense": {},
     "mix": {"variant": "mix"},

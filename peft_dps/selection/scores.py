@@ -185,9 +185,8 @@ def in_turn(context: ScoreContext) -> torch.Tensor:
 @register_score("movement", evidence="none")
 def movement(context: ScoreContext) -> torch.Tensor:
     """Score by how far training has moved an entry: abs(W - W0), as LT-SFT (arXiv:2110.07560)."""
-    weight, base = context.weight, context.base_weight
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) - base.to(weight.device, wide)).abs()
+    weight = _widened(context.weight)
+    return (weight - context.base_weight.to(weight)).abs()
 
 
 def check_scores(scores: Any, weight: torch.Tensor, *, score: str, name: str) -> None:

@@ -82,8 +82,8 @@ class DPSConfig(PeftConfig):
             others by their share; or a registered name.
         score (`str`, defaults to `"squared_gradient"`): How entries are ranked: `"squared_gradient"`,
             `"absolute_gradient"`, `"random"` (the baseline), `"magnitude"` of the pretrained weight,
-            `"low_rank_residual"` (what a matrix of rank 16 leaves of it), `"in_turn"` (weights or blocks in ascending
-            order), `"movement"` (abs(W - W0)), or a name given to `peft_dps.register_score`.
+            `"low_rank_residual"` (what a matrix of rank 16 leaves of it), `"movement"` (abs(W - W0)),
+            `"in_turn"` (weights or blocks in ascending order), or a name given to `peft_dps.register_score`.
         evidence (`str`, *optional*): What is gathered for the score: `"squared_gradient"`, `"absolute_gradient"`,
             `"second_moment"` (of the optimizer), `"none"`, or a registered name. By default what the score is made of.
         noise (`str`, *optional*): What training forwards compute with in place of the weight: `"none"`, `"columns"`

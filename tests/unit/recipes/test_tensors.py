@@ -100,7 +100,7 @@ def test_greentrainer_selects_anew_each_fifth_of_the_training():
     assert config.recipe().schedule.resolve(50).stage_steps == 10
 
 
-@pytest.mark.parametrize("rho", [0.0, 1 / 3, 1.01, "0.5"])
+@pytest.mark.parametrize("rho", [0.0, 1 / 3, 1.01, float("nan")])
 def test_greentrainer_refuses_fewer_flops_than_the_forward_pass_takes(rho):
     with pytest.raises(ConfigError, match=r"`rho` must be above 1/3.*got"):
         greentrainer(rho)

@@ -148,7 +148,7 @@ class Training:
         self.step = saved["step"]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Every target's weight as its layer computes with it in evaluation: without noise, and without a new phase."""
+        """Every target's weight as its layer computes with it in evaluation: without noise or a new phase."""
         layers = {each.name: each.layer for each in find_controller(self.model).existing}
         self.model.eval()
         found = {name: layer.weight.detach().clone() for name, layer in layers.items()}

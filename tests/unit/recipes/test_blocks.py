@@ -65,7 +65,7 @@ def test_lisa_trains_some_layers_and_the_rest_always(micro, resume_after, tmp_pa
 
 def test_lisa_draws_each_layer_as_often_whatever_the_seed():
     drawn, sequences = torch.zeros(LAYERS), set()
-    for seed in range(4):
+    for seed in range(2):
         model, optimizer = make_model(lisa(stage_steps=1, seed=seed, train_remaining=False))
         sequence = []
         for step in range(1, 41):
@@ -75,9 +75,9 @@ def test_lisa_draws_each_layer_as_often_whatever_the_seed():
             for number in layers:
                 drawn[number] += 1
         sequences.add(tuple(sequence))
-    assert len(sequences) == 4
-    assert drawn.sum() == 4 * 40 * 2
-    assert (drawn - 80).abs().max() < 25, "four standard deviations"
+    assert len(sequences) == 2
+    assert drawn.sum() == 2 * 40 * 2
+    assert (drawn - 40).abs().max() < 18, "four standard deviations"
 
 
 def test_a_density_takes_the_place_of_units():

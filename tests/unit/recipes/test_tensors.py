@@ -40,15 +40,15 @@ def test_hft_without_the_rest(tmp_path):
 
 def test_hft_trains_another_half_with_another_seed_and_each_weight_in_half_of_them():
     trained, layers_with_two = dict.fromkeys(TARGETS, 0), set()
-    for seed in range(60):
+    for seed in range(24):
         model, _ = make_model(hft(seed=seed, train_remaining=False))
         model(torch.zeros(1, 2, dtype=torch.long))
         found = selected(model)
         for name in found:
             trained[name] += 1
         layers_with_two.add(tuple(counts_of(found, FEED_FORWARD)))
-    assert 15 < min(trained.values()) < max(trained.values()) < 45
-    assert len(layers_with_two) == 6  # two of four layers
+    assert 3 < min(trained.values()) < max(trained.values()) < 21
+    assert len(layers_with_two) > 3, "of six pairs of layers"
 
 
 def best_set(importance: dict[str, float], limit: float) -> set[str]:

@@ -152,8 +152,9 @@ def test_every_field_of_ours_is_documented_in_the_docstring_and_in_its_help():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"units": 2, "granularity": "row", "scope": "model"}, "of each weight, and `scope` is 'model'"),
-        ({"units": 2, "scope": "category"}, "of each weight, and `scope` is 'category'"),
+        ({"units": 2}, "or of weights or blocks of the model, and `granularity` is 'entry'"),
+        ({"units": 2, "granularity": "row", "scope": "model"}, "and `scope` is 'model'"),
+        ({"units": 2, "granularity": "row", "scope": "category"}, "and `scope` is 'category'"),
         ({"evidence": "none"}, "`evidence='none'` gathers nothing, and `score='squared_gradient'` is made of"),
         ({"budget": "units"}, "`budget='units'` counts whole weights, and `granularity='entry'` selects parts"),
         ({"budget": "flops", "granularity": "row"}, "`budget='flops'` counts whole weights"),

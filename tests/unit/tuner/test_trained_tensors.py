@@ -70,9 +70,16 @@ def test_biases_are_part_of_the_density(batches, storage, density, train_bias, n
     assert {name for name, layer in model.dps_status().layers.items() if layer.selected} == names
 
 
-@pytest.mark.parametrize("fields", [{"granularity": "row", "scope": "model"}, {"scope": "category"}, {"units": 1}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"granularity": "row", "scope": "model", "density": 0.1},
+        {"scope": "category", "density": 0.1},
+        {"units": 1, "density": 0.7},
+    ],
+)
 def test_other_choices_are_as_they_were(batches, fields):
-    model = make(modules_to_save=["layers.2"], density=0.1, score="random", schedule="once", score_steps=0, **fields)
+    model = make(modules_to_save=["layers.2"], score="random", schedule="once", score_steps=0, **fields)
     train(model, SGD(trainable(model), lr=0.1), batches(1))
     assert model.dps_status().engaged
 

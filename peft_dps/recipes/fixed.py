@@ -7,6 +7,8 @@ from typing import Any
 from peft_dps.tuner.config import DPSConfig
 
 _FIXED: dict[str, Any] = {"schedule": "once", "score_steps": 0}
+# What attention and feed-forward parts end with, in LLaMA, GPT-2, BERT, DistilBERT, OPT, T5 and ModernBERT.
+_OUTPUTS = r".*\.(o_proj|out_proj|down_proj|c_proj|output\.dense|dense_4h_to_h|out_lin|lin2|fc2|[wW]o|o)"
 _COMPACT: dict[str, Any] = {**_FIXED, "storage": "compact", "train_bias": False}
 
 
@@ -68,7 +70,8 @@ def s2ft(**fields: Any) -> DPSConfig:
     """S2FT (Yang et al., NeurIPS 2024, arXiv:2412.06289): random channels of the output and down projections.
 
     Columns of `o_proj` are channels of attention heads, columns of `down_proj` channels of the MLP. Three of a hundred
-    are trained, drawn at random. Names of modules are those of LLaMA: give `target_modules` for other models.
+    are trained, drawn at random. Other models have other names for
+    these, and common ones are known; give `target_modules` for more.
 
     S2FT pairs each of these matrices with the one before it (value and output, up and down projection), whose rows
     make the same channels, and moves selected channels next to each other so that they are a slice. Where only the
@@ -79,7 +82,7 @@ def s2ft(**fields: Any) -> DPSConfig:
     Args:
         **fields: Fields of `DPSConfig` to set otherwise.
     """
-    chosen = {"granularity": "column", "score": "random", "density": 0.03, "target_modules": ["o_proj", "down_proj"]}
+    chosen = {"granularity": "column", "score": "random", "density": 0.03, "target_modules": _OUTPUTS}
     return DPSConfig(**{**_COMPACT, **chosen, **fields})
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from peft_dps.tuner.config import DPSConfig
 
 _BY_FISHER: dict[str, Any] = {"schedule": "once", "score_steps": 0, "scope": "model"}
+# Query, key and value projections of LLaMA and its like, BERT, DistilBERT, T5, GPT-2 and others that have one for all.
+_QUERY_KEY_VALUE = r".*\.([qkv]_proj|query|key|value|[qkv]_lin|[qkv]|c_attn|query_key_value|qkv_proj|Wqkv)"
 _BY_SIZE: dict[str, Any] = {
     "schedule": "once",
     "score": "absolute_gradient",
@@ -72,7 +74,7 @@ def smt(**fields: Any) -> DPSConfig:
     score of a tile = mean of abs(G) over it and the first 100 steps. Of the tiles of all `q_proj`, `k_proj` and
     `v_proj` the best 3.5% are trained: 0.84% of LLaMA-7B. Forward and backward passes compute with the tiles alone, so
     that it costs little more than the frozen model; a step of scoring makes one layer's whole gradient at a time.
-    Names of modules are those of LLaMA: give `target_modules` for other models.
+    Other models have other names for these, and common ones are known; give `target_modules` for more.
 
     Their code adds up gradients over the steps and takes absolute values at the end; here absolute values are added
     up, of each pass. Its 100 steps train every weight; here they train nothing, and the base is never written (with
@@ -83,4 +85,4 @@ def smt(**fields: Any) -> DPSConfig:
         **fields: Fields of `DPSConfig` to set otherwise.
     """
     chosen = {"granularity": "submatrix", "scope": "model", "score_steps": 100, "density": 0.035}
-    return DPSConfig(**{**_BY_SIZE, **chosen, "target_modules": ["q_proj", "k_proj", "v_proj"], **fields})
+    return DPSConfig(**{**_BY_SIZE, **chosen, "target_modules": _QUERY_KEY_VALUE, **fields})

@@ -65,7 +65,8 @@ def greentrainer(rho: float = 0.5, **fields: Any) -> DPSConfig:
     Raises:
         ConfigError: If `rho` is out of range.
     """
-    if not 1 / 3 < rho <= 1:
+    given: Any = rho
+    if not isinstance(given, (int, float)) or not 1 / 3 < given <= 1:
         raise ConfigError(f"`rho` must be above 1/3, which the forward pass takes, and at most 1, got {rho!r}.")
     within: dict[str, Any] = {
         "storage": "compact",

@@ -15,7 +15,6 @@ from torch.func import functional_call
 from peft_dps.errors import TargetError
 from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import Observe, observed, observed_weight
-from peft_dps.masking.compact.read_weight import made_when_used
 from peft_dps.masking.effective_weight import EffectiveWeight, materialize
 from peft_dps.tensors.layout import Layout
 from peft_dps.training.layer import Training
@@ -233,16 +232,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         if self.unread is not None or not self._adapters_in_effect():
             return base_weight if self._home() in (None, base_weight.device) else self.pretrained()[0]
         names = self._adapters_in_effect()
-        prepared = self._prepare_training(names)
-
-        def make() -> torch.Tensor:
-            return self._combined_weight(names, prepared).to(base_weight.dtype)
-
-        delta = None if prepared or len(names) > 1 else self.delta(names[0])
-        is_sum = delta is not None and (self._adds_to_output(names[0]) or self._adds_entries(names[0]))
-        if delta is None or not is_sum or not delta.parts() or torch.compiler.is_compiling():
-            return make()
-        return made_when_used(make, base_weight, delta.weight)
+        return self._combined_weight(names, self._prepare_training(names)).to(base_weight.dtype)
 
     @property
     def bias(self) -> torch.Tensor | None:  # type: ignore[override]

@@ -207,7 +207,7 @@ def test_any_config_of_peft_by_class_name(tiny_bert):
         ("lorra-nodropout", "got 'lorra-nodropout'"),
         ("peft:LoraModel", "PEFT has no configuration class 'LoraModel'"),
         ("peft:Nothing", "PEFT has no configuration class 'Nothing'"),
-        ("recipe:nothing", "'recipe:nothing' must be recipe: and one of dps_dense, "),
+        ("recipe:nothing", "'recipe:nothing' must be recipe: and one of badam, "),
     ],
 )
 def test_unknown_methods_are_named(name, message):

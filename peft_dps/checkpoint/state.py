@@ -39,7 +39,7 @@ def state_of(controller: Controller) -> dict[str, Any]:
         `"header"`: plain values, fit for JSON. `"tensors"`: a flat dict, by `"<path of the layer>.<what>"`. They are
         those in use, as in torch's state dicts: copy what has to outlive the next step.
     """
-    controller.check_whole()
+    controller.rewinding.check_finished(controller.clock.step, controller.adapter)
     tensors: dict[str, torch.Tensor] = {}
     weights: dict[str, dict[str, Any]] = {}
     for weight in controller.existing:

@@ -9,10 +9,9 @@ from types import FrameType
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
-from peft_dps.errors import ConfigError, EngineError, StateError
+from peft_dps.errors import ConfigError, EngineError
 from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import Observe
 from peft_dps.masking.effective_weight import EffectiveWeight, refuse_transforms
@@ -26,7 +25,7 @@ from peft_dps.training.copied_weight import CopiedWeight
 from peft_dps.training.guards import EngineGuard, check_observed, refuse_capture
 from peft_dps.training.layer import TargetLayer
 from peft_dps.training.recipe import Recipe
-from peft_dps.training.rewinding import begin_anew
+from peft_dps.training.rewinding import Rewinding, check_rewound
 from peft_dps.training.scoring import check_dtypes, check_gathered, gather
 from peft_dps.training.selecting import Selector
 from peft_dps.training.weight import TargetWeight
@@ -49,6 +48,7 @@ class Controller:
         weights: The weights of the adapter.
         planned_steps: Number of optimizer steps that the configuration says.
         clock: How far the training is.
+        rewinding: What the latest rewinding of its weights has left to do.
         scores_batches: Whether batches are being scored before training.
         at_rest: Whether it is a copy that a Trainer leaves alone, such as TRL's reference: it gets no noise.
     """
@@ -89,8 +89,7 @@ class Controller:
         self._prepared: Position | None = None  # position of the step that training forwards were prepared for
         self._prepared_for: int | None = None
         self._warned = False  # of steps without a training forward
-        self._rewound_after: int | None = None  # the step after which a forward has rewound the weights
-        self._rewound: list[nn.Parameter] = []  # those whose optimizer has to begin anew
+        self.rewinding = Rewinding()
         self._by_layer: dict[int, TargetWeight] = {}
         self._guard = EngineGuard()
 
@@ -159,7 +158,7 @@ class Controller:
             self._check_forwards(optimizer)
             self.clock.join(names)
         else:
-            self._check_rewound(weights)
+            check_rewound(weights, self.clock, self.adapter)
             position = self._enter_coming_phase()
             if self._prepared_for != self.clock.step:  # no training forward of this step drew noise for it
                 for weight in self.weights:
@@ -179,41 +178,12 @@ class Controller:
     def _check_forwards(self, optimizer: Optimizer) -> None:
         """Refuse a second optimizer of a step after a forward with the noise, or the weights, of the next one."""
         noisy = self.recipe.noise.substitutes and self._prepared_for == self.clock.step
-        if noisy or self._rewound_after == self.clock.step:
+        if noisy or self.rewinding.after == self.clock.step:
             raise EngineError(
                 f"Adapter {self.adapter!r}: {type(optimizer).__name__} is another optimizer of step "
                 f"{self.clock.step}, and there was a training forward since the first one, which computes with the "
                 "noise, or the rewound weights, of the next step. Step all optimizers after the same forward and "
                 "backward, or use a method without (`variant='dense'`)."
-            )
-
-    def _check_rewound(self, weights: Sequence[TargetWeight]) -> None:
-        """Refuse the first step of a phase that rewinds if its gradient is that of other weights."""
-        coming = self.clock.coming()
-        if not coming.phase.rewinds or coming.step != 1:
-            return
-        seen = coming.number == self.clock.entered
-        unseen = next((each.name for each in weights if each.has_gradient and not each.layer.training), None)
-        if seen and unseen is None:
-            return
-        what = "there was no forward in training mode" if not seen else f"the layer {unseen!r} is in eval mode"
-        raise EngineError(
-            f"Adapter {self.adapter!r}: step {self.clock.step + 1} begins a phase with the pretrained weights, and "
-            f"{what} in which they could be rewound, so that its gradient is that of other weights. Call "
-            "`model.train()` before the forward; dropout can be switched off by `peft_dps.disable_dropout(model)`."
-        )
-
-    def begin_anew(self, optimizer: Optimizer) -> None:
-        """Let an optimizer that is about to make a step begin anew with parameters that were rewound."""
-        if self._rewound:
-            self._rewound = begin_anew(optimizer, self._rewound)
-
-    def check_whole(self) -> None:
-        """Refuse to save between a forward that has rewound the weights and the step of their optimizer."""
-        if self._rewound_after == self.clock.step:
-            raise StateError(
-                f"Adapter {self.adapter!r}: a forward has rewound the weights, and the optimizer's state of them is "
-                "still that of the phase before. Save the training state after `optimizer.step()`."
             )
 
     def _warn_of_no_forward(self, position: Position) -> None:
@@ -337,7 +307,7 @@ class Controller:
         if position.phase.masked:
             self._select(position)
         if position.phase.rewinds:
-            self._rewind()
+            self.rewinding.run(self.weights, self.clock.step)
         if position.phase.gathers:
             check_dtypes(self.weights, self.recipe)
             for weight in self.weights:
@@ -346,13 +316,6 @@ class Controller:
         if not position.phase.masked:
             for weight in self.weights:
                 weight.thaw()
-
-    def _rewind(self) -> None:
-        self._rewound = [parameter for weight in self.weights for parameter in weight.rewind()]
-        self._rewound_after = self.clock.step
-        for device in {weight.weight.device for weight in self.weights if weight.sharding is not None}:
-            if device.type != "cpu":  # FSDP2 collects blocks that are still to come on a stream of its own
-                torch.accelerator.synchronize(device)
 
     def _select(self, position: Position) -> None:
         clock, before = self.clock, self.clock.position

@@ -159,7 +159,7 @@ def after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, 
 
 def _begin_anew(optimizer: Optimizer) -> None:
     for controller in list(Controller.alive):
-        controller.begin_anew(optimizer)
+        controller.rewinding.begin_anew(optimizer)
 
 
 def _close(step: _OpenStep) -> None:

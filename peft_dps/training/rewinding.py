@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from peft_dps.errors import EngineError, StateError
 from peft_dps.tensors.shards import local_part, sharding_of
+from peft_dps.training.clock import Clock
 from peft_dps.training.layer import TargetLayer
+from peft_dps.training.weight import TargetWeight
 
 
 class TrackedBias:
@@ -52,13 +55,58 @@ def rewind(parameter: nn.Parameter, seen: torch.Tensor | None, pretrained: torch
         seen.detach().copy_(sharding.whole_of(own))
 
 
-def begin_anew(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Let an optimizer forget its state of parameters; return those that it does not have."""
-    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    others = []
-    for parameter in parameters:
-        if id(parameter) in own:
-            optimizer.state.pop(parameter, None)
-        else:
-            others.append(parameter)
-    return others
+class Rewinding:
+    """What the rewinding of an adapter's weights leaves to do: their optimizers begin anew.
+
+    Attributes:
+        after: The step after which a forward has rewound them; None if none has.
+    """
+
+    def __init__(self) -> None:
+        self.after: int | None = None
+        self._stale: list[nn.Parameter] = []  # those of which an optimizer may have state of before
+
+    def run(self, weights: Sequence[TargetWeight], step: int) -> None:
+        """Rewind weights, after this step; their masks hold from the new values on."""
+        self._stale = [parameter for weight in weights for parameter in weight.rewind()]
+        self.after = step
+        for device in {weight.weight.device for weight in weights if weight.sharding is not None}:
+            if device.type != "cpu":  # FSDP2 collects the blocks that are still to come on a stream of its own
+                torch.accelerator.synchronize(device)
+
+    def begin_anew(self, optimizer: Optimizer) -> None:
+        """Let an optimizer that is about to make a step forget its state of parameters that were rewound."""
+        if not self._stale:
+            return
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for parameter in self._stale:
+            if id(parameter) in own:
+                optimizer.state.pop(parameter, None)
+        self._stale = [parameter for parameter in self._stale if id(parameter) not in own]
+
+    def check_finished(self, step: int, adapter: str) -> None:
+        """Refuse to save between the forward that has rewound the weights and the next optimizer step."""
+        if self.after == step:
+            raise StateError(
+                f"Adapter {adapter!r}: a forward has rewound the weights, and the optimizer's state of them is still "
+                "that of the phase before. Save the training state after `optimizer.step()`."
+            )
+
+
+def check_rewound(weights: Iterable[TargetWeight], clock: Clock, adapter: str) -> None:
+    """Refuse the first step of a phase that rewinds if the gradient of these weights is that of other values."""
+    coming = clock.coming()
+    if not coming.phase.rewinds or coming.step != 1:
+        return
+    unseen = next((each.name for each in weights if each.has_gradient and not each.layer.training), None)
+    if coming.number != clock.entered:
+        what = "there was no forward in training mode"
+    elif unseen is not None:
+        what = f"the layer {unseen!r} is in eval mode"
+    else:
+        return
+    raise EngineError(
+        f"Adapter {adapter!r}: step {clock.step + 1} begins a phase with the pretrained weights, and {what} in which "
+        "they could be rewound, so that its gradient is that of other weights. Call `model.train()` before the "
+        "forward; dropout can be switched off by `peft_dps.disable_dropout(model)`."
+    )

@@ -49,6 +49,7 @@ def test_the_built_in_scores_are_registered_with_the_evidence_they_are_made_from
         "squared_gradient": "squared_gradient",
         "absolute_gradient": "absolute_gradient",
         "random": "none",
+        "movement": "none",
         "magnitude": "none",
         "low_rank_residual": "none",
         "in_turn": "none",
@@ -257,3 +258,13 @@ def test_a_score_of_another_shape_is_named(shape):
     message = rf"The score 'mine' returned shape \({', '.join(map(str, shape))},?\) on cpu .*must be \(4, 6\) on cpu"
     with pytest.raises(ConfigError, match=message):
         train_to_selection("mine")
+
+
+@pytest.mark.parametrize(("dtype", "base_dtype"), [(torch.float64, torch.float32), (torch.bfloat16, torch.bfloat16)])
+def test_movement_is_how_far_an_entry_is_from_its_pretrained_value(dtype, base_dtype):
+    base = torch.randn(4, 5).to(base_dtype)
+    weight = (base + torch.randn(4, 5)).to(dtype)
+    scores = SCORES.find("movement")(ScoreContext(None, weight, lambda: base, torch.Generator()))
+    assert scores.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    assert torch.equal(scores, (weight.to(scores.dtype) - base.to(scores.dtype)).abs())
+    assert scores.max() > 0

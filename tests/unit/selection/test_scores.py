@@ -53,7 +53,6 @@ def test_the_built_in_scores_are_registered_with_the_evidence_they_are_made_from
         "magnitude": "none",
         "low_rank_residual": "none",
         "in_turn": "none",
-        "movement": "none",
     }
 
 

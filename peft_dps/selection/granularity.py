@@ -8,8 +8,9 @@ from typing import ClassVar
 import torch
 
 from peft_dps.errors import ConfigError, TargetError
-from peft_dps.masking.compact.delta import Delta, EntryDelta, WholeDelta, slot_axis
+from peft_dps.masking.compact.delta import Delta, EntryDelta, slot_axis
 from peft_dps.masking.compact.tiles import TileDelta
+from peft_dps.masking.compact.whole import WholeDelta
 from peft_dps.tensors.layout import TILE_SIDE, Layout, Units
 from peft_dps.tensors.registry import Registry
 

@@ -321,7 +321,7 @@ class Controller:
         clock, before = self.clock, self.clock.position
         with together(distinct(weight.ranks for weight in self.weights), "Selecting a subnetwork", EngineError):
             check_gathered(self.weights, self.recipe, adapter=self.adapter, step=clock.step, scored=clock.scored_steps)
-            if before is None or before.phase.gathers:  # else no steps were looked at
+            if before is not None and before.phase.gathers:  # else no steps were looked at
                 check_observed(self.weights)
         steps = clock.scored_steps if before is None or before.length is None else before.length
         Selector(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from peft_dps.errors import AdapterFileError, ConfigError
 from peft_dps.training.recipe import Recipe
-from peft_dps.tuner.idle_fields import refuse_idle_fields
+from peft_dps.tuner.field_checks import check_plain, check_targets, refuse_idle_fields
 from peft_dps.tuner.method import recipe_of
 
 
@@ -307,8 +307,8 @@ class DPSConfig(PeftConfig):
         Raises:
             ConfigError: If one has a value that cannot work.
         """
-        self._validate_targets()
-        self._validate_plain()
+        check_targets(self)
+        check_plain(self)
         schedule = self.recipe().schedule
         if not (self.inference_mode or self.is_to_be_filled):  # one that was saved has been trained with
             refuse_idle_fields(self)
@@ -323,43 +323,6 @@ class DPSConfig(PeftConfig):
         """
         return recipe_of(self)
 
-    def _validate_targets(self) -> None:
-        parameters = self.target_parameters
-        if parameters is not None and not _are_names(parameters, expression=False):
-            raise ConfigError(f"`target_parameters` must be a list of names, got {parameters!r}.")
-        if not (self.target_modules or parameters) or not _are_names(self.target_modules):
-            raise ConfigError(f"`target_modules` must name modules or be 'all-linear', got {self.target_modules!r}.")
-        if self.exclude_modules is not None and not _are_names(self.exclude_modules):
-            raise ConfigError(f"`exclude_modules` must name modules, got {self.exclude_modules!r}.")
-        if self.modules_to_save is not None and not _are_names(self.modules_to_save, expression=False):
-            raise ConfigError(f"`modules_to_save` must be a list of names, got {self.modules_to_save!r}.")
-        layers = self.layers_to_transform
-        if layers is not None and not all(
-            _is_int(layer) and layer >= 0 for layer in (layers if isinstance(layers, list) else [layers])
-        ):
-            raise ConfigError(f"`layers_to_transform` must be layer numbers of at least 0, got {layers!r}.")
-        is_expression = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
-        if is_expression and self.layers_to_transform is not None:
-            raise ConfigError(
-                "`layers_to_transform` works with a list of names or 'all-linear' in `target_modules`, got the "
-                f"regular expression {self.target_modules!r}. Put the layer numbers into the expression."
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError(
-                f"`layers_pattern={self.layers_pattern!r}` needs `layers_to_transform`, the indices to count in it."
-            )
-
-    def _validate_plain(self) -> None:
-        for name in ("train_bias", "train_remaining", "offload_base", "lean", "init_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
-        if not _is_int(self.seed) or self.seed < 0:
-            raise ConfigError(f"`seed` must be an integer of at least 0, got {self.seed!r}.")
-        if self.participation_decay is not None and not isinstance(self.participation_decay, bool):
-            raise ConfigError(f"`participation_decay` must be True, False or None, got {self.participation_decay!r}.")
-        if self.total_steps is not None and (not _is_int(self.total_steps) or self.total_steps < 2):
-            raise ConfigError(f"`total_steps` must be an integer of at least 2, got {self.total_steps!r}.")
-
 
 def _require_readable(path: Path) -> None:
     if not path.is_file():
@@ -371,13 +334,3 @@ def _require_readable(path: Path) -> None:
         raise AdapterFileError(
             f"The adapter's file {path} is cut short or damaged ({error}). Save or copy it again."
         ) from error
-
-
-def _are_names(value: Any, *, expression: bool = True) -> bool:
-    return (expression and isinstance(value, str)) or (
-        isinstance(value, (list, set)) and all(isinstance(name, str) and name for name in value)
-    )
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_dps.masking.compact.delta import Delta, EntryDelta, WholeDelta, set_values, slot_axis
+from peft_dps.masking.compact.delta import Delta, EntryDelta, set_values, slot_axis
+from peft_dps.masking.compact.whole import WholeDelta
 from peft_dps.tensors.layout import Units, experts, in_out, out_in
 
 ROWS, COLUMNS = 4, 6

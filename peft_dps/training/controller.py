@@ -321,7 +321,8 @@ class Controller:
         clock, before = self.clock, self.clock.position
         with together(distinct(weight.ranks for weight in self.weights), "Selecting a subnetwork", EngineError):
             check_gathered(self.weights, self.recipe, adapter=self.adapter, step=clock.step, scored=clock.scored_steps)
-            if before is not None and before.phase.gathers:  # else no steps were looked at
+            # Else no steps were looked at; before the first, DDP writes the values of one process into all.
+            if before is not None and before.phase.gathers:
                 check_observed(self.weights)
         steps = clock.scored_steps if before is None or before.length is None else before.length
         Selector(

@@ -173,6 +173,17 @@ def test_scores_of_weights_select_what_a_copy_selects(granularity, scope):
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
 
 
+@pytest.mark.parametrize("storage", ["copy", "compact"])
+@pytest.mark.parametrize("score", ["random", "magnitude"])
+def test_weights_may_be_written_before_the_first_step_as_ddp_does(storage, score):
+    model = make_model(storage=storage, score=score, **SCORED_BEFORE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.clone())
+    train(model, SGD(trainable(model), 0.1), make_batches(2))
+    assert model.base_model.dps_status().engaged
+
+
 def test_scores_see_the_weight_as_trained():
     seen = []
 

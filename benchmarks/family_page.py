@@ -113,11 +113,11 @@ def read() -> list[Recipe]:
 
 def axes_of(config: DPSConfig) -> dict[str, str]:
     """Return what a configuration says of each axis."""
-    size = f"{config.units} units" if config.units is not None else f"{config.density:g}"
+    size = f"{config.density:g}" if config.units is None else f"{config.units} unit{'s' * (config.units > 1)}"
     noise = config.noise or ("columns" if config.variant == "mix" else "none")
     steps = config.stage_steps if config.schedule in ("cycle", "every", "two-phase") else config.score_steps
     rest = noise if noise != "none" else "held" if config.storage == "compact" else config.frozen
-    return {
+    axes = {
         "evidence": config.evidence or evidence_of(config.score),
         "score": config.score,
         "schedule": f"{config.schedule}, {steps:g}",
@@ -127,6 +127,9 @@ def axes_of(config: DPSConfig) -> dict[str, str]:
         "the rest": rest,
         "storage": config.storage,
     }
+    if not config.recipe().schedule.selects:
+        axes |= {"evidence": "-", "score": "-", "granularity": "-", "scope": "-", "schedule": config.schedule}
+    return axes
 
 
 def draw(found: list[Recipe]) -> Figure:

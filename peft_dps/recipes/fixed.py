@@ -6,30 +6,29 @@ from typing import Any
 
 from peft_dps.tuner.config import DPSConfig
 
-_FIXED: dict[str, Any] = {"schedule": "once", "score_steps": 0}
 # What attention and feed-forward parts end with, in LLaMA, GPT-2, BERT, DistilBERT, OPT, T5 and ModernBERT.
 _OUTPUTS = r".*\.(o_proj|out_proj|down_proj|c_proj|output\.dense|dense_4h_to_h|out_lin|lin2|fc2|[wW]o|o)"
-_COMPACT: dict[str, Any] = {**_FIXED, "storage": "compact", "train_bias": False}
+_COMPACT: dict[str, Any] = {"schedule": "once", "score_steps": 0, "storage": "compact", "train_bias": False}
 
 
 def random_mask(**fields: Any) -> DPSConfig:
-    """Entries selected once, at random: what scores have to beat at the same density.
+    """5% of the entries of each weight, selected once, at random: what scores have to beat at the same density.
 
     Args:
         **fields: Fields of `DPSConfig` to set otherwise.
     """
-    return DPSConfig(**{**_FIXED, "score": "random", **fields})
+    return DPSConfig(**{**_COMPACT, "score": "random", "density": 0.05, **fields})
 
 
 def magnitude(**fields: Any) -> DPSConfig:
-    """Entries selected once, where the pretrained weight is largest: score = abs(W0).
+    """The 5% of entries of each weight where the pretrained weight is largest: score = abs(W0).
 
     A baseline that needs no data. It finds what matters to the pretrained model, and not to the task.
 
     Args:
         **fields: Fields of `DPSConfig` to set otherwise.
     """
-    return DPSConfig(**{**_FIXED, "score": "magnitude", **fields})
+    return DPSConfig(**{**_COMPACT, "score": "magnitude", "density": 0.05, **fields})
 
 
 def dsee(**fields: Any) -> DPSConfig:

@@ -1,0 +1,28 @@
+"""The page on the family is what the recipes say."""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks.family import RESULTS
+from benchmarks.family_page import DOCS, axes_of, draw, make_page, read
+from peft_dps import DPSConfig, recipes
+
+
+def test_the_committed_page_is_what_the_recipes_say():
+    document = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else None
+    assert (DOCS / "family.md").read_text(encoding="utf-8") == make_page(read(), document)
+
+
+def test_every_recipe_is_on_the_page_and_in_the_picture():
+    found = read()
+    assert [each.name for each in found] == recipes.__all__
+    labels = [label.get_text() for label in draw(found).axes[0].get_yticklabels()]
+    assert labels == recipes.__all__
+
+
+def test_axes_are_told_as_the_configuration_says_them():
+    told = axes_of(DPSConfig(variant="mix", stage_steps=7, density=0.25))
+    assert (told["schedule"], told["how much"], told["the rest"]) == ("cycle, 7", "0.25", "columns")
+    told = axes_of(DPSConfig.compact(units=4))
+    assert (told["schedule"], told["how much"], told["the rest"]) == ("once, 8", "4 units", "held")

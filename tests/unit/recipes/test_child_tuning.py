@@ -101,3 +101,17 @@ def test_no_evidence_is_gathered_and_a_score_of_gradients_is_refused():
         config(score="squared_gradient")
     with pytest.raises(ConfigError, match=r"`evidence` is 'absolute_gradient', which looks.*Use a larger"):
         config(evidence="absolute_gradient")
+
+
+def test_over_the_model_the_gradient_of_each_weight_is_divided_by_its_own_share():
+    ours = Ours(lambda: config(scope="model", seed=2), "sgd")
+    batch = make_batches(1)[0]
+    ours.backward(batch)
+    before = [weight.gradient.clone() for weight in controller_of(ours.model).weights]
+    ours.optimizer.step()
+    shares = [mask.double().mean() for mask in ours.masks]
+    assert len(set(map(float, shares))) == 3
+    for weight, gradient, mask, share in zip(
+        controller_of(ours.model).weights, before, ours.masks, shares, strict=True
+    ):
+        torch.testing.assert_close(weight.gradient, gradient * mask / share, rtol=1e-14, atol=0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import compact_layer
 from benchmarks.compact_page import section
 from benchmarks.findings import Entry, Findings
 from benchmarks.memory import KINDS
@@ -91,7 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def result_files() -> list[Path]:
     """Return the files of the repository that the page is made of."""
-    return [*sorted(_RESULTS.glob("suite_*.json")), *sorted(_RESULTS.glob("compact_*.json"))]
+    return [
+        *sorted(_RESULTS.glob("suite_*.json")),
+        *sorted(_RESULTS.glob("compact_*.json")),
+        *_RESULTS.glob("layer_cpu.json"),
+    ]
 
 
 def make_page(documents: dict[str, dict[str, Any]]) -> Page:
@@ -106,6 +111,9 @@ def make_page(documents: dict[str, dict[str, Any]]) -> Page:
     for name, document in documents.items():
         if "models" in document:
             parts.append(section(document))
+            continue
+        if "ratios" in document:
+            parts.append(compact_layer.section(document))
             continue
         results = Findings(document)
         parts.append(f"## {name.removeprefix('suite_').upper()}\n\n{_machine(results)}")

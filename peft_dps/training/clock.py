@@ -104,20 +104,14 @@ class Clock:
         """Take note that a batch is scored before training, which counts as a step that is scored."""
         self._counted = set()
 
-    def count_scored(self, scored: bool) -> None:
-        """Count a step once, however many optimizers take part in it."""
+    def count_scored(self, scored: bool) -> bool:
+        """Count a step once, however many optimizers take part in it; tell whether it was counted now."""
         if scored in self._counted:
-            return
+            return False
         self._counted.add(scored)
-        if scored:
-            self.scored_steps += 1
-            return
-        self.unscored_steps += 1
-        logger.warning(
-            "Adapter %r: the gradients of step %d are not finite; the step is counted but not scored.",
-            self.adapter,
-            self.step,
-        )
+        self.scored_steps += scored
+        self.unscored_steps += not scored
+        return True
 
     def state(self, names: set[str]) -> dict[str, Any]:
         """Return how far the training is, in plain values."""

@@ -217,7 +217,7 @@ class CompactController(Controller):
         if skipped and not self._forgot:
             for weight in self.weights:
                 weight.sums.drop()
-            self.clock.count_scored(False)
+            self._count_scored(False)
         self._forgot = False
 
     def _gather(
@@ -238,7 +238,7 @@ class CompactController(Controller):
                 sums.fold(self._factor_of(grad_scale))
             else:
                 sums.drop()
-        self.clock.count_scored(finite)
+        self._count_scored(finite)
 
     def _factor_of(self, grad_scale: torch.Tensor | None) -> float:
         if self._factor is not None:

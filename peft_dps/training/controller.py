@@ -26,7 +26,7 @@ from peft_dps.training.guards import EngineGuard, check_observed, refuse_capture
 from peft_dps.training.layer import TargetLayer
 from peft_dps.training.recipe import Recipe
 from peft_dps.training.rewinding import Rewinding, check_rewound
-from peft_dps.training.scoring import check_dtypes, check_gathered, gather
+from peft_dps.training.scoring import check_dtypes, check_gathered, gather, warn_of_unscored
 from peft_dps.training.selecting import Selector
 from peft_dps.training.weight import TargetWeight
 
@@ -213,7 +213,11 @@ class Controller:
     ) -> None:
         scored = gather(weights, self.recipe, optimizer, grad_scale)
         if self.recipe.evidence.looks:
-            self.clock.count_scored(scored)
+            self._count_scored(scored)
+
+    def _count_scored(self, scored: bool) -> None:
+        if self.clock.count_scored(scored) and not scored:
+            warn_of_unscored(self.adapter, self.clock.step)
 
     def before_step(self, weights: Iterable[TargetWeight]) -> None:
         """Let the frozen policy get ready for an optimizer."""

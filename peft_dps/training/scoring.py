@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -13,6 +14,8 @@ from peft_dps.errors import ConfigError, ScoreError
 from peft_dps.selection.scores import check_scores
 from peft_dps.training.recipe import Recipe
 from peft_dps.training.weight import TargetWeight
+
+logger = logging.getLogger(__name__)
 
 
 def gather(
@@ -27,6 +30,13 @@ def gather(
         if scored and recipe.evidence.looks:
             weight.count_participation()
     return scored
+
+
+def warn_of_unscored(adapter: str, step: int) -> None:
+    """Warn of a step whose gradients are not finite."""
+    logger.warning(
+        "Adapter %r: the gradients of step %d are not finite; the step is counted but not scored.", adapter, step
+    )
 
 
 def check_gathered(weights: Iterable[TargetWeight], recipe: Recipe, *, adapter: str, step: int, scored: int) -> None:

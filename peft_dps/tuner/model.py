@@ -28,7 +28,8 @@ from peft_dps.tuner.method import settings_of
 from peft_dps.tuner.model_card import make_section, write_section
 from peft_dps.tuner.offload import offload_bases, offload_originals
 from peft_dps.tuner.removal import remove_adapter
-from peft_dps.tuner.targets import expand_all_linear, is_target, save_remaining, warn_of_statistics
+from peft_dps.tuner.running_statistics import warn_of_statistics
+from peft_dps.tuner.targets import expand_all_linear, is_target, save_remaining
 from peft_dps.tuner.tied_targets import check_ties, tie_saved_modules
 from peft_dps.tuner.trained_tensors import Besides
 from peft_dps.tuner.weighted_adapter import combined_config, fill, make_terms

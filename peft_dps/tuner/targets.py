@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel
 
 from peft_dps.errors import TargetError
@@ -106,25 +105,6 @@ def save_remaining(config: DPSConfig, model: nn.Module) -> None:
 def _paths_to(key: str) -> Iterator[str]:
     parts = key.split(".")
     return (".".join(parts[: index + 1]) for index in range(len(parts)))
-
-
-def warn_of_statistics(model: nn.Module) -> None:
-    """Warn of norms whose running statistics training changes in the base model, unless they are saved in full."""
-    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    saved = {id(module) for wrapper in wrappers for module in wrapper.modules()}
-    norms = [
-        key
-        for key, module in model.named_modules()
-        if isinstance(module, _NormBase) and module.track_running_stats and id(module) not in saved
-    ]
-    if norms:
-        logger.warning(
-            "Training will change the running statistics of %d norms (%s, ...), which are no part of the adapter: it "
-            "is neither saved with them nor disabled without them. Add these modules to `modules_to_save`, or set "
-            "`train_remaining=True`.",
-            len(norms),
-            norms[0],
-        )
 
 
 def _layer_index(key: str, layers_pattern: list[str] | str | None) -> int | None:

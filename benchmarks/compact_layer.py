@@ -169,7 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name: [[each[name].median, each[name].lower, each[name].upper] for each in found] for name in found[0]
         },
     }
-    options.out.write_text(json.dumps(rounded(document), indent=1) + "\n", encoding="utf-8")
+    document = rounded(document)
+    options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(section(document))
 
 

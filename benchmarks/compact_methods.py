@@ -172,7 +172,8 @@ def _by_recipe(recipe: Callable[..., DPSConfig]) -> Prepare:
             config.schedule = "once"  # a mask holds in the steps that are measured
         if isinstance(config.stage_steps, float):
             config.stage_steps = _STEPS
-        config.score_steps = min(config.score_steps, 1)
+        if config.schedule in ("once", "every"):
+            config.score_steps = min(config.score_steps, 1)
         prepared = get_peft_model(model, config)
         if dps_adapter(prepared).awaits_scores:
             prepared.score([make_batch(plan.settings)])

@@ -29,9 +29,9 @@ _HEAD = """\
 ### What is in the way
 
 Two thirds of a layer's work stay whatever is trained: y = x W^T and dL/dx. With 5% of the columns, a square layer of
-width 768 trains 39 of them. Their three products take 7.6% of that work, and those of a LoRA of rank 16 take 6.3%, for
-0.6 times as many entries. So columns at 0.05 cannot be a tenth faster than this LoRA by arithmetic; `columns-units`,
-with as many columns as the LoRA has ranks, trains half as many entries as it does.
+width 768 trains 39 of them. Their three products take 7.6% of that work, and those of a LoRA of rank 16 take 6.3%,
+for 0.8 times as many entries (0.6 over the whole model). So columns at 0.05 cannot be a tenth faster than this LoRA
+by arithmetic; `columns-units`, with as many columns as the LoRA has ranks, trains half as many entries as it does.
 
 The extra peak beside LoRA-FA is what 5% of the columns are more than half a LoRA of rank 16: 3 million entries, of 16
 bytes each with gradient and AdamW. In the process's peak beside SHiRA's, W0 is in both.

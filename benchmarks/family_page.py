@@ -36,7 +36,7 @@ from peft_dps import recipes
 model = get_peft_model(model, recipes.paca(units=16, task_type="SEQ_CLS"))
 ```
 
-Every field of [`DPSConfig`](api.md) can be set as well, so that axes combine as nobody has combined them:
+Every field of [`DPSConfig`](api.md) can be set as well, so that axes combine:
 `recipes.paca(score="squared_gradient", score_steps=8)` chooses the columns by their gradients. Whatever makes no sense
 is refused by the names of its fields.
 
@@ -70,7 +70,7 @@ step. That works with every recipe: a step is an optimizer step, however many fo
 
 **Ensembles and weight averages.** WiSE-FT ([CVPR 2022](https://arxiv.org/abs/2109.01903)) averages pretrained and
 fine-tuned weights after training; LEVI ([ICML 2024](https://arxiv.org/abs/2402.04644)) joins several views. Of an
-adapter of ours, `model.add_weighted_adapter(["default"], [0.5], "half")` is the WiSE-FT average with factor 0.5.
+adapter of ours, `model.add_weighted_adapter(["default"], [0.5], "halfway")` is the WiSE-FT average with factor 0.5.
 
 **Self-training.** UPET ([Findings of EMNLP 2023](https://aclanthology.org/2023.findings-emnlp.528)) labels examples
 by a teacher whose uncertainty it measures, and trains few parameters on them. Any recipe can be those parameters.

@@ -138,10 +138,8 @@ class CompactController(Controller):
 
     def keep_selection(self) -> None:
         """Go on with the units that the adapter has; see `Controller.keep_selection`."""
-        going_on, deltas = (
-            self.recipe.schedule.going_on(),
-            [weight.delta for weight in self.weights if weight.exists()],
-        )
+        going_on = self.recipe.schedule.going_on()
+        deltas = [weight.delta for weight in self.weights if weight.exists()]
         waits = any(delta.slots and not delta.is_selected for delta in deltas)
         if going_on is None or waits or self.clock.step or self.clock.entered is not None or not self.is_selected:
             return

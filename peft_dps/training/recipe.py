@@ -112,10 +112,10 @@ def make_recipe(
     scope = scope or ("model" if kind.spans_weights else "tensor")
     _check_choice(settings, kind, SCOPES.find(scope), counted, scope)
     made_from = evidence or evidence_of(score)
-    if made_from == "none" != evidence_of(score):
+    if EVIDENCE.find(evidence_of(score)).looks and not EVIDENCE.find(made_from).looks:
         raise ConfigError(
-            f"`evidence='none'` gathers nothing, and `score={score!r}` is made of {evidence_of(score)!r}. Leave "
-            "`evidence` out, or use a score that needs none, such as `score='random'`."
+            f"`evidence={made_from!r}` gathers nothing, and `score={score!r}` is made of {evidence_of(score)!r}. "
+            "Leave `evidence` out, or use a score that needs none, such as `score='random'`."
         )
     phases = SCHEDULES.find(schedule)(ScheduleSettings(stage_steps, score_steps))
     _check_schedule(phases, settings, made_from)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from peft_dps.errors import ConfigError
+from peft_dps.selection.granularity import GRANULARITIES
 from peft_dps.selection.schedule import SCHEDULES, ScheduleSettings
 
 
@@ -74,8 +75,8 @@ def refuse_idle_fields(config: Any) -> None:
         "participation_decay": config.variant == "dense"
         and config.noise in (None, "none")
         and "without the noise of DPS Mix; leave it out, or use `variant='mix'`",
-        "reduction": config.granularity == "entry"
-        and "with `granularity='entry'`, whose units have one score each; leave it out",
+        "reduction": GRANULARITIES.find(config.granularity).per_entry
+        and f"with `granularity={config.granularity!r}`, whose units have one score each; leave it out",
     }
     for name, why in idle.items():
         if why and getattr(config, name) != defaults[name]:

@@ -129,6 +129,14 @@ def selected(model: nn.Module) -> set[str]:
     return {name for name, mask in dps_adapter(model).masks().items() if mask.all()}
 
 
+def weights_of(layers: set[int]) -> set[str]:
+    return {name for name in TARGETS if int(name.split(".")[1]) in layers}
+
+
+def layers_of(weights: set[str]) -> set[int]:
+    return {int(name.split(".")[1]) for name in weights}
+
+
 def resumed(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path):
     """Save a training, and go on with another model."""
     model.save_pretrained(folder)

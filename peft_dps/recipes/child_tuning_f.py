@@ -1,4 +1,4 @@
-"""Child-Tuning (Xu et al., EMNLP 2021, arXiv:2109.05687)."""
+"""Child-Tuning-F (Xu et al., EMNLP 2021, arXiv:2109.05687)."""
 
 from __future__ import annotations
 

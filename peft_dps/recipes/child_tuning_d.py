@@ -1,0 +1,32 @@
+"""Child-Tuning-D (Xu et al., EMNLP 2021, arXiv:2109.05687)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft_dps.tuner.config import DPSConfig
+
+
+def child_tuning_d(**fields: Any) -> DPSConfig:
+    """Child-Tuning-D (Xu et al., EMNLP 2021, arXiv:2109.05687): the entries of highest Fisher information, of all.
+
+    F = mean over the data of (d log p(y | x) / dW)^2 is gathered before training, and the 30% of all entries where it
+    is largest are trained: the gradient of the others is 0. As in the paper, weight decay moves them all the same, and
+    modules that are no targets are trained in full. For few data; it costs what full fine-tuning does, and a pass over
+    the data: `model.score(batches, per_example=True)`.
+
+    Their code squares the gradients of batches, clipped (`model.score(batches)`, without the clipping), and masks
+    biases and norms of the encoder too; here biases and norms are trained.
+
+    Args:
+        **fields: Fields of `DPSConfig` to set otherwise.
+    """
+    paper: dict[str, Any] = {
+        "density": 0.3,
+        "scope": "model",
+        "schedule": "once",
+        "score_steps": 0,
+        "frozen": "gradient",
+        "train_remaining": True,
+    }
+    return DPSConfig(**{**paper, **fields})

@@ -11,7 +11,7 @@ from transformers.trainer import DEFAULT_CALLBACKS
 
 from peft_dps import DPSConfig, DPSTrainerCallback, Stage
 from peft_dps.errors import ConfigError, EngineError, ScheduleError
-from peft_dps.integrations.trainer import install
+from peft_dps.integrations.trainer_callback import install
 
 
 class Sentences(Dataset):

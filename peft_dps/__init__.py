@@ -1,7 +1,7 @@
 """Dynamic Parameter Selection for PEFT: `get_peft_model(model, DPSConfig(...))`. Importing it registers the tuner."""
 
 from peft_dps import recipes
-from peft_dps.integrations import DPSTrainerCallback, register_for_checkpointing, trainer
+from peft_dps.integrations import DPSTrainerCallback, register_for_checkpointing, trainer_callback
 from peft_dps.selection.schedule import Stage
 from peft_dps.selection.scores import register_score
 from peft_dps.training import hooks
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 registration.register()
 hooks.install()
-trainer.install()
+trainer_callback.install()
 
 __all__ = [
     "DPSConfig",

@@ -12,8 +12,6 @@ from peft_dps.errors import ConfigError
 from peft_dps.recipes import greentrainer
 from tests.unit.recipes.decoder import LAYERS, TARGETS, follow, make_model, make_net, selected
 
-MICRO = pytest.mark.parametrize("micro", [1, 2])
-
 
 def best_set(importance: dict[str, float], limit: float) -> set[str]:
     """Try the sets by their lowest weight; above it a knapsack of few sizes is filled in every way."""
@@ -37,8 +35,7 @@ def best_set(importance: dict[str, float], limit: float) -> set[str]:
     return chosen
 
 
-@MICRO
-@pytest.mark.parametrize("rho", [0.4, 0.5, 0.75])
+@pytest.mark.parametrize(("micro", "rho"), [(1, 0.4), (2, 0.5), (1, 0.75)])
 def test_greentrainer_trains_the_most_important_weights_within_its_flops(micro, rho, tmp_path):
     importance, seen = {}, []
     net = make_net()

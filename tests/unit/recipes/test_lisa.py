@@ -17,11 +17,8 @@ from tests.unit.recipes.decoder import (
     weights_of,
 )
 
-MICRO = pytest.mark.parametrize("micro", [1, 2])
 
-
-@MICRO
-@pytest.mark.parametrize("resume_after", [2, 3, 7])
+@pytest.mark.parametrize(("micro", "resume_after"), [(1, 2), (2, 3), (1, 7)])
 def test_lisa_trains_some_layers_and_the_rest_always(micro, resume_after, tmp_path):
     seen = []
 

@@ -102,28 +102,30 @@ def measure(names: Sequence[str], plan: Plan, warmup: int, rounds: int, tell: Te
 def grouped(names: Sequence[str], needs: dict[str, int], limit: int) -> list[list[str]]:
     """Put methods together whose needs add up to at most a limit, the references into each group.
 
+    A method that does not fit beside all references is timed beside the first of them alone.
+
     Args:
         names: Names of the methods.
         needs: Bytes that each needs.
         limit: Bytes that there are.
 
     Raises:
-        MemoryError: If a method and the references need more.
+        MemoryError: If a method and the first reference need more.
     """
     others = sorted((name for name in names if name not in REFERENCES), key=lambda name: -needs[name])
     groups: list[list[str]] = []
     for name in others:
-        fitting = (group for group in groups if sum(needs[each] for each in (*group, name)) <= limit)
-        group = next(fitting, None)
+        whole, alone = ([group for group in groups if (REFERENCES[1] in group) is each] for each in (True, False))
+        candidates = [*whole, [*REFERENCES], *alone, [REFERENCES[0]]]
+        group = next((each for each in candidates if sum(needs[one] for one in (*each, name)) <= limit), None)
         if group is None:
-            group = [*REFERENCES]
-            groups.append(group)
-        group.append(name)
-        if sum(needs[each] for each in group) > limit:
             raise MemoryError(
-                f"{', '.join(group)} need {sum(needs[each] for each in group) / 2**30:.1f} GiB together, and "
+                f"{REFERENCES[0]} and {name} need {(needs[REFERENCES[0]] + needs[name]) / 2**30:.1f} GiB together, and "
                 f"{limit / 2**30:.1f} GiB may be used. Leave {name!r} out of `--methods`."
             )
+        if group not in groups:
+            groups.append(group)
+        group.append(name)
     return groups or [[*REFERENCES]]
 
 
@@ -153,10 +155,11 @@ def run_rounds(names: Sequence[str], plan: Plan, warmup: int, rounds: int, tell:
 
 
 def _ratios(runs: Sequence[dict[str, list[float]]]) -> Iterator[dict[str, Any]]:
+    first = next((run for run in runs if run.keys() >= {*REFERENCES}), None)
     for run in runs:
-        for name, reference in product(run, REFERENCES):
-            pairs = zip(run[name], run[reference], strict=True)
-            if name != reference and (name not in REFERENCES or run is runs[0]):
+        for name, reference in product(run, (name for name in REFERENCES if name in run)):
+            if name != reference and (name not in REFERENCES or run is first):
+                pairs = zip(run[name], run[reference], strict=True)
                 spread = Spread.of([own / other for own, other in pairs])
                 yield {"method": name, "against": reference, **asdict(spread)}
 

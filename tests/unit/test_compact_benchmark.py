@@ -122,8 +122,9 @@ def test_methods_share_memory_as_far_as_it_goes():
     assert compact.grouped(list(needs), needs, 14) == [[*REFERENCES, "copy", "columns", "rows"]]
     assert compact.grouped(list(needs), needs, 12) == [[*REFERENCES, "copy"], [*REFERENCES, "columns", "rows"]]
     assert compact.grouped(list(REFERENCES), needs, 12) == [[*REFERENCES]]
+    assert compact.grouped(list(needs), needs, 11) == [["full", "copy"], [*REFERENCES, "columns", "rows"]]
     with pytest.raises(MemoryError, match="Leave 'copy' out"):
-        compact.grouped(list(needs), needs, 11)
+        compact.grouped(list(needs), needs, 9)
 
 
 def test_ways_to_compute_a_layer_agree():

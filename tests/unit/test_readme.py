@@ -1,5 +1,7 @@
-"""Every python block of README.md and docs/serving.md runs: in order, in one namespace, in an empty folder.
+"""Every python block of README.md, the tutorial and docs/serving.md runs: in order, in one namespace, in a folder of its
+own.
 
+The folder has tiny models under the names of real ones, and tables.
 A comment `# > text` after a print says what is printed; the text has to appear in the output, in the same order.
 """
 
@@ -11,8 +13,10 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
+from tests.local_models import write_models, write_tables
+
 README = Path(__file__).parents[2] / "README.md"
-SERVING = README.parent / "docs" / "serving.md"
+DOCS = README.parent / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -26,10 +30,14 @@ def _clean_accelerate():
 @pytest.mark.usefixtures("_clean_accelerate")
 # What the Trainer's defaults bring about on a machine without an accelerator.
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
-@pytest.mark.parametrize("page", [README, SERVING], ids=lambda page: page.stem.lower())
+@pytest.mark.parametrize(
+    "page", [README, DOCS / "tutorial.md", DOCS / "serving.md"], ids=lambda page: page.stem.lower()
+)
 def test_python_blocks_run_and_print_what_they_say(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    write_models(tmp_path)
+    write_tables(tmp_path)
     text = page.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
     assert len(blocks) >= 5

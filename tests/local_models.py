@@ -1,0 +1,53 @@
+"""Tiny models, tokenizers and tables in a folder, under the names that README and the tutorial have for real ones.
+
+`from_pretrained(name)` takes a folder of that name in the working directory before it looks anywhere else.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+DECODER = "HuggingFaceTB/SmolLM2-1.7B"
+SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "eos_token": "[END]",
+}
+WORDS = [*SPECIAL.values(), *"the film was very good dull i loved hated plot and".split()]
+
+
+def write_models(folder: Path) -> None:
+    """Write an encoder and a decoder with their tokenizers."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(WORDS), "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+    BertModel(BertConfig(**sizes, hidden_size=32, intermediate_size=64)).save_pretrained(folder / ENCODER)
+    llama = LlamaConfig(
+        **sizes, hidden_size=64, intermediate_size=128, pad_token_id=0, bos_token_id=None, eos_token_id=4
+    )
+    LlamaForCausalLM(llama).save_pretrained(folder / DECODER)
+    around = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    for name, processor in {ENCODER: around, DECODER: None}.items():
+        tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        if processor is not None:
+            tokenizer.post_processor = processor
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(folder / name)
+
+
+def write_tables(folder: Path) -> None:
+    """Write a table of reviews with labels, and one of texts."""
+    reviews = [
+        (f"the film was {'very ' if row % 3 else ''}{'good' if row % 2 else 'dull'}", row % 2) for row in range(96)
+    ]
+    texts = [(f"i {'loved' if row % 2 else 'hated'} the film and the plot",) for row in range(48)]
+    for name, head, rows in (("reviews.csv", ("text", "label"), reviews), ("texts.csv", ("text",), texts)):
+        with (folder / name).open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([head, *rows])

@@ -120,7 +120,7 @@ def grouped(names: Sequence[str], needs: dict[str, int], limit: int) -> list[lis
         group = next((each for each in candidates if sum(needs[one] for one in (*each, name)) <= limit), None)
         if group is None:
             raise MemoryError(
-                f"{REFERENCES[0]} and {name} need {(needs[REFERENCES[0]] + needs[name]) / 2**30:.1f} GiB together, and "
+                f"{REFERENCES[0]} and {name} need {(needs[REFERENCES[0]] + needs[name]) / 2**30:.1f} GiB, and "
                 f"{limit / 2**30:.1f} GiB may be used. Leave {name!r} out of `--methods`."
             )
         if group not in groups:

@@ -21,7 +21,7 @@ SPECIAL = {
     "sep_token": "[SEP]",
     "eos_token": "[END]",
 }
-WORDS = [*SPECIAL.values(), *"the film was very good dull i loved hated plot and".split()]
+WORDS = [*SPECIAL.values(), "the", "film", "was", "very", "good", "dull", "i", "loved", "hated", "plot", "and"]
 
 
 def write_models(folder: Path) -> None:
@@ -35,7 +35,8 @@ def write_models(folder: Path) -> None:
     LlamaForCausalLM(llama).save_pretrained(folder / DECODER)
     around = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     for name, processor in {ENCODER: around, DECODER: None}.items():
-        tokenizer = Tokenizer(models.WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="[UNK]"))
+        words = {word: index for index, word in enumerate(WORDS)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token=SPECIAL["unk_token"]))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         if processor is not None:
             tokenizer.post_processor = processor

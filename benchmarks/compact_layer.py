@@ -36,6 +36,14 @@ by arithmetic; `columns-units`, with as many columns as the LoRA has ranks, trai
 The extra peak beside LoRA-FA is what 5% of the columns are more than half a LoRA of rank 16: 3 million entries, of 16
 bytes each with gradient and AdamW. In the process's peak beside SHiRA's, W0 is in both.
 
+The decoder has four times the weights and a quarter of the tokens, so that most of its memory is W0: 1,475 of a LoRA's
+2,260 MiB. Another 466 MiB are kept by attention, norms and the head, whatever is trained. 0.85 of the LoRA's peak is
+less than the two together, and 0.66 of what it keeps is less than 466 MiB. 5% of the columns are twice the LoRA's
+entries there, which AdamW updates in each step; `columns-units` has 0.55 of them, and takes 0.95 of its step and 0.91
+of its memory. In `scoring` torch allocates less than the LoRA's training does; the process holds more, since the C
+library keeps what a layer's gradient took. In 18 GiB `scoring` and `blocks` fit beside `full` alone; SHiRA and
+`entries` were left out.
+
 Ways to compute the layer, `python -m benchmarks.compact_layer`: processor seconds of one thread for a forward and a
 backward pass of {rows} tokens, over those of the frozen layer alone in the same round; medians of {rounds} rounds with
 quartiles. Columns that stand in the weight itself, as in PaCA, spare two of three products. They would save about 0.1

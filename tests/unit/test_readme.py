@@ -29,6 +29,8 @@ def _clean_accelerate():
 @pytest.mark.usefixtures("_clean_accelerate")
 # What the Trainer's defaults bring about on a machine without an accelerator.
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+# TRL's.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize(
     "page", [README, DOCS / "tutorial.md", DOCS / "serving.md"], ids=lambda page: page.stem.lower()
 )

@@ -10,12 +10,12 @@ from peft_dps.tuner.config import DPSConfig
 def dsee(**fields: Any) -> DPSConfig:
     """The sparse part of DSEE (Chen et al., ACL 2023, arXiv:2111.00160): where a low rank cannot hold the weight.
 
-    W0 is taken apart as U V + S, U V of rank 16. Of each weight the 0.01% of entries where abs(S) is largest are
-    trained: 59 of 768 x 768, where DSEE takes 64 of every weight. It needs no data, trains hardly anything, and costs
-    one singular value decomposition of each weight.
+    W0 = U V + S, with U V of rank 16. Of each weight the 0.01% of entries where abs(S) is largest are trained: 59 of
+    768 x 768, where DSEE takes 64 of every weight. It needs no data, and one singular value decomposition of each
+    weight.
 
-    DSEE finds U, V and S together by greedy steps (GreBsmo); here U V is the best approximation of its rank, and S
-    what it leaves. DSEE trains a LoRA of rank 16 beside the entries, and prunes W0: both are left out here.
+    DSEE finds U, V and S together by greedy steps; here U V is the best approximation of its rank. DSEE trains a LoRA
+    of rank 16 beside the entries, and prunes W0: both are left out here.
 
     Args:
         **fields: Fields of `DPSConfig` to set otherwise.

@@ -11,20 +11,16 @@ from peft_dps.tuner.config import DPSConfig
 def greentrainer(rho: float = 0.5, **fields: Any) -> DPSConfig:
     """GreenTrainer: the weights that matter most within a number of FLOPs (Huang et al., arXiv:2309.13192).
 
-    `rho` is the fraction of the FLOPs of a training step that is to be spent. A forward pass takes a third of them,
-    so the backward pass has the fraction density = (3 rho - 1) / 2 of its own: for each trained weight those of its
-    gradient, and those of the inputs' gradients down to the lowest. Of all sets of weights within that, the one with
-    the highest importance is trained, found by dynamic programming. It is selected anew every `stage_steps`, a fifth
-    of the training by default, as an epoch of five, from the gradients of one step.
+    Use it to spend less time on a step: `rho` is the fraction of the FLOPs of a training step that may be spent. A
+    forward pass takes a third of them, so the backward pass has the fraction density = (3 rho - 1) / 2 of its own.
+    Of all sets of weights within that, dynamic programming finds the one with the highest importance. It is selected
+    anew every `stage_steps`, a fifth of the training, from the gradients of one step. Such a step costs a whole
+    backward pass, and trains what was selected before, at first nothing.
 
-    Use it to spend less time on a step; the time follows the FLOPs where matrix products take most of it. A step of
-    scoring costs a whole backward pass, and trains what was selected before, at first nothing.
-
-    The paper's importance of a weight is the sum of g * dw, with the update dw that the optimizer is about to make. A
-    weight that is not trained has no optimizer state to tell dw from, so this takes that of gradient descent: the sum
-    of g * g (`reduction="sum"`), over the passes of the step. The released code also counts biases and norms, counts
-    the inner products of attention, charges the lowest trained weight for its own input's gradient, and rounds costs
-    down to thousandths of the whole, so that it may exceed `rho`; here costs are exact or rounded up.
+    The paper's importance is the sum of g * dw, with the update dw that the optimizer is about to make. A weight that
+    is not trained has none, so this takes that of gradient descent, the sum of g * g. The released code also counts
+    biases, norms and the inner products of attention, and rounds costs down, so that it may exceed `rho`; here costs
+    are exact or rounded up.
 
     Args:
         rho: Fraction of the FLOPs of a step of full fine-tuning, above 1/3 and up to 1.

@@ -10,16 +10,15 @@ from peft_dps.tuner.config import DPSConfig
 def hft(**fields: Any) -> DPSConfig:
     """HFT: a random half of the weights is trained, the other half keeps its values (Hui et al., arXiv:2404.18466).
 
-    The half is that of each category: two of the four matrices of attention of each layer of the model, and of three
-    feed-forward matrices two in a random half of the layers and one in the others (`budget="units"`). Embeddings, the
-    head and norms are trained in full. For one training after another give each another `seed`.
+    Use it in place of full fine-tuning where the model is not to forget what it knows. The frozen half shares the base
+    model's memory: no gradient, no optimizer state.
 
-    Use it in place of full fine-tuning where the model is not to forget what it knows. Trained weights cost what they
-    cost in full fine-tuning, and the others share the base model's memory: no gradient, no optimizer state. Scoring
-    costs nothing.
+    In each layer of the model two of the four matrices of attention are trained; of three feed-forward matrices two
+    in a random half of the layers and one in the others. Embeddings, the head and norms are trained in full. For one
+    training after another give each another `seed`.
 
-    The paper trains half of the norms; here all are. Leave them and the embeddings frozen with
-    `train_remaining=False`: the backward pass then ends at the lowest trained weight. Biases of the layers are frozen.
+    The paper trains half of the norms; here all are. With `train_remaining=False` they and the embeddings stay frozen,
+    and the backward pass ends at the lowest trained weight. Biases of the layers are frozen.
 
     Args:
         **fields: Fields of `DPSConfig` to set otherwise.

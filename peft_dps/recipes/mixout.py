@@ -13,13 +13,13 @@ def mixout(**fields: Any) -> DPSConfig:
         W_eff = W0 + b * (W - W0) / density
 
     with b in {0, 1} for each input column, 1 with probability `density`, so that the mean of W_eff is W. It keeps
-    fine-tuning on little data close to W0, as dropout keeps a network close to zero: switch the model's own dropout
-    off (`peft_dps.disable_dropout`). It costs the memory of full fine-tuning and W0, and computes W_eff twice in a
-    step. The paper mixes with probability p = 1 - `density` of 0.7, 0.8 and 0.9. Evaluation uses W.
+    fine-tuning on little data close to W0: switch the model's own dropout off (`peft_dps.disable_dropout`). It costs
+    the memory of full fine-tuning and W0, and computes W_eff twice in a step. The paper mixes with probability
+    p = 1 - `density` of 0.7, 0.8 and 0.9. Evaluation uses W.
 
-    The paper draws b in each forward; here it is drawn once for each optimizer step, so that gradient accumulation
-    adds up gradients of one network. The gradient is that of the formula, G_eff * b / density; the released code
-    leaves out the division. `noise="mixconnect"` draws b for each entry, which takes more time.
+    The paper draws b in each forward, here it is drawn once for each optimizer step. The gradient is that of the
+    formula, G_eff * b / density; the released code leaves out the division. `noise="mixconnect"` draws b for each
+    entry, which takes more time.
 
     Args:
         **fields: Fields of `DPSConfig` to set otherwise.

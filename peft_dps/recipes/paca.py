@@ -10,12 +10,11 @@ from peft_dps.tuner.config import DPSConfig
 def paca(**fields: Any) -> DPSConfig:
     """PaCA (Woo et al., ICLR 2025, arXiv:2503.01905): 16 columns of each weight, drawn at random.
 
-    As many parameters as a LoRA of rank 8 of a square weight. Nothing is computed beside the base layer but the
-    columns' own products, and the backward pass keeps 16 columns of each input. It needs no data to select from.
+    As many parameters as a LoRA of rank 8 of a square weight, and the backward pass keeps 16 columns of each input.
+    It needs no data to select from.
 
-    Their code divides the trained columns by `alpha / r` and multiplies them again in each forward, which makes
-    updates of AdamW `alpha / r` times as large; here they are trained as they are: multiply the learning rate instead.
-    They write into the pretrained weight; here the difference is held beside it, and weight decay pulls that to 0.
+    Their scale makes updates of AdamW `alpha / r` times as large: multiply the learning rate instead. They write into
+    the pretrained weight; here the difference is held beside it, and weight decay pulls that to 0.
 
     Args:
         **fields: Fields of `DPSConfig` to set otherwise.

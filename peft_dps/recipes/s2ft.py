@@ -17,11 +17,9 @@ def s2ft(**fields: Any) -> DPSConfig:
     are trained, drawn at random. Other models have other names for these, and common ones are known; give
     `target_modules` for more.
 
-    S2FT pairs each of these matrices with the one before it (value and output, up and down projection), whose rows
-    make the same channels, and moves selected channels next to each other so that they are a slice. Where only the
-    output and down projections are trained, as here, the pairing changes no result, and is left out. It draws whole
-    attention heads, and over all layers at once; here single channels are drawn, and as many in each weight. To train
-    both sides of a pair in the same channels is not possible: units of each weight are drawn by themselves.
+    S2FT pairs each of these matrices with the one before it, and moves selected channels next to each other. Where
+    only the output and down projections are trained, as here, that changes no result, and is left out. It draws whole
+    attention heads, over all layers at once; here single channels are drawn, and as many in each weight.
 
     Args:
         **fields: Fields of `DPSConfig` to set otherwise.

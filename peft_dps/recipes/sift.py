@@ -13,10 +13,8 @@ def sift(**fields: Any) -> DPSConfig:
     score = abs(G) of the first step, which trains nothing. 5% is for instruction tuning; on GLUE they train 0.8% of
     the attention's weights. It costs what `fish` does, without a pass before training.
 
-    Their code takes the gradient of the first backward pass alone; here it is that of the first step, in which
-    gradient accumulation adds up the absolute values of all passes. It selects int(n * density) + 1 entries, here
-    ceil(n * density). Weight decay has no effect in their code, since what it decays is 0 before each step; here it
-    pulls to the pretrained weight.
+    Their code takes the gradient of the first backward pass alone; here the absolute values of all passes of the first
+    step are added up. Weight decay has no effect in their code; here it pulls to the pretrained weight.
 
     Args:
         **fields: Fields of `DPSConfig` to set otherwise.

@@ -14,14 +14,12 @@ def smt(**fields: Any) -> DPSConfig:
     """SMT (He et al., ICLR 2025, arXiv:2405.15525): tiles of 256 x 256 of the attention's inputs, chosen by gradient.
 
     score of a tile = mean of abs(G) over it and the first 100 steps. Of the tiles of all `q_proj`, `k_proj` and
-    `v_proj` the best 3.5% are trained: 0.84% of LLaMA-7B. Beside the base layer's own, passes compute the products of
-    the tiles alone; a step of scoring makes one layer's whole gradient at a time.
-    Other models have other names for these, and common ones are known; give `target_modules` for more.
+    `v_proj` the best 3.5% are trained: 0.84% of LLaMA-7B. Other models have other names for these, and common ones
+    are known; give `target_modules` for more. With several processes select before the model is wrapped
+    (`score_steps=0` and `model.score(batches)`), or use `scope="tensor"`.
 
     Their code adds up gradients over the steps and takes absolute values at the end; here absolute values are added
-    up, of each pass. Its 100 steps train every weight; here they train nothing, and the base is never written (with
-    `storage="copy"` they train the targets). With several processes select before the model is wrapped
-    (`score_steps=0` and `model.score(batches)`), or use `scope="tensor"`.
+    up, of each pass. Its 100 steps train every weight; here they train nothing.
 
     Args:
         **fields: Fields of `DPSConfig` to set otherwise.

@@ -8,7 +8,8 @@ DEVICE ?= cuda
 # Test processes. One thread each, see `test`.
 WORKERS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
-VENV := .venv
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin/python -m
 
 # Models and data come from the package index or from the repository, never from a hub.
@@ -18,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SECONDARY:
-.PHONY: help demo test test-device quality style docs benchmark clean
+.PHONY: help demo test test-device versions quality style docs benchmark clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +40,10 @@ test-device: export CUBLAS_WORKSPACE_CONFIG := :4096:8
 test-device: $(VENV)/.installed-test ## Run the tests that tell something of a GPU on it
 	$(RUN) pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m device $(ARGS)
 
+# It makes an environment of its own for each row (about 6 GB where torch comes with CUDA).
+versions: ## Run the tests on the versions of docs/support.md, and write them down there (a part, on the lowest: ARGS="--fast lowest")
+	$(PYTHON) -m tests.versions $(ARGS)
+
 quality: $(VENV)/.installed-dev ## Check style, formatting, types and layering
 	$(RUN) ruff check
 	$(RUN) ruff format --check
@@ -57,13 +62,13 @@ benchmark: $(VENV)/.installed-compare ## Measure time and memory of DPS beside f
 	$(RUN) benchmarks.page --results runs/suite_here.json --out runs/benchmarks.md
 
 clean: ## Remove everything that was made here, .venv included
-	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venvs build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each extra: $(VENV)/.installed-test stands for `pip install -e .[test]`.
-$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)/.created
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(VENV)/.created
 	@echo "Installing peft_dps[$*] into $(VENV) (some minutes the first time)"
-	@$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@$(RUN) pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$*]'
 	@touch $@
 
 $(VENV)/.created:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "support.md"
@@ -33,6 +36,10 @@ whole weights (`storage="copy"`, the default).
 
 Layers of GPTQ, AWQ, HQQ, compressed-tensors, AQLM, EETQ and FP8, whose kernels need an accelerator, are stood in for
 by modules that have their attributes and a backward pass of their own; those of bitsandbytes and torchao are real.
+"""
+VERSIONS = """## Versions
+
+`pip` installs any version between the lowest and the newest of these. `make versions` runs all tests on each row.
 """
 # Rows by the name of the parameter's value, where that is a name of the tests' own. None: in no table.
 LABELS = {
@@ -104,12 +111,31 @@ def page(entries: list[Entry]) -> str:
     unknown = {entry.section for entry in entries} - set(SECTIONS)
     if unknown:
         raise SystemExit(f"Marks name the sections {sorted(unknown)}; SECTIONS in tests/matrix.py does not.")
-    parts = [HEAD]
+    parts = [HEAD, *_versions()]
     for section in SECTIONS:
         mine = [entry for entry in entries if entry.section == section]
         if mine:
             parts += [f"## {section}\n", *_grid([e for e in mine if e.row]), *_list([e for e in mine if not e.row])]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _versions() -> list[str]:
+    """A line per row of the versions that the tests have run with, from the newest run of each."""
+    results = json.loads(versions.RESULTS.read_text()) if versions.RESULTS.exists() else {}
+    lines = [_row(["", "Python", *versions.PACKAGES, "passed", "failed", "skipped"])]
+    lines.append(_row(["---"] * (5 + len(versions.PACKAGES))))
+    skipped: dict[str, list[str]] = {}
+    for row in versions.ROWS:
+        result = results.get(row.name)
+        if result is None:
+            continue
+        counts = [result["passed"], len(result["failed"]), sum(result["skipped"].values())]
+        packages = [result["packages"][name] for name in versions.PACKAGES]
+        lines.append(_row([row.name, result["python"], *packages, *(f"{count:,}" for count in counts)]))
+        for reason in result["skipped"]:
+            skipped.setdefault(reason, []).append(row.name)
+    notes = [f"- skipped, {', '.join(rows)}: {reason}" for reason, rows in sorted(skipped.items())]
+    return [VERSIONS, *lines, "", *notes, ""]
 
 
 def _grid(entries: list[Entry]) -> list[str]:

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from peft_dps.errors import AdapterFileError, ConfigError
 from peft_dps.training.recipe import Recipe
 from peft_dps.tuner.field_checks import check_plain, check_targets, refuse_idle_fields
 from peft_dps.tuner.method import recipe_of
+from peft_dps.tuner.peft_interface import SAFETENSORS_WEIGHTS_NAME, PeftConfig
 
 
 class DPSPeftType(str, enum.Enum):

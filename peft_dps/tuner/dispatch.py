@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +16,7 @@ from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tuner.layers.linear import Conv1DLinear, Linear
 from peft_dps.tuner.layers.parameter import ParamWrapper, find_wrapper, path_in_base
 from peft_dps.tuner.layers.pretrained import UnreadWeight, device_of, is_offloaded
+from peft_dps.tuner.peft_interface import BaseTunerLayer
 from peft_dps.tuner.quantized import is_quantized, linear_shape, remedy_for_quantized, stored_as
 from peft_dps.tuner.targets import is_target
 

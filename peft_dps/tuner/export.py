@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch.distributed.tensor import DTensor
 
 from peft_dps.errors import ConfigError, EngineError
@@ -18,6 +15,12 @@ from peft_dps.tensors.difference import encode
 from peft_dps.tuner.adapter_name import one_adapter
 from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.lora_export import LoraReport, export_lora
+from peft_dps.tuner.peft_interface import (
+    EMBEDDING_LAYER_NAMES,
+    SAFETENSORS_WEIGHTS_NAME,
+    PeftModel,
+    get_peft_model_state_dict,
+)
 from peft_dps.tuner.targets import is_named
 from peft_dps.tuner.trained_tensors import TrainedTensor, trained_tensors
 

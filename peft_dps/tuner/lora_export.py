@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +20,7 @@ from peft_dps.tuner.layers.embedding import Embedding
 from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tuner.layers.linear import Conv1DLinear
 from peft_dps.tuner.layers.parameter import ParamWrapper, path_in_base
+from peft_dps.tuner.peft_interface import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper, LoraConfig, PeftModel
 from peft_dps.tuner.targets import is_named
 
 _PREFIX = "base_model.model."

@@ -9,9 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_dps.errors import AdapterFileError, ConfigError
@@ -27,6 +24,7 @@ from peft_dps.tuner.loading import expect_kept_units, read_state, require_saved_
 from peft_dps.tuner.method import settings_of
 from peft_dps.tuner.model_card import make_section, write_section
 from peft_dps.tuner.offload import offload_bases, offload_originals
+from peft_dps.tuner.peft_interface import BaseTuner, PeftConfig, PeftModel
 from peft_dps.tuner.removal import remove_adapter
 from peft_dps.tuner.running_statistics import warn_of_statistics
 from peft_dps.tuner.targets import expand_all_linear, is_target, save_remaining

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from peft_dps.tensors.file import on_disk
 from peft_dps.tuner.layers.layer import DPSLayer
+from peft_dps.tuner.peft_interface import ModulesToSaveWrapper
 
 logger = logging.getLogger(__name__)
 

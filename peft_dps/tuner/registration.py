@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import peft
-from packaging.version import Version
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import PeftType
-
 from peft_dps.errors import RegistrationError
 from peft_dps.tuner.config import DPSConfig, DPSPeftType
 from peft_dps.tuner.model import DPSModel
-
-MINIMUM_PEFT = "0.21.2"
+from peft_dps.tuner.peft_interface import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    PeftType,
+    require_peft,
+)
 
 
 def register() -> None:
@@ -21,17 +21,14 @@ def register() -> None:
     one-member `str` enum of ours; it hashes and compares like the string "DPS" that checkpoints carry.
 
     Raises:
-        RegistrationError: If PEFT is too old, or has another tuner of that name.
+        RegistrationError: If PEFT is too old, calls no more what DPS replaces, or has another tuner of that name.
     """
-    if Version(peft.__version__) < Version(MINIMUM_PEFT):
-        raise RegistrationError(
-            f"peft_dps needs peft >= {MINIMUM_PEFT}, found {peft.__version__}. Run `pip install -U peft`."
-        )
+    version = require_peft()
     name = DPSPeftType.DPS
     taken = PEFT_TYPE_TO_CONFIG_MAPPING.get(name)  # type: ignore[call-overload]
     if name.value in PeftType.__members__ or (taken is not None and taken.__module__ != DPSConfig.__module__):
         raise RegistrationError(
-            f"peft {peft.__version__} already has a tuner named {name.value}, so peft_dps cannot add its own. Use "
+            f"peft {version} already has a tuner named {name.value}, so peft_dps cannot add its own. Use "
             "that tuner without importing peft_dps, or install a peft version without it."
         )
     PEFT_TYPE_TO_CONFIG_MAPPING[name] = DPSConfig  # type: ignore[index]

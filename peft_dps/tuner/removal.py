@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import ModulesToSaveWrapper
-
 from peft_dps.tuner.layers.layer import DPSLayer
+from peft_dps.tuner.peft_interface import BaseTuner, ModulesToSaveWrapper
 
 
 def remove_adapter(tuner: BaseTuner, adapter: str) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from peft_dps.tuner.peft_interface import ModulesToSaveWrapper
 
 logger = logging.getLogger(__name__)
 

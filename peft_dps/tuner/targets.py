@@ -7,13 +7,17 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from peft_dps.errors import TargetError
 from peft_dps.tuner.config import DPSConfig
+from peft_dps.tuner.peft_interface import (
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft_dps.tuner.quantized import is_packed, is_quantized, linear_shape, remedy_for_quantized
 
 logger = logging.getLogger(__name__)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peft_dps.errors import TargetError
 from peft_dps.tuner.layers.layer import DPSLayer
+from peft_dps.tuner.peft_interface import ModulesToSaveWrapper
 
 logger = logging.getLogger(__name__)
 

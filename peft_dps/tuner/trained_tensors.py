@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peft_dps.tuner.layers.layer import DPSLayer
+from peft_dps.tuner.peft_interface import ModulesToSaveWrapper
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.func import functional_call
 
@@ -20,6 +19,7 @@ from peft_dps.tensors.layout import Layout
 from peft_dps.training.layer import Training
 from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.layers.pretrained import PretrainedWeight
+from peft_dps.tuner.peft_interface import BaseTunerLayer, check_adapters_to_merge
 
 
 class DPSLayer(nn.Module, BaseTunerLayer):

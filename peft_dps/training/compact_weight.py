@@ -216,7 +216,7 @@ class CompactWeight(TargetWeight):
     def choose(self, choice: torch.Tensor, units: Units, phase: int) -> None:
         """Begin a phase in which the chosen units are updated; see `TargetWeight.choose`."""
         delta, trained = self.delta, self.is_trained
-        numbers = choice.to(delta.index.device).view(-1).nonzero().view(-1).to(torch.int32)
+        numbers = choice.view(-1).nonzero().view(-1).to(delta.index.device, torch.int32)
         if delta.is_selected:
             self._exchange(delta, numbers)
         else:

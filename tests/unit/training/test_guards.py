@@ -86,3 +86,14 @@ def test_a_captured_forward_is_refused_where_one_may_begin_a_phase(make_model, b
     captured()
     with pytest.raises(EngineError, match=r"'default' is being captured in a CUDA graph"):
         model(batches(1)[0][0])
+
+
+def test_a_captured_forward_is_refused_in_compact_storage_until_units_are_selected(make_model, batches, captured):
+    fields = {"storage": "compact", "granularity": "column", "schedule": "once", "score_steps": 2}
+    models = [make_model(**fields) for _ in range(2)]
+    train(models[1], SGD(trainable(models[1]), lr=0.1), batches(3))
+    captured()
+    ((x, _),) = batches(1)
+    with pytest.raises(EngineError, match=r"captured in a CUDA graph.*`schedule='once'`"):
+        models[0](x)
+    models[1](x).sum().backward()

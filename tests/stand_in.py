@@ -41,6 +41,15 @@ class Placed(torch.Tensor):
         return PLACE
 
     @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        return self.detach()
+
+    @data.setter
+    def data(self, other: Placed) -> None:
+        torch._C.TensorBase.data.__set__(self, other)
+        self.held = other.held
+
+    @property
     def is_meta(self) -> bool:  # type: ignore[override]
         return False
 

@@ -94,10 +94,8 @@ def test_fp16_with_a_gradient_scaler_that_skips_steps(fused):
     found = {weight.name: weight.sums.total for weight in controller_of(model).weights}
     for name, total in sums.items():  # fp16 has a mantissa of 10 bits
         torch.testing.assert_close(found[name], total, rtol=0.05, atol=1e-6)
-    for _ in range(2):
-        scaler.scale(loss_of(model, batches[0])).backward()
-        scaler.step(optimizer)
-        optimizer.zero_grad()
+    scaler.scale(loss_of(model, batches[0])).backward()
+    scaler.step(optimizer)
     assert model.base_model.dps_status().engaged
 
 

@@ -272,7 +272,7 @@ class CompactWeight(TargetWeight):
             refuse_state(optimizer, self.parameter, before, self.name)
         self._shape_before = before
         moved = delta.exchange(numbers, self.layer.pretrained_weight, self._write)
-        if len(moved) == slots and torch.equal(moved, torch.arange(slots).to(moved)):
+        if len(moved) == slots and torch.equal(moved, torch.arange(slots, device=moved.device)):
             return  # all of them stay
         self.moved = moved if self.moved is None else torch.where(moved >= 0, self.moved[moved.clamp(min=0)], moved)
 

@@ -15,6 +15,7 @@ from peft_dps import DPSConfig
 from peft_dps.errors import EngineError
 from tests.accelerators import needs_gpu, train, trainable, waits_in
 from tests.compact import TARGETS, Tile, deltas_of, loss_of, make_base, make_batches, make_model
+from tests.compact import train as train_on
 from tests.device import DEVICE, ON_CPU
 from tests.stand_in import PLACE, stand_in
 
@@ -152,6 +153,7 @@ def test_memory_does_not_grow_from_selection_to_selection():
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 def test_a_cuda_graph_holds_forward_and_backward_once_units_are_selected():
     (graphed, plain), inputs = (make_net() for _ in range(2)), make_inputs()
     optimizers = [AdamW(trainable(each), lr=torch.tensor(1e-2), capturable=True) for each in (graphed, plain)]
@@ -187,6 +189,21 @@ def test_compiled_for_the_gpu(granularity, mode):
     train(expected, inputs, 7, SGD(trainable(expected), lr=0.1))
     train(compiled, inputs, 7, SGD(trainable(model), lr=0.1))
     compare(model, expected)
+
+
+@pytest.mark.parametrize("granularity", ["column", "row", "entry", TILE])
+@pytest.mark.parametrize("default", list(dict.fromkeys(["meta", DEVICE.type])))
+def test_the_default_device_does_not_matter(granularity, default):
+    """Some make the accelerator the default device; "meta" here tells what is made there by mistake."""
+    (model, expected), batches = (make_model(granularity=granularity, **AGAIN) for _ in range(2)), make_batches(10)
+    optimizer, plain = (AdamW(trainable(each), lr=1e-2) for each in (model, expected))
+    train_on(expected, plain, batches)
+    torch.set_default_device(default)
+    try:
+        train_on(model, optimizer, batches)
+    finally:
+        torch.set_default_device(None)
+    compare(model.base_model, expected.base_model)
 
 
 @needs_gpu

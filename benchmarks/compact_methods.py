@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from benchmarks.device_methods import targets, with_shira
+from benchmarks.device_methods import targets, with_shira, without_a
 from benchmarks.engine import Evidence, select_now
 from benchmarks.models import build_model, make_batch
 from benchmarks.settings import DECODER, Settings
@@ -82,12 +82,7 @@ def _lora(model: PreTrainedModel, plan: Plan) -> nn.Module:
 
 
 def _lora_fa(model: PreTrainedModel, plan: Plan) -> nn.Module:
-    """LoRA whose A is not trained, so that nothing but x A is kept for its backward pass."""
-    prepared = _lora(model, plan)
-    for name, parameter in prepared.named_parameters():
-        if "lora_A" in name:
-            parameter.requires_grad_(False)
-    return prepared
+    return without_a(_lora(model, plan))
 
 
 def _shira(model: PreTrainedModel, plan: Plan) -> nn.Module:

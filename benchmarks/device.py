@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -51,8 +52,8 @@ class Trainee:
         self.trained = sum(parameter.numel() for parameter in trained)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.01, fused=True)
         self.stage_steps = plan.stage_steps
-        self.steps = 0
-        self.kept = 0
+        self.steps = self.kept = 0
+        self.host = 0.0
 
     @property
     def coming(self) -> str:
@@ -70,10 +71,11 @@ class Trainee:
         self.steps += 1
 
     def timed(self) -> float:
-        """Train one step and return its seconds."""
+        """Train one step and return its seconds; `host` is how long the host took to ask for all of it."""
         synchronize()
         start = time.perf_counter()
         self.step()
+        self.host = time.perf_counter() - start
         synchronize()
         return time.perf_counter() - start
 
@@ -114,15 +116,16 @@ def measure(method: Method, full: Trainee | None, settings: Settings, plan: Plan
         full: Full fine-tuning; None if that is the method itself.
         settings: Names the model, the batch and the device.
         plan: What methods have in common.
-        cycles: Cycles of DPS; others take as many rounds as half of them have.
+        cycles: Cycles of DPS; others take as many rounds.
 
     Returns:
         Per figure, seconds and ratios, peak and kept bytes, and waits; JSON-ready.
     """
     device, others = settings.device, allocated(settings.device)
     trainee = Trainee(method, settings, plan)
-    rounds = plan.stage_steps * cycles * (2 if method.stages else 1)
-    own, ratios, peaks, kept = defaultdict(list), defaultdict(list), defaultdict(int), defaultdict(int)
+    rounds = 2 * plan.stage_steps * cycles
+    own, host, ratios = (defaultdict(list) for _ in range(3))
+    peaks, kept = defaultdict(int), defaultdict(int)
     for number in range(rounds):
         other = None if full is None else full.timed()
         figure = trainee.coming
@@ -134,6 +137,7 @@ def measure(method: Method, full: Trainee | None, settings: Settings, plan: Plan
         kept[figure] = trainee.kept
         if number >= _WARMUP:
             own[figure].append(seconds)
+            host[figure].append(trainee.host)
             ratios[figure].append(1.0 if other is None else seconds / other)
     live = allocated(device) - others
     waits: dict[str, Counter[str]] = {}
@@ -150,6 +154,7 @@ def measure(method: Method, full: Trainee | None, settings: Settings, plan: Plan
         "figures": {
             figure: {
                 "seconds": median(own[figure]),
+                "host": median(host[figure]),
                 "ratio": median(ratios[figure]),
                 "ratios": [round(ratio, 4) for ratio in ratios[figure]],
                 "peak": peaks[figure],
@@ -163,8 +168,21 @@ def measure(method: Method, full: Trainee | None, settings: Settings, plan: Plan
     }
 
 
-def measure_all(names: Sequence[str], settings: Settings, plan: Plan, cycles: int) -> dict[str, Any]:
-    """Measure methods on one model, full fine-tuning first; what fails is told and left out."""
+def measure_all(
+    names: Sequence[str], settings: Settings, plan: Plan, cycles: int, until: float
+) -> Iterator[dict[str, Any]]:
+    """Measure methods on one model, full fine-tuning first; what fails, or has no time left, is told and left out.
+
+    Args:
+        names: The methods.
+        settings: Names the model, the batch and the device.
+        plan: What methods have in common.
+        cycles: See `measure`.
+        until: When no more methods are begun, by `time.monotonic`.
+
+    Yields:
+        Per method what was found, after each of them.
+    """
     results: dict[str, Any] = {FULL: measure(METHODS[FULL], None, settings, plan, cycles)}
     gc.collect()
     full = Trainee(METHODS[FULL], settings, plan)
@@ -173,28 +191,33 @@ def measure_all(names: Sequence[str], settings: Settings, plan: Plan, cycles: in
         gc.collect()
         if settings.device != "cpu":
             torch.cuda.empty_cache()
+        start = time.monotonic()
         try:
+            if start > until:
+                raise RuntimeError("there was no time left for it")
             results[name] = measure(METHODS[name], full, settings, plan, cycles)
         except (RuntimeError, ValueError) as error:  # out of memory, or what PEFT cannot do
             results[name] = {"trains": METHODS[name].trains, "error": f"{type(error).__name__}: {error}"[:300]}
-        print(settings.size, name, json.dumps(results[name])[:600], flush=True)
-    return results
+        print(f"{settings.size} {name}: {time.monotonic() - start:.0f} s", flush=True)
+        yield results
 
 
 def profile(name: str, settings: Settings, plan: Plan) -> str:
     """Return the kernels that take the most time in one step of each kind."""
-    trainee, parts = Trainee(METHODS[name], settings, plan), []
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if settings.device != "cpu":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    for _ in range(2 * plan.stage_steps):
+    trainee, seen = Trainee(METHODS[name], settings, plan), {}
+    on_cpu = settings.device == "cpu"
+    activities = [torch.profiler.ProfilerActivity.CPU if on_cpu else torch.profiler.ProfilerActivity.CUDA]
+    for number in range(plan.stage_steps + 2):
         figure = trainee.coming
+        if number == 0 or figure in seen:
+            trainee.step()
+            continue
         with torch.profiler.profile(activities=activities) as found:
             trainee.timed()
-        by = "self_cuda_time_total" if settings.device != "cpu" else "self_cpu_time_total"
+        by = "self_cpu_time_total" if on_cpu else "self_cuda_time_total"
         table = found.key_averages().table(sort_by=by, row_limit=18, max_name_column_width=70)
-        parts.append(f"{name}, {settings.size}, step {trainee.steps}, {figure}\n{table}\n")
-    return "\n".join([*parts[1:2], *parts[plan.stage_steps : plan.stage_steps + 2]])
+        seen[figure] = f"{name}, {settings.size}, step {trainee.steps}, {figure}\n{table}\n"
+    return "\n".join(seen.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -205,8 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=768)
     parser.add_argument("--density", type=float, default=0.05)
-    parser.add_argument("--stage-steps", type=int, default=6)
-    parser.add_argument("--cycles", type=int, default=3)
+    parser.add_argument("--stage-steps", type=int, default=5)
+    parser.add_argument("--cycles", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no more methods are begun")
     parser.add_argument("--profile", metavar="METHOD", help="also write the kernels of a method beside --out")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; the table goes beside it")
     given = parser.parse_args(arguments)
@@ -220,14 +244,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "settings": {name: value for name, value in vars(given).items() if name not in ("out", "profile")},
         "models": {},
     }
-    for size in given.models:
+    start = time.monotonic()
+    for place, size in enumerate(given.models, 1):
         settings = Settings(size=size, batch=given.batch, tokens=given.tokens, dropout=0.0, device=given.device)
-        result["models"][size] = measure_all(given.methods, settings, plan, given.cycles)
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
-        given.out.with_suffix(".md").write_text(page(result))
-        if given.profile:
-            text = profile(given.profile, settings, plan)
-            given.out.with_name(f"{given.out.stem}_{size}_kernels.txt").write_text(text)
+        until = start + given.seconds * place / len(given.models)
+        for found in measure_all(given.methods, settings, plan, given.cycles, until):
+            result["models"][size] = found
+            given.out.write_text(json.dumps(result, indent=1) + "\n")
+    if given.profile:
+        given.out.with_name(f"{given.out.stem}_kernels.txt").write_text(profile(given.profile, settings, plan))
+    given.out.with_suffix(".md").write_text(page(result))
     print(page(result))
 
 

@@ -16,6 +16,7 @@ from peft_dps import DPSConfig
 
 Prepare = Callable[[PreTrainedModel, "Plan"], nn.Module]
 FULL = "full"
+_FOREVER = 10**6  # steps
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Plan:
         density: Fraction of entries that are trained, of DPS in SUBNETWORK and of SHiRA.
         stage_steps: Steps in a stage of DPS.
         rank: Rank of LoRA.
+        units: Columns of each weight, where a number of them is given.
     """
 
     density: float = 0.05
     stage_steps: int = 6
     rank: int = 16
+    units: int = 16
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,18 @@ def _lora(model: PreTrainedModel, plan: Plan) -> nn.Module:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=plan.rank, target_modules="all-linear"))
 
 
+def _lora_fa(model: PreTrainedModel, plan: Plan) -> nn.Module:
+    return without_a(_lora(model, plan))
+
+
+def without_a(model: nn.Module) -> nn.Module:
+    """Make a LoRA one whose A is not trained, so that nothing but x A is kept for its backward pass (LoRA-FA)."""
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    return model
+
+
 def _shira(model: PreTrainedModel, plan: Plan) -> nn.Module:
     return with_shira(model, plan.density, "CAUSAL_LM")
 
@@ -115,9 +130,10 @@ def _random_mask(layer: nn.Linear, r: int, **_: Any) -> torch.Tensor:
     return mask.view_as(layer.weight)
 
 
-def _dps(*, cast: bool = True, **fields: Any) -> Prepare:
+def _dps(*, cast: bool = True, units: bool = False, **fields: Any) -> Prepare:
     def prepare(model: PreTrainedModel, plan: Plan) -> nn.Module:
-        config = DPSConfig(task_type="CAUSAL_LM", density=plan.density, stage_steps=plan.stage_steps, **fields)
+        size: dict[str, Any] = {"units": plan.units} if units else {"density": plan.density}
+        config = DPSConfig(task_type="CAUSAL_LM", stage_steps=plan.stage_steps, **size, **fields)
         return get_peft_model(model, config, autocast_adapter_dtype=cast)
 
     return prepare
@@ -128,22 +144,30 @@ def _compact(**fields: Any) -> Prepare:
     return _dps(storage="compact", schedule="once", score="random", score_steps=0, train_bias=False, **fields)
 
 
-# A new method is one line here.
+def _compact_scoring(model: PreTrainedModel, plan: Plan) -> nn.Module:
+    config = DPSConfig.compact(task_type="CAUSAL_LM", units=plan.units, score_steps=_FOREVER)
+    return get_peft_model(model, config)
+
+
+# A new method is one line here. Those come first that have to be measured where time is short.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method(FULL, "everything, bf16", _full),
-        Method("full-linear-bf16", "linear layers, bf16", _linear(torch.bfloat16)),
-        Method("full-linear-fp32", "linear layers, fp32", _linear(torch.float32)),
         Method("lora", "two factors a linear layer, fp32", _lora),
-        Method("shira", "random entries of linear layers, fp32", _shira),
+        Method("columns-units", "16 columns a linear layer, fp32", _compact(granularity="column", units=True)),
+        Method("columns", "columns of linear layers, fp32", _compact(granularity="column")),
         Method("dps", "linear layers, fp32", _dps(), stages=True),
+        Method("lora-fa", "one factor a linear layer, fp32", _lora_fa),
+        Method("shira", "random entries of linear layers, fp32", _shira),
+        Method("full-linear-fp32", "linear layers, fp32", _linear(torch.float32)),
+        Method("mix", "linear layers, fp32", _dps(variant="mix"), stages=True),
+        Method("scoring", "nothing: columns of linear layers are scored", _compact_scoring),
         Method("dps-bf16", "linear layers, bf16", _dps(cast=False), stages=True),
+        Method("full-linear-bf16", "linear layers, bf16", _linear(torch.bfloat16)),
+        Method("rows", "rows of linear layers, fp32", _compact(granularity="row")),
         Method(
             "dps-bf16-scores", "linear layers, bf16, scores in bf16", _dps(cast=False, score_dtype="bfloat16"), True
         ),
-        Method("mix", "linear layers, fp32", _dps(variant="mix"), stages=True),
-        Method("columns", "columns of linear layers, fp32", _compact(granularity="column")),
-        Method("rows", "rows of linear layers, fp32", _compact(granularity="row")),
     )
 }

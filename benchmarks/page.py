@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compact_layer
+from benchmarks import compact_layer, device_page
 from benchmarks.compact_page import section
 from benchmarks.findings import Entry, Findings
 from benchmarks.memory import KINDS
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.page", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    usual = "JSON files (default: all suite_*.json and compact_*.json)"
+    usual = "JSON files (default: all of them in benchmarks/results that it knows)"
     parser.add_argument("--results", type=Path, nargs="+", default=None, help=usual)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks.md", help="page to write")
     options = parser.parse_args(arguments)
@@ -96,6 +96,7 @@ def result_files() -> list[Path]:
         *sorted(_RESULTS.glob("suite_*.json")),
         *sorted(_RESULTS.glob("compact_*.json")),
         *_RESULTS.glob("layer_cpu.json"),
+        *sorted(_RESULTS.glob("device_*.json")),
     ]
 
 
@@ -109,6 +110,9 @@ def make_page(documents: dict[str, dict[str, Any]]) -> Page:
     head = _HEAD.format(density=usual.density, dropout=usual.dropout)
     parts, images = [head if documents else f"{head}\n{_NONE}"], {}
     for name, document in documents.items():
+        if "device" in document:
+            parts.append(f"## {document['device']}\n\n{device_page.page(document)}")
+            continue
         if "models" in document:
             parts.append(section(document))
             continue

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_dps import DPSConfig
 from peft_dps.selection.granularity import GRANULARITIES, Submatrix
+from tests.device import DEVICE
 
 TARGETS = ["embedding", "linear", "transposed", "convolution", "head"]
 
@@ -35,7 +36,7 @@ def make_base(dtype: torch.dtype = torch.float64) -> EveryLayer:
     torch.manual_seed(0)
     base = EveryLayer()
     nn.init.normal_(base.transposed.weight, std=0.3)
-    return base.to(dtype)
+    return base.to(DEVICE, dtype)
 
 
 def make_model(base: nn.Module | None = None, **fields):
@@ -46,10 +47,11 @@ def make_model(base: nn.Module | None = None, **fields):
 
 def make_batches(count: int, seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return [
+    made = [
         (torch.randint(20, (5, 7), generator=generator), torch.randint(4, (5,), generator=generator))
         for _ in range(count)
     ]
+    return [(tokens.to(DEVICE), labels.to(DEVICE)) for tokens, labels in made]
 
 
 def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from peft_dps import DPSConfig
+from tests.device import DEVICE
 from tests.unit.conftest import Net, controller_of, layers_of, trainable
 
 SIZES = (12, 9, 7, 3)
@@ -25,15 +26,16 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 def make_net() -> Net:
     torch.manual_seed(0)
-    return Net(SIZES).double()
+    return Net(SIZES).double().to(DEVICE)
 
 
 def make_batches(count: int, seed: int = 1) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
-    return [
+    made = [
         (torch.randn(8, SIZES[0], generator=generator).double(), torch.randint(3, (8,), generator=generator))
         for _ in range(count)
     ]
+    return [(x.to(DEVICE), y.to(DEVICE)) for x, y in made]
 
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:

@@ -63,7 +63,7 @@ class SortableScores:
         bits = bits_of(flat)
         if bits.numel() == 0:
             return cls(bits, scores.shape, scores.dtype, -1)
-        lowest, highest = (int(bound) for bound in torch.aminmax(bits))
+        lowest, highest = torch.stack(torch.aminmax(bits)).tolist()
         infinity = int(torch.tensor(math.inf, dtype=flat.dtype, device="cpu").view(bits.dtype))
         if lowest >= 0 and highest <= infinity:
             return cls(bits, scores.shape, scores.dtype, highest)

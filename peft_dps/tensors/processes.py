@@ -43,7 +43,9 @@ class Ranks:
         """
         sent = part.to(self.device).contiguous()
         gathered = sent.new_empty((self.size, *sent.shape))
-        dist.all_gather_single(gathered.view(-1), sent.view(-1), group=self.group)
+        # torch 2.13 has a new name for it, and warns of the old one.
+        collect = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        collect(gathered.view(-1), sent.view(-1), group=self.group)
         return gathered.to(part.device)
 
     def any(self, flag: bool) -> bool:

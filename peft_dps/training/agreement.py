@@ -57,7 +57,7 @@ def _facts(weight: TargetWeight) -> torch.Tensor:
 def _compare(adapter: str, what: str, world: Ranks, values: torch.Tensor) -> None:
     found = world.gather(values)
     if not bool((found == found[0]).all()):
-        _refuse(adapter, what, torch.arange(len(found)), found.sum(1))
+        _refuse(adapter, what, torch.arange(len(found), device=found.device), found.sum(1))
 
 
 def _refuse(adapter: str, what: str, holders: torch.Tensor, values: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ from peft_dps.tensors.processes import world
 from peft_dps.training.compact_weight import CompactWeight
 from peft_dps.training.controller import Controller, in_backward
 from peft_dps.training.grad_scaling import PassScale
+from peft_dps.training.guards import refuse_capture
 from peft_dps.training.layer import TargetLayer
 from peft_dps.training.recipe import Recipe
 from peft_dps.training.weight import TargetWeight
@@ -68,6 +69,7 @@ class CompactController(Controller):
             return weight.observe if self._is_trained(weight) else None
         if self.at_rest or not layer.training or not self._is_trained(weight):
             return None
+        refuse_capture(self.adapter)
         if not in_backward():  # else gradient checkpointing computes again what a forward has computed
             if weight.forget_thrown_away():
                 self._forgot = True

@@ -216,7 +216,7 @@ class CompactWeight(TargetWeight):
     def choose(self, choice: torch.Tensor, units: Units, phase: int) -> None:
         """Begin a phase in which the chosen units are updated; see `TargetWeight.choose`."""
         delta, trained = self.delta, self.is_trained
-        numbers = choice.to(delta.index.device).view(-1).nonzero().view(-1).to(torch.int32)
+        numbers = choice.view(-1).nonzero().view(-1).to(delta.index.device, torch.int32)
         if delta.is_selected:
             self._exchange(delta, numbers)
         else:
@@ -272,7 +272,7 @@ class CompactWeight(TargetWeight):
             refuse_state(optimizer, self.parameter, before, self.name)
         self._shape_before = before
         moved = delta.exchange(numbers, self.layer.pretrained_weight, self._write)
-        if len(moved) == slots and torch.equal(moved, torch.arange(slots).to(moved)):
+        if len(moved) == slots and torch.equal(moved, torch.arange(slots, device=moved.device)):
             return  # all of them stay
         self.moved = moved if self.moved is None else torch.where(moved >= 0, self.moved[moved.clamp(min=0)], moved)
 

@@ -111,7 +111,7 @@ def refuse_capture(adapter: str) -> None:
         raise EngineError(
             f"A training forward of adapter {adapter!r} is being captured in a CUDA graph. Its replays would repeat "
             "the noise, or the stage, of this one step. Train DPS Mix, Mixout and LT-SFT without CUDA graphs, or use "
-            "`variant='dense'`."
+            "`variant='dense'`; in compact storage capture once units are selected for good (`schedule='once'`)."
         )
 
 

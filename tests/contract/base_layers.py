@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.device import DEVICE
+
 # What transformers says of a model that bitsandbytes has quantized, which PEFT's LoRA asks for.
 MARKS = {"bitsandbytes 8 bit": "is_loaded_in_8bit", "bitsandbytes 4 bit": "is_loaded_in_4bit"}
 
@@ -98,7 +100,7 @@ def bitsandbytes_8bit(linear: nn.Linear) -> nn.Module:
         linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False
     )
     layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")
+    return layer.to(DEVICE)
 
 
 def bitsandbytes_4bit(linear: nn.Linear) -> nn.Module:
@@ -107,7 +109,7 @@ def bitsandbytes_4bit(linear: nn.Linear) -> nn.Module:
         linear.in_features, linear.out_features, linear.bias is not None, quant_type="nf4", compute_dtype=torch.float32
     )
     layer.load_state_dict(linear.state_dict())
-    return layer.to("cpu")
+    return layer.to(DEVICE)
 
 
 def torchao(linear: nn.Linear) -> nn.Module:
@@ -189,6 +191,7 @@ class Net(nn.Module):
         self.head = nn.Linear(24, 3)
         if kind.name in MARKS:
             setattr(self, MARKS[kind.name], True)
+        self.to(DEVICE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = torch.tanh(self.first(x)).to(self.dtype)
@@ -202,8 +205,8 @@ def weight_of(layer: nn.Module) -> torch.Tensor:
         dtype = next(
             (t.dtype for t in layer.parameters() if t.dtype in (torch.bfloat16, torch.float16)), torch.float32
         )
-        zero = layer(torch.zeros(1, inputs, dtype=dtype))
-        return (layer(torch.eye(inputs, dtype=dtype)) - zero).t().float()
+        zero = layer(torch.zeros(1, inputs, dtype=dtype, device=DEVICE))
+        return (layer(torch.eye(inputs, dtype=dtype, device=DEVICE)) - zero).t().float()
 
 
 def bytes_of(module: nn.Module) -> list[torch.Tensor]:

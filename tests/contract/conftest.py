@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -212,3 +214,12 @@ def snapshot() -> Snapshot:
 @pytest.fixture
 def untied_gpt2() -> Case:
     return Case("untied", lambda: make_gpt2(tie_word_embeddings=False), TOKENS, {"task_type": "CAUSAL_LM"})
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A group of one process, whose GPU is `DEVICE`."""
+    torch.cuda.set_device(DEVICE)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
+from accelerate import dispatch_model
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -15,41 +14,21 @@ from torch.optim import SGD, AdamW
 
 from peft_dps import DPSConfig, Stage, offloaded_parameters
 from peft_dps.errors import EngineError
-from peft_dps.tuner.adapter import find_controllers
+from tests.accelerators import (
+    assert_engaged,
+    everything,
+    needs_gpu,
+    needs_two_gpus,
+    train,
+    trainable,
+    waits_in,
+    weights_of,
+)
 from tests.device import DEVICE, ON_CPU
-from tests.resuming import as_bits, assert_same, held_by
+from tests.resuming import as_bits, assert_same
 
 pytestmark = pytest.mark.device
 VARIANTS = pytest.mark.parametrize("variant", ["dense", "mix"])
-needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
-
-
-def everything(model):
-    held = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for weight in weights_of(model):
-        held.update({f"{kind}/{weight.name}": tensor for kind, tensor in held_by(weight).items()})
-    return {name: as_bits(tensor).clone() for name, tensor in held.items()}
-
-
-def weights_of(model):
-    return find_controllers(model)["default"].weights
-
-
-def trainable(model):
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def train(model, inputs, steps, optimizer):
-    """With a loss that makes no tensor of its own."""
-    for _ in range(steps):
-        model(inputs).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def assert_engaged(model, steps):
-    status = model.dps_status()
-    assert (status.steps, status.engaged, status.frozen_moved) == (steps, True, False)
 
 
 @VARIANTS
@@ -148,19 +127,6 @@ def test_bf16_with_copies_in_bf16(case, variant):
     assert_engaged(model, 4)
 
 
-def waits_in(work):
-    """Where in the code torch waited for the device."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return [f"{each.filename}:{each.lineno}" for each in found if "called a synchronizing" in str(each.message)]
-
-
 @needs_gpu
 @VARIANTS
 @pytest.mark.parametrize("layers", [2, 6])
@@ -235,6 +201,7 @@ def test_forward_and_backward_in_a_cuda_graph_train_dense_as_ever():
 
 
 @needs_gpu
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 def test_a_forward_of_mix_in_a_cuda_graph_is_refused():
     """A replay would compute with the noise of the step that was captured, for ever."""
     for steps in (1, 3):
@@ -286,6 +253,20 @@ def test_another_stream_trains_the_same(mlp, variant):
     with torch.cuda.stream(side):
         mlp.train(model, 5)
     torch.cuda.current_stream().wait_stream(side)
+    assert_same(everything(model), everything(expected))
+
+
+@needs_gpu
+@VARIANTS
+def test_batches_that_come_from_pinned_memory(mlp, variant):
+    """Copied while the host goes on: the step has to wait for them, and nothing else."""
+    model, expected = mlp.model(variant=variant), mlp.model(variant=variant)
+    optimizer, plain = (SGD(trainable(each), lr=0.1) for each in (model, expected))
+    for step in range(6):
+        batch = (mlp.inputs.cpu() + step).pin_memory()
+        train(model, batch.to(DEVICE, non_blocking=True), 1, optimizer)
+        train(expected, mlp.inputs + step, 1, plain)
+    assert_engaged(model, 6)
     assert_same(everything(model), everything(expected))
 
 
@@ -358,6 +339,24 @@ def test_weights_on_several_devices(variant, scope, frozen, tmp_path):
         assert torch.equal(ours.mask.keep.cpu(), theirs.mask.keep.cpu())
 
 
+@needs_two_gpus
+@VARIANTS
+@pytest.mark.parametrize("scope", ["tensor", "model"])
+def test_a_model_that_accelerate_spreads_over_two_gpus(gpt2, variant, scope):
+    """The last of them is not torch's current device. Tolerance: none, since each layer computes the same."""
+    outputs = []
+    for last in ("cuda:0", "cuda:1"):
+        places = {f"transformer.{part}": "cuda:0" for part in ("wte", "wpe", "drop", "h.0")}
+        places |= {"transformer.h.1": last, "transformer.ln_f": last, "lm_head": "cuda:0"}
+        base = dispatch_model(gpt2.base(), places, force_hooks=True)
+        model = get_peft_model(base, gpt2.config(variant=variant, scope=scope)).eval()
+        gpt2.train(model, 7)
+        assert_engaged(model, 7)
+        assert {str(weight.weight.device) for weight in weights_of(model)} == {"cuda:0", last}
+        outputs.append(gpt2.output(model))
+    assert torch.equal(*outputs)
+
+
 @VARIANTS
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 @pytest.mark.parametrize("lean", [False, True])
@@ -392,14 +391,6 @@ def test_a_training_state_goes_to_another_device(mlp, variant, steps, tmp_path):
     assert_same(held, expected)
     train(other, mlp.inputs.cpu(), 4, SGD(trainable(other), lr=0.1))
     assert_engaged(other, steps + 4)
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """A group of one process."""
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @needs_gpu

@@ -13,6 +13,8 @@ from peft_dps.tuner.layers.layer import DPSLayer
 from tests.compact import Tile
 from tests.contract.zoo import ZOO, Whole
 
+pytestmark = pytest.mark.device
+
 UNITS = ["column", "row", "entry", Tile.__name__.lower(), "block"]
 
 

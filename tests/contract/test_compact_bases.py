@@ -15,9 +15,13 @@ from peft_dps import DPSConfig, DPSLayer, export_adapter, register_score
 from peft_dps.errors import TargetError
 from peft_dps.selection.scores import SCORES
 from tests.contract.base_layers import COMPUTED, ORDINARY, QUANTIZED, Net, Packed, bytes_of, weight_of
+from tests.device import DEVICE
 
-X = torch.linspace(-2, 2, 64).view(8, 8).sin()
-Y = torch.linspace(-1, 1, 24).view(8, 3)
+pytestmark = pytest.mark.device
+
+X = torch.linspace(-2, 2, 64).view(8, 8).sin().to(DEVICE)
+Y = torch.linspace(-1, 1, 24).view(8, 3).to(DEVICE)
+HERE = str(DEVICE)
 LORA = "LoRA of PEFT"
 COMPACT = "`storage='compact'`, columns and rows"
 COPY = "`storage='copy'`"
@@ -130,7 +134,7 @@ def test_output_and_gradients_are_those_of_the_dequantized_weight(kind, granular
     base = layer.get_base_layer()
     whole = weight_of(base).requires_grad_()
     exact = 2e-2 if kind.name == "bitsandbytes 8 bit" else 1e-5  # it rounds the input too
-    x = torch.linspace(-1, 1, 5 * 16).view(5, 16).cos()
+    x = torch.linspace(-1, 1, 5 * 16).view(5, 16).cos().to(DEVICE)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     layer(inputs[0]).square().sum().backward()
     (nn.functional.linear(inputs[1], whole, base.bias)).square().sum().backward()
@@ -310,9 +314,9 @@ def test_all_linear_finds_it(kind):
 
 def test_all_linear_leaves_out_a_quantized_head(gpt2):
     base = gpt2.base()
-    base.set_output_embeddings(Packed(nn.Linear(16, 40, bias=False), "qweight"))
+    base.set_output_embeddings(Packed(nn.Linear(16, 40, bias=False), "qweight").to(DEVICE))
     for block in base.transformer.h:
-        block.mlp.c_fc = Packed(nn.Linear(16, 64), "qweight")
+        block.mlp.c_fc = Packed(nn.Linear(16, 64), "qweight").to(DEVICE)
     model = get_peft_model(base, config(target_modules="all-linear", task_type="CAUSAL_LM"))
     names = {name for name, module in model.base_model.model.named_modules() if isinstance(module, DPSLayer)}
     assert "lm_head" not in names
@@ -350,7 +354,7 @@ SIZES = {
     "num_attention_heads": 2,
     "max_position_embeddings": 24,
 }
-IDS = torch.arange(2, 26).view(2, 12)
+IDS = torch.arange(2, 26).view(2, 12).to(DEVICE)
 
 
 def train_language(model, steps=10):
@@ -382,7 +386,7 @@ def test_a_model_that_transformers_has_quantized(folder, bits):
     pytest.importorskip("bitsandbytes")
     options = {"load_in_8bit": True} if bits == 8 else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     base = LlamaForCausalLM.from_pretrained(
-        folder, quantization_config=BitsAndBytesConfig(**options), device_map="cpu"
+        folder, quantization_config=BitsAndBytesConfig(**options), device_map={"": HERE}
     )
     base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
     model = get_peft_model(base, DPSConfig.compact(units=4, score_steps=2, task_type="CAUSAL_LM"))
@@ -402,7 +406,7 @@ def offloaded(gpt2, tmp_path, place="transformer.h.1"):
     """A model of which accelerate keeps some weights on the disk between forwards."""
     gpt2.base().save_pretrained(tmp_path / "base")
     parts = [f"transformer.{part}" for part in ("wte", "wpe", "drop", "h.0", "h.1", "ln_f")]
-    places = {**dict.fromkeys([*parts, "lm_head"], "cpu"), place: "disk"}
+    places = {**dict.fromkeys([*parts, "lm_head"], HERE), place: "disk"}
     return GPT2LMHeadModel.from_pretrained(
         tmp_path / "base", device_map=places, offload_folder=tmp_path / "offload"
     ).eval()
@@ -475,10 +479,10 @@ def test_an_offloaded_model_without_its_hooks_is_refused(gpt2, tmp_path):
 
 def test_a_convolution_that_is_dispatched(tmp_path):
     torch.manual_seed(0)
-    models = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 6, 3)) for _ in range(2)]
+    models = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.Conv2d(4, 6, 3)).to(DEVICE) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    dispatch_model(models[0], {"0": "cpu", "1": "cpu", "2": "disk"}, main_device="cpu", offload_dir=tmp_path)
-    x, results = torch.linspace(-1, 1, 2 * 3 * 49).view(2, 3, 7, 7).cos(), []
+    dispatch_model(models[0], {"0": HERE, "1": HERE, "2": "disk"}, main_device=HERE, offload_dir=tmp_path)
+    x, results = torch.linspace(-1, 1, 2 * 3 * 49).view(2, 3, 7, 7).cos().to(DEVICE), []
     for model in models:
         model = get_peft_model(model, config(target_modules=["2"], units=2))
         optimizer = optimizer_of(model)

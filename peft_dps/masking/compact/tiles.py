@@ -44,7 +44,7 @@ class TileDelta(Delta):
         for known, version, found in self._known:
             if known is numbers and version == numbers._version:
                 return found
-        places = torch.unravel_index(numbers.long(), self.units.grid)
+        places = torch.unravel_index(numbers.cpu().long(), self.units.grid)
         spans = zip(places, self.units.span, strict=True)
         found = list(zip(*((place * span).tolist() for place, span in spans), strict=True))
         self._known = [(numbers, numbers._version, found), *self._known[:3]]

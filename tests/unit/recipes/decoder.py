@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from peft_dps import DPSConfig, dps_adapter
+from tests.device import DEVICE
 
 LAYERS = 4
 WIDTH = 6
@@ -57,15 +58,16 @@ class Decoder(nn.Module):
 
 def make_net() -> Decoder:
     torch.manual_seed(0)
-    return Decoder().double()
+    return Decoder().double().to(DEVICE)
 
 
 def micro_batches(step: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(step)
-    return [
+    made = [
         (torch.randint(11, (4, 5), generator=generator), torch.randint(5, (4,), generator=generator))
         for _ in range(count)
     ]
+    return [(tokens.to(DEVICE), labels.to(DEVICE)) for tokens, labels in made]
 
 
 def loss_of(net: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

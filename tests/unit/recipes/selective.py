@@ -13,6 +13,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from tests.device import DEVICE
+
 STEPS = 6
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
@@ -47,18 +49,19 @@ class Net(nn.Module):
 
 def make_net() -> Net:
     torch.manual_seed(0)
-    return Net().double()
+    return Net().double().to(DEVICE)
 
 
 def make_batches(count: int, size: int = 6) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
-    return [
+    made = [
         (
             torch.randn(size, 8, generator=generator, dtype=torch.float64),
             torch.randint(3, (size,), generator=generator),
         )
         for _ in range(count)
     ]
+    return [(x.to(DEVICE), y.to(DEVICE)) for x, y in made]
 
 
 def loss_of(net: nn.Module, batch) -> torch.Tensor:
@@ -246,4 +249,4 @@ def mask_of(weight: torch.Tensor, holds: Callable[[tuple[int, ...]], bool]) -> t
     mask = torch.zeros(weight.shape, dtype=torch.bool)
     for index in indices_of(weight):
         mask[index] = holds(index)
-    return mask
+    return mask.to(weight.device)

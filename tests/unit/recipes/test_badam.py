@@ -7,6 +7,8 @@ import pytest
 from peft_dps.recipes import badam
 from tests.unit.recipes.decoder import LAYERS, follow, make_model, make_step, micro_batches, weights_of
 
+pytestmark = pytest.mark.device
+
 
 @pytest.mark.parametrize(("micro", "resume_after"), [(1, 2), (2, 3), (1, 7)])
 def test_badam_trains_one_layer_after_the_other(micro, resume_after, tmp_path):

@@ -22,6 +22,8 @@ from tests.step_by_step import (
 )
 from tests.unit.conftest import controller_of
 
+pytestmark = pytest.mark.device
+
 DENSITY = 0.3
 
 

@@ -21,6 +21,8 @@ from tests.unit.recipes.selective import (
     resume,
 )  # fmt: skip
 
+pytestmark = pytest.mark.device
+
 ALL = [f"blocks.{block}.{name}" for block in (0, 1) for name in NAMES]
 INPUTS = [name for name in ALL if name.endswith(("q_proj", "k_proj", "v_proj"))]
 EXAMPLES = 4

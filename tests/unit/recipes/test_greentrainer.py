@@ -10,7 +10,10 @@ from torch import nn
 
 from peft_dps.errors import ConfigError
 from peft_dps.recipes import greentrainer
+from tests.device import DEVICE
 from tests.unit.recipes.decoder import LAYERS, TARGETS, follow, make_model, make_net, selected
+
+pytestmark = pytest.mark.device
 
 
 def best_set(importance: dict[str, float], limit: float) -> set[str]:
@@ -69,7 +72,7 @@ def test_greentrainer_refuses_fewer_flops_than_the_forward_pass_takes(rho):
 
 def test_the_backward_pass_of_greentrainer_ends_at_the_lowest_selected_weight():
     model, optimizer = make_model(greentrainer(0.4, stage_steps=4))
-    tokens, labels = torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+    tokens, labels = (torch.zeros(shape, dtype=torch.long, device=DEVICE) for shape in ((2, 3), (2,)))
     for _ in range(2):
         nn.functional.cross_entropy(model(tokens), labels).backward()
         optimizer.step()

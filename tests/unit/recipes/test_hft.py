@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from peft_dps.recipes import hft
+from tests.device import DEVICE
 from tests.unit.recipes.decoder import ATTENTION, FEED_FORWARD, LAYERS, TARGETS, follow, make_model, selected
+
+pytestmark = pytest.mark.device
 
 MICRO = pytest.mark.parametrize("micro", [1, 2])
 
@@ -38,7 +41,7 @@ def test_hft_trains_another_half_with_another_seed_and_each_weight_in_half_of_th
     trained, layers_with_two = dict.fromkeys(TARGETS, 0), set()
     for seed in range(24):
         model, _ = make_model(hft(seed=seed, train_remaining=False))
-        model(torch.zeros(1, 2, dtype=torch.long))
+        model(torch.zeros(1, 2, dtype=torch.long, device=DEVICE))
         found = selected(model)
         for name in found:
             trained[name] += 1

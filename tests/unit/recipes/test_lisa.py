@@ -17,6 +17,8 @@ from tests.unit.recipes.decoder import (
     weights_of,
 )
 
+pytestmark = pytest.mark.device
+
 
 @pytest.mark.parametrize(("micro", "resume_after"), [(1, 2), (2, 3), (1, 7)])
 def test_lisa_trains_some_layers_and_the_rest_always(micro, resume_after, tmp_path):

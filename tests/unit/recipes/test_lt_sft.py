@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_dps import DPSConfig, Stage, dps_adapter, recipes
 from peft_dps.errors import ConfigError, EngineError, StateError
+from tests.device import DEVICE
 from tests.step_by_step import (
     OPTIMIZERS,
     TARGETS,
@@ -26,6 +27,8 @@ from tests.step_by_step import (
     same,
 )
 from tests.unit.conftest import controller_of, layers_of, trainable
+
+pytestmark = pytest.mark.device
 
 DENSITY, FIRST, STEPS = 0.2, 3, 8
 
@@ -67,7 +70,7 @@ class Reference:
         groups = [everything] if self.scope == "model" else [[e for e in everything if e[1] == w] for w in range(3)]
         chosen = {entry[1:] for group in groups for entry in sorted(group)[: math.ceil(len(group) * DENSITY)]}
         return [
-            torch.tensor([(w, i) in chosen for i in range(layer.weight.numel())]).view(layer.weight.shape)
+            torch.tensor([(w, i) in chosen for i in range(layer.weight.numel())]).view(layer.weight.shape).to(DEVICE)
             for w, layer in enumerate(self.net.layers)
         ]
 

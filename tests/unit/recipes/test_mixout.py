@@ -11,8 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_dps import Stage, recipes
 from peft_dps.masking.noise import NOISES
+from tests.device import DEVICE
 from tests.step_by_step import OPTIMIZERS, SIZES, TARGETS, Ours, compare, make_batches, make_net, micro_batches, same
 from tests.unit.conftest import controller_of, layers_of
+
+pytestmark = pytest.mark.device
 
 DENSITY, SEED = 0.4, 3
 CPU = torch.device("cpu")
@@ -26,9 +29,12 @@ def config(noise: str = "mixout", **fields):
 def bits(noise: str, step: int, shapes) -> list[torch.Tensor]:
     """b of a step, in a shape that broadcasts over the weight."""
     if noise == "mixout":
-        return [row.double() for row in NOISES.find(noise)(DENSITY, SEED).draw(step, [s[1] for s in shapes], CPU)]
+        drawn = NOISES.find(noise)(DENSITY, SEED).draw(step, [s[1] for s in shapes], CPU)
+        return [row.double().to(DEVICE) for row in drawn]
     drawn = NOISES.find(noise)(DENSITY, SEED).draw(step, [s.numel() for s in shapes], CPU)
-    return [each.at(torch.arange(s.numel())).view(s).double() for each, s in zip(drawn, shapes, strict=True)]
+    return [
+        each.at(torch.arange(s.numel())).view(s).double().to(DEVICE) for each, s in zip(drawn, shapes, strict=True)
+    ]
 
 
 class Reference:

@@ -19,6 +19,8 @@ from tests.unit.recipes.selective import (
     resume,
 )  # fmt: skip
 
+pytestmark = pytest.mark.device
+
 ALL = [f"blocks.{block}.{name}" for block in (0, 1) for name in NAMES]
 TARGETS = {"target_modules": list(NAMES)}
 RANDOM = {  # per recipe: fields to suit a small net, the layers that it selects from, and units selected of so many

@@ -13,6 +13,8 @@ from peft_dps.errors import ConfigError, EngineError, ScoreError, StateError
 from peft_dps.selection.scores import SCORES
 from tests.compact import TARGETS, deltas_of, loss_of, make_base, make_batches, make_model, train, trainable
 
+pytestmark = pytest.mark.device
+
 KINDS = [
     ("column", "tensor"), ("row", "tensor"), ("entry", "tensor"),
     ("column", "model"), ("row", "model"), ("entry", "model"), ("tensor", "model"), ("block", "model"),

@@ -57,6 +57,10 @@ def captured(monkeypatch):
     return lambda: monkeypatch.setattr(guards, "_is_captured", lambda: True)
 
 
+NO_PYTHON = "a replay runs no Python, so that nothing would be counted, scored or selected"
+
+
+@pytest.mark.refuses("Devices", "an optimizer step in a CUDA graph", NO_PYTHON)
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_captured_step_is_refused_and_not_counted(make_model, batches, captured, steps):
     model = make_model()
@@ -68,6 +72,7 @@ def test_a_captured_step_is_refused_and_not_counted(make_model, batches, capture
     assert model.dps_status().steps == steps
 
 
+@pytest.mark.refuses("Devices", "a forward with noise, or that scores or selects units, in a CUDA graph", NO_PYTHON)
 @pytest.mark.parametrize("steps", [0, 3])
 def test_a_captured_forward_is_refused_for_mix_alone(make_model, batches, captured, steps):
     models = [make_model(variant=variant) for variant in ("dense", "mix")]
@@ -86,3 +91,14 @@ def test_a_captured_forward_is_refused_where_one_may_begin_a_phase(make_model, b
     captured()
     with pytest.raises(EngineError, match=r"'default' is being captured in a CUDA graph"):
         model(batches(1)[0][0])
+
+
+def test_a_captured_forward_is_refused_in_compact_storage_until_units_are_selected(make_model, batches, captured):
+    fields = {"storage": "compact", "granularity": "column", "schedule": "once", "score_steps": 2}
+    models = [make_model(**fields) for _ in range(2)]
+    train(models[1], SGD(trainable(models[1]), lr=0.1), batches(3))
+    captured()
+    ((x, _),) = batches(1)
+    with pytest.raises(EngineError, match=r"captured in a CUDA graph.*`schedule='once'`"):
+        models[0](x)
+    models[1](x).sum().backward()

@@ -16,7 +16,7 @@ from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import Observe
 from peft_dps.masking.effective_weight import EffectiveWeight, refuse_transforms
 from peft_dps.masking.storage import Storage
-from peft_dps.selection.schedule import Position, Stage
+from peft_dps.selection.phase import Position, Stage
 from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.processes import distinct, together
 from peft_dps.training import agreement
@@ -248,6 +248,8 @@ class Controller:
         """Prepare a training forward of a layer."""
         if torch.is_grad_enabled():
             self._guard.check_forward(self.adapter, layer, self.clock.calls)
+            if not self.at_rest:
+                self.clock.resolve()  # an error of lengths comes before a backward pass is paid for
         if not self.needs_forwards or self.at_rest:
             return None
         noise = self.recipe.noise
@@ -382,7 +384,19 @@ class Controller:
             logger.warning("Adapter %r: training ended before a subnetwork was selected.", self.adapter)
 
     def see_saving(self) -> None:
-        """Warn of what is missing in an adapter that is being saved."""
+        """Warn of what is missing in an adapter that is being saved, if nobody has said how long it is trained."""
+        clock = self.clock
+        if clock.total_steps is not None or not clock.step:
+            return
+        if self.is_selected or not self.recipe.schedule.selects:
+            warning = clock.resolved.warning(clock.step)
+        else:
+            warning = (
+                "no subnetwork has been selected, so all of them trained everything. Use a smaller "
+                f"`{self.recipe.schedule.waits_for}`, or train for more steps."
+            )
+        if warning is not None:
+            logger.warning("Adapter %r is saved after %d steps: %s", self.adapter, clock.step, warning)
 
     @property
     def is_selected(self) -> bool:

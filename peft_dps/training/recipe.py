@@ -66,7 +66,7 @@ def make_recipe(
     budget: str = "entries",
     max_density: float | None = None,
     schedule: str = "cycle",
-    stage_steps: int | float = 0.05,
+    stage_steps: int | float | None = None,
     score_steps: int = 8,
     score: str = "squared_gradient",
     evidence: str | None = None,
@@ -89,7 +89,7 @@ def make_recipe(
         budget: Name of what the density is counted in.
         max_density: Fraction of units that compact storage may hold values of, over all selections.
         schedule: Name of the schedule.
-        stage_steps: Length of a stage, in steps or as a fraction of all.
+        stage_steps: Length of a stage, in steps or as a fraction of all; None for a twentieth; see `StageLength`.
         score_steps: Steps of scoring before a subnetwork is selected once.
         score: Name of the score.
         evidence: Name of the evidence; None for the one that the score is made from.

@@ -11,6 +11,8 @@ from peft_dps.selection.phase import ACCUMULATE, FULL, REWOUND, SUBNETWORK, Phas
 from peft_dps.selection.stage_length import SHORTEST, StageLength
 from peft_dps.tensors.registry import Registry
 
+_BEFORE = "score before training (`score_steps=0` and `model.score(batches)`)"
+
 
 class Schedule:
     """Tells the phase of each step. A subclass says `at`, and is a frozen dataclass if it has settings of its own.
@@ -239,7 +241,7 @@ class Once(Schedule):
 
     def resolve(self, total_steps: int | None) -> Once:
         """Check that something is left to train; see `Schedule.resolve`."""
-        _require_selection(self.waits_for, self.score_steps, total_steps)
+        _require_selection(self.waits_for, self.score_steps, total_steps, f", or {_BEFORE}")
         return self
 
     def warning(self, total_steps: int | None) -> str | None:
@@ -249,7 +251,7 @@ class Once(Schedule):
         return (
             f"`score_steps={self.score_steps}` of {total_steps} training steps leaves "
             f"{total_steps - self.score_steps} to train what is selected. Use a smaller `score_steps`, train for more "
-            "steps, or score before training (`score_steps=0` and `model.score(batches)`)."
+            f"steps, or {_BEFORE}."
         )
 
     def going_on(self) -> Once:
@@ -303,11 +305,11 @@ def _check_score_steps(steps: Any) -> None:
         raise ConfigError(f"`score_steps` must be an integer of at least 0, got {steps!r}.")
 
 
-def _require_selection(name: str, steps: int, total_steps: int | None) -> None:
+def _require_selection(name: str, steps: int, total_steps: int | None, otherwise: str = "") -> None:
     if total_steps is not None and steps >= total_steps:
         raise ConfigError(
             f"`{name}` is {steps} of only {total_steps} training steps, so training ends before a subnetwork is "
-            f"selected. Use a smaller `{name}`, or train for more steps."
+            f"selected. Use a smaller `{name}`, or train for more steps{otherwise}."
         )
 
 

@@ -174,13 +174,13 @@ class CompactController(Controller):
                 f"so nothing was trained. {_REMEDY}"
             )
 
-    def see_saving(self) -> None:
+    def see_saving(self, how: str = "saved") -> None:
         """Warn if a training has begun and no units are selected, so that the adapter changes nothing."""
         if self.is_selected:
-            super().see_saving()
+            super().see_saving(how)
         elif (cause := self._why_unselected()) is not None:
             logger.warning(
-                "Adapter %r is saved without units: it holds nothing that was trained. %s", self.adapter, cause
+                "Adapter %r is %s without units: it holds nothing that was trained. %s", self.adapter, how, cause
             )
 
     @property

@@ -347,8 +347,8 @@ class Controller:
         if self.clock.step > 0 and self.recipe.schedule.selects and not self.is_selected:
             logger.warning("Adapter %r: training ended before a subnetwork was selected.", self.adapter)
 
-    def see_saving(self) -> None:
-        """Warn of what is missing in an adapter that is being saved, if nobody has said how long it is trained."""
+    def see_saving(self, how: str = "saved") -> None:
+        """Warn of what is missing in an adapter that is being saved or merged, if nobody knew how long it is trained."""
         clock = self.clock
         if clock.total_steps is not None or not clock.step:
             return
@@ -360,7 +360,7 @@ class Controller:
                 f"`{self.recipe.schedule.waits_for}`, or train for more steps."
             )
         if warning is not None:
-            logger.warning("Adapter %r is saved after %d steps: %s", self.adapter, clock.step, warning)
+            logger.warning("Adapter %r is %s after %d steps: %s", self.adapter, how, clock.step, warning)
 
     @property
     def is_selected(self) -> bool:

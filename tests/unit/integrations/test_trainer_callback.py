@@ -91,7 +91,7 @@ def test_too_little_data_for_two_stages_is_an_error_before_the_first_step(make_t
 
 
 def test_compact_columns_of_little_data_say_that_scoring_takes_most_of_it(make_trainer, caplog):
-    fields = {"storage": "compact", "granularity": "column", "schedule": "once", "density": 0.5}
+    fields = {"storage": "compact", "granularity": "column", "schedule": "once"}
     trainer = make_trainer(fields)
     trainer.train()
     assert trainer.model.dps_status().engaged

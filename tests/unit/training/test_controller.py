@@ -241,6 +241,9 @@ def test_saving_tells_of_a_training_too_short_that_has_said_nothing_of_its_lengt
     caplog.clear()
     model.save_pretrained(tmp_path)
     assert re.search(said, caplog.text) if said else not caplog.text
+    caplog.clear()
+    model.merge_and_unload()
+    assert re.search(said.replace("saved", "merged"), caplog.text) if said else not caplog.text
 
 
 @pytest.mark.parametrize("total", [1, 20.5, True])

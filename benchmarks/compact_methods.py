@@ -165,7 +165,7 @@ def _by_recipe(recipe: Callable[..., DPSConfig]) -> Prepare:
         config = recipe(task_type=plan.task)
         if config.schedule == "cycle":
             config.schedule = "once"  # a mask holds in the steps that are measured
-        if isinstance(config.stage_steps, float):
+        if not isinstance(config.stage_steps, int):
             config.stage_steps = _STEPS
         if config.schedule in ("once", "every"):
             config.score_steps = min(config.score_steps, 1)

@@ -19,6 +19,7 @@ from benchmarks.tables import table
 from peft_dps import DPSConfig, recipes
 from peft_dps.compare.report.style import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, canvas, save
 from peft_dps.selection.scores import evidence_of
+from peft_dps.selection.stage_length import FRACTION
 
 DOCS = Path(__file__).parents[1] / "docs"
 IMAGE = "family.png"
@@ -115,7 +116,8 @@ def axes_of(config: DPSConfig) -> dict[str, str]:
     """Return what a configuration says of each axis."""
     size = f"{config.density:g}" if config.units is None else f"{config.units} unit{'s' * (config.units > 1)}"
     noise = config.noise or ("columns" if config.variant == "mix" else "none")
-    steps = config.stage_steps if config.schedule in ("cycle", "every", "two-phase") else config.score_steps
+    stage_steps = FRACTION if config.stage_steps is None else config.stage_steps
+    steps = stage_steps if config.schedule in ("cycle", "every", "two-phase") else config.score_steps
     rest = noise if noise != "none" else "held" if config.storage == "compact" else config.frozen
     axes = {
         "evidence": config.evidence or evidence_of(config.score),

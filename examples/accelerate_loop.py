@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
-from peft_dps import DPSConfig
+from peft_dps import DPSConfig, disable_dropout
 
 
 def load_base() -> BertForSequenceClassification:
@@ -18,13 +18,15 @@ def load_base() -> BertForSequenceClassification:
     return BertForSequenceClassification(BertConfig(vocab_size=100, max_position_embeddings=8, **sizes))
 
 
-EPOCHS, MICRO_BATCHES = 4, 2
-ids = torch.randint(100, (64, 8), generator=torch.Generator().manual_seed(0))
+EPOCHS, MICRO_BATCHES = 8, 2
+ids = torch.randint(100, (160, 8), generator=torch.Generator().manual_seed(0))
 data = [{"input_ids": row, "labels": (row[0] >= 50).long()} for row in ids]
 
 accelerator = Accelerator(gradient_accumulation_steps=MICRO_BATCHES)
-model = get_peft_model(load_base(), DPSConfig(task_type="SEQ_CLS", density=0.3, stage_steps=0.25))
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+base = load_base()
+disable_dropout(base)  # as the paper's runs did
+model = get_peft_model(base, DPSConfig(task_type="SEQ_CLS", stage_steps=0.25))
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data, batch_size=8))
 dps_model = accelerator.unwrap_model(model)
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 from transformers import BertConfig, BertForSequenceClassification
 
-from peft_dps import DPSConfig, dps_adapter
+from peft_dps import DPSConfig, disable_dropout, dps_adapter
 
 
 def load_base() -> BertForSequenceClassification:
@@ -23,7 +23,7 @@ def load_base() -> BertForSequenceClassification:
     return BertForSequenceClassification(BertConfig(vocab_size=100, max_position_embeddings=8, **sizes))
 
 
-STEPS, BATCH = 16, 8
+STEPS, BATCH = 40, 8
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
 if device.type == "cuda":
     torch.cuda.set_device(device)
@@ -31,13 +31,15 @@ dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 rank, size = dist.get_rank(), dist.get_world_size()
 
 # First the adapter, then the shards: each block by itself, then what is left.
-model = get_peft_model(load_base(), DPSConfig(task_type="SEQ_CLS", density=0.3, stage_steps=4)).to(device)
+base = load_base()
+disable_dropout(base)  # as the paper's runs did
+model = get_peft_model(base, DPSConfig(task_type="SEQ_CLS", stage_steps=10)).to(device)
 mesh = dist.device_mesh.init_device_mesh(device.type, (size,))
 for block in model.base_model.model.bert.encoder.layer:
     fully_shard(block, mesh=mesh)
 fully_shard(model, mesh=mesh)
 # The optimizer is made last, since sharding replaces the parameters.
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
 model.train()
 generator = torch.Generator().manual_seed(rank)  # each process has batches of its own

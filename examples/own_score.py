@@ -15,9 +15,10 @@ def relative_gradient(context):
 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 2))
-config = DPSConfig(target_modules=["0", "2"], score="relative_gradient", density=0.1, stage_steps=5)
+config = DPSConfig(target_modules=["0", "2"], score="relative_gradient", stage_steps=10)
 model = get_peft_model(model, config)
 
+# A rate for a model without pretraining; a pretrained one takes 1e-4 or less.
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 inputs = torch.randn(200, 20)
 labels = (inputs[:, 0] > 0).long()

@@ -2,7 +2,7 @@
 
 from peft_dps import recipes
 from peft_dps.integrations import DPSTrainerCallback, register_for_checkpointing, trainer_callback
-from peft_dps.selection.schedule import Stage
+from peft_dps.selection.phase import Stage
 from peft_dps.selection.scores import register_score
 from peft_dps.training import hooks
 from peft_dps.training.status import DPSStatus

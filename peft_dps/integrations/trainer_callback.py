@@ -23,7 +23,7 @@ from peft_dps.integrations.trainer_checkpoints import (
     saved_digests,
     warn_of_incomplete_checkpoint,
 )
-from peft_dps.selection.schedule import Stage
+from peft_dps.selection.phase import Stage
 from peft_dps.training.controller import Controller
 from peft_dps.training.guards import refuse_unseen_steps
 from peft_dps.training.status import selected_fraction_of
@@ -189,10 +189,9 @@ def _check_that_it_fits(controller: Controller, state: TrainerState) -> None:
         raise ConfigError(
             f"Adapter {adapter!r}: the first stage takes {length} steps (`total_steps={controller.planned_steps}`), "
             f"and the Trainer has only {state.max_steps} to make, so no subnetwork will be selected. Use a smaller "
-            f"`{'score_steps' if hasattr(schedule, 'score_steps') else 'stage_steps'}`, or leave `total_steps` to the "
-            "Trainer."
+            f"`{schedule.waits_for}`, or leave `total_steps` to the Trainer."
         )
-    if schedule != controller.recipe.schedule and controller.clock.total_steps != state.max_steps:
+    if controller.recipe.schedule.is_relative and controller.clock.total_steps != state.max_steps:
         logger.warning(
             "Adapter %r: `total_steps` is %s, and the Trainer will make %s steps. A stage has %s steps, which is its "
             "fraction of the former. Leave `total_steps` out to have it of the latter.",

@@ -3,71 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peft_dps.errors import ConfigError, ScheduleError
+from peft_dps.errors import ConfigError
+from peft_dps.selection.phase import ACCUMULATE, FULL, REWOUND, SUBNETWORK, Phase, Position
+from peft_dps.selection.stage_length import SHORTEST, StageLength
 from peft_dps.tensors.registry import Registry
 
-
-class Stage(str, enum.Enum):
-    """What the status calls a phase.
-
-    The first two are Stage I and Stage II of DPS (Zhang et al., NeurIPS 2022, arXiv:2211.01642, section 3); in `FULL`
-    everything is trained, and nothing is to be selected.
-    """
-
-    ACCUMULATE = "accumulate"
-    SUBNETWORK = "subnetwork"
-    FULL = "full"
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What happens in each of a stretch of steps.
-
-    Attributes:
-        stage: What the status calls it.
-        gathers: Whether evidence is gathered from the gradients.
-        masked: Whether a mask holds, which is selected when the phase begins.
-        rewinds: Whether the weights become the pretrained ones again when the phase begins, after its selection.
-    """
-
-    stage: Stage
-    gathers: bool
-    masked: bool
-    rewinds: bool = False
-
-
-ACCUMULATE = Phase(Stage.ACCUMULATE, gathers=True, masked=False)
-SUBNETWORK = Phase(Stage.SUBNETWORK, gathers=False, masked=True)
-REWOUND = Phase(Stage.SUBNETWORK, gathers=False, masked=True, rewinds=True)
-FULL = Phase(Stage.FULL, gathers=False, masked=False)
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where in a schedule a step lies.
-
-    Attributes:
-        number: Number of the phase, counted from 0. With another number another phase begins.
-        phase: The phase.
-        step: Number of the step in the phase, counted from 1.
-        length: Steps of the phase; None where it lasts until training ends.
-        cycle: Number of the cycle, counted from 1.
-    """
-
-    number: int
-    phase: Phase
-    step: int
-    length: int | None
-    cycle: int = 1
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the step is the last one of its phase."""
-        return self.step == self.length
+_BEFORE = "score before training (`score_steps=0` and `model.score(batches)`)"
 
 
 class Schedule:
@@ -77,11 +21,18 @@ class Schedule:
         selects: Whether a subnetwork is selected at all.
         selects_again: Whether another subnetwork may be selected after the first.
         rewinds: Whether there are phases that rewind; these begin with a training forward.
+        waits_for: The field that says how many steps come before the first selection.
     """
 
     selects: ClassVar[bool] = True
     selects_again: ClassVar[bool] = True
     rewinds: ClassVar[bool] = False
+    waits_for: ClassVar[str] = "stage_steps"
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether `resolve` makes lengths of the number of all steps."""
+        return False
 
     @property
     def gathers(self) -> bool:
@@ -109,6 +60,10 @@ class Schedule:
         """
         return self
 
+    def warning(self, total_steps: int | None) -> str | None:
+        """Return what a user has to know of the phases of a training of so many steps, and the remedy, if anything."""
+        return None
+
     def going_on(self) -> Schedule | None:
         """Return the schedule of a training that goes on with what is selected; None if others are selected anew."""
         return None
@@ -128,11 +83,12 @@ class ScheduleSettings:
     """What a configuration says about the length of phases.
 
     Attributes:
-        stage_steps: Length of a stage: optimizer steps if an int, a fraction of all steps if a float.
+        stage_steps: Length of a stage: optimizer steps if an int, a fraction of all steps if a float; see
+            `StageLength`.
         score_steps: Steps of scoring before a subnetwork is selected, where that is no stage.
     """
 
-    stage_steps: int | float = 0.05
+    stage_steps: int | float | None = None
     score_steps: int = 8
 
 
@@ -165,49 +121,74 @@ def _full(settings: ScheduleSettings) -> Schedule:
 
 
 @dataclass(frozen=True)
-class Cycle(Schedule):
-    """Alternates two stages of equal length: step t is in ACCUMULATE iff ((t - 1) // stage_steps) is even.
+class _Staged(Schedule):
+    """Has stages of a length that may be a fraction of all steps.
 
     Attributes:
-        stage_steps: Length of a stage: optimizer steps if an int; a fraction of all steps in (0, 1) if a float, which
-            stands for max(1, int(total_steps * stage_steps)) steps.
+        stage_steps: Length of a stage; see `StageLength`.
     """
 
-    stage_steps: int | float
+    stage_steps: int | float | None
 
     def __post_init__(self) -> None:
-        _require_number("stage_steps", self.stage_steps, 1)
+        self.length.check()
 
-    def resolve(self, total_steps: int | None) -> Cycle:
+    @property
+    def length(self) -> StageLength:
+        """The length of a stage, and the bounds of what a fraction stands for."""
+        return StageLength(self.stage_steps, comes_again=self.selects_again)
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether the length is no number of steps; see `Schedule.is_relative`."""
+        return not isinstance(self.stage_steps, int)
+
+    @property
+    def steps(self) -> int:
+        """The length in steps, of a schedule that is resolved."""
+        return self.stage_steps if isinstance(self.stage_steps, int) else self.length.steps(None)
+
+    def resolve(self, total_steps: int | None) -> Schedule:
         """Return the schedule with its stages in steps; see `Schedule.resolve`."""
-        steps = _in_steps(self.stage_steps, total_steps)
-        _require_selection("stage_steps", steps, total_steps)
-        return Cycle(steps)
+        steps = self.length.steps(total_steps)
+        _require_selection(self.waits_for, steps, total_steps)
+        return dataclasses.replace(self, stage_steps=steps)
 
-    def at(self, step: int) -> Position:
-        """Return the position of an optimizer step; see `Schedule.at`."""
-        length = int(self.stage_steps)
-        stages_done, steps_into_stage = divmod(_counted(step) - 1, length)
-        phase = ACCUMULATE if stages_done % 2 == 0 else SUBNETWORK
-        return Position(stages_done, phase, steps_into_stage + 1, length, stages_done // 2 + 1)
+    def warning(self, total_steps: int | None) -> str | None:
+        """Return why a stage has another length than its fraction; see `Schedule.warning`."""
+        return self.length.warning(total_steps)
 
 
 @dataclass(frozen=True)
-class Every(Schedule):
+class Cycle(_Staged):
+    """Alternates two stages of equal length: step t is in ACCUMULATE iff ((t - 1) // stage_steps) is even.
+
+    Attributes:
+        stage_steps: Length of a stage; see `StageLength`.
+    """
+
+    def at(self, step: int) -> Position:
+        """Return the position of an optimizer step; see `Schedule.at`."""
+        stages_done, steps_into_stage = divmod(_counted(step) - 1, self.steps)
+        phase = ACCUMULATE if stages_done % 2 == 0 else SUBNETWORK
+        return Position(stages_done, phase, steps_into_stage + 1, self.steps, stages_done // 2 + 1)
+
+
+@dataclass(frozen=True)
+class Every(_Staged):
     """Selects anew every so many steps, from evidence of the first few of them.
 
     Attributes:
-        stage_steps: Steps from one selection to the next; a float as in `Cycle`.
+        stage_steps: Steps from one selection to the next. A fraction stands for twice those of scoring or more.
         score_steps: Those at the beginning in which evidence is gathered; 0 for scores that need none.
     """
 
-    stage_steps: int | float
+    waits_for = "score_steps"
     score_steps: int
 
     def __post_init__(self) -> None:
-        if type(self.score_steps) is not int or self.score_steps < 0:
-            raise ConfigError(f"`score_steps` must be an integer of at least 0, got {self.score_steps!r}.")
-        _require_number("stage_steps", self.stage_steps, 2 if self.score_steps else 1)
+        _check_score_steps(self.score_steps)
+        self.length.check(at_least=2 if self.score_steps else 1)
         if isinstance(self.stage_steps, int) and self.score_steps >= self.stage_steps:
             raise ConfigError(
                 f"`score_steps` must be less than `stage_steps`, the steps from one selection to the next, got "
@@ -215,28 +196,26 @@ class Every(Schedule):
             )
 
     @property
+    def length(self) -> StageLength:
+        """The steps from one selection to the next."""
+        return StageLength(self.stage_steps, shortest=max(SHORTEST, 2 * self.score_steps), left=0)
+
+    @property
     def gathers(self) -> bool:
         """Whether there are steps in which evidence is gathered."""
         return self.score_steps > 0
 
-    def resolve(self, total_steps: int | None) -> Every:
+    def resolve(self, total_steps: int | None) -> Schedule:
         """Return the schedule in steps; see `Schedule.resolve`."""
-        _require_selection("score_steps", self.score_steps, total_steps)
-        steps = _in_steps(self.stage_steps, total_steps)
-        if steps <= self.score_steps:
-            raise ConfigError(
-                f"`stage_steps={self.stage_steps}` of {total_steps} training steps is {steps}, and scoring takes "
-                f"`score_steps={self.score_steps}` of each, so that none is left to train what was selected. Give "
-                "`stage_steps` as a larger number of steps (an int), or use a smaller `score_steps`."
-            )
-        return Every(steps, self.score_steps)
+        _require_selection(self.waits_for, self.score_steps, total_steps)
+        return dataclasses.replace(self, stage_steps=self.length.steps(total_steps))
 
     def at(self, step: int) -> Position:
         """Return the position of an optimizer step; see `Schedule.at`."""
-        done, into = divmod(_counted(step) - 1, int(self.stage_steps))
+        done, into = divmod(_counted(step) - 1, self.steps)
         if into < self.score_steps:
             return Position(2 * done, ACCUMULATE, into + 1, self.score_steps, done + 1)
-        length = int(self.stage_steps) - self.score_steps
+        length = self.steps - self.score_steps
         return Position(2 * done + 1, SUBNETWORK, into - self.score_steps + 1, length, done + 1)
 
 
@@ -249,11 +228,11 @@ class Once(Schedule):
     """
 
     selects_again = False
+    waits_for = "score_steps"
     score_steps: int
 
     def __post_init__(self) -> None:
-        if type(self.score_steps) is not int or self.score_steps < 0:
-            raise ConfigError(f"`score_steps` must be an integer of at least 0, got {self.score_steps!r}.")
+        _check_score_steps(self.score_steps)
 
     @property
     def begins_masked(self) -> bool:
@@ -262,8 +241,18 @@ class Once(Schedule):
 
     def resolve(self, total_steps: int | None) -> Once:
         """Check that something is left to train; see `Schedule.resolve`."""
-        _require_selection("score_steps", self.score_steps, total_steps)
+        _require_selection(self.waits_for, self.score_steps, total_steps, f", or {_BEFORE}")
         return self
+
+    def warning(self, total_steps: int | None) -> str | None:
+        """Return that scoring takes most of the training, if so; see `Schedule.warning`."""
+        if total_steps is None or total_steps >= 2 * self.score_steps:
+            return None
+        return (
+            f"`score_steps={self.score_steps}` of {total_steps} training steps leaves "
+            f"{total_steps - self.score_steps} to train what is selected. Use a smaller `score_steps`, train for more "
+            f"steps, or {_BEFORE}."
+        )
 
     def going_on(self) -> Once:
         """Return the schedule without scoring; see `Schedule.going_on`."""
@@ -271,40 +260,25 @@ class Once(Schedule):
 
     def at(self, step: int) -> Position:
         """Return the position of an optimizer step; see `Schedule.at`."""
-        if _counted(step) <= self.score_steps:
-            return Position(0, ACCUMULATE, step, self.score_steps)
-        return Position(1, SUBNETWORK, step - self.score_steps, None)
+        return _selected_once(step, self.score_steps, SUBNETWORK)
 
 
 @dataclass(frozen=True)
-class TwoPhase(Schedule):
+class TwoPhase(_Staged):
     """Trains everything, selects, rewinds to the pretrained weights, and trains the subnetwork until training ends.
 
     That is LT-SFT (Ansell et al., ACL 2022, arXiv:2110.07560).
 
     Attributes:
-        stage_steps: Steps of the first phase; a float as in `Cycle`.
+        stage_steps: Steps of the first phase; see `StageLength`.
     """
 
     selects_again = False
     rewinds = True
-    stage_steps: int | float
-
-    def __post_init__(self) -> None:
-        _require_number("stage_steps", self.stage_steps, 1)
-
-    def resolve(self, total_steps: int | None) -> TwoPhase:
-        """Return the schedule in steps; see `Schedule.resolve`."""
-        steps = _in_steps(self.stage_steps, total_steps)
-        _require_selection("stage_steps", steps, total_steps)
-        return TwoPhase(steps)
 
     def at(self, step: int) -> Position:
         """Return the position of an optimizer step; see `Schedule.at`."""
-        length = int(self.stage_steps)
-        if _counted(step) <= length:
-            return Position(0, ACCUMULATE, step, length)
-        return Position(1, REWOUND, step - length, None)
+        return _selected_once(step, self.steps, REWOUND)
 
 
 @dataclass(frozen=True)
@@ -319,32 +293,23 @@ class Full(Schedule):
         return Position(0, FULL, _counted(step), None)
 
 
-def _require_number(name: str, steps: Any, at_least: int) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, (int, float)):
-        raise ConfigError(f"`{name}` must be an int (steps) or a float (fraction), got {steps!r}.")
-    if isinstance(steps, int) and steps < at_least:
-        raise ConfigError(f"`{name}` as a number of steps must be at least {at_least}, got {steps}.")
-    if isinstance(steps, float) and not 0.0 < steps < 1.0:
-        raise ConfigError(f"`{name}` as a fraction of all steps must be in (0, 1), got {steps}. Use an int for steps.")
+def _selected_once(step: int, before: int, then: Phase) -> Position:
+    """Return the position of a step where so many of scoring are followed by one phase without an end."""
+    if _counted(step) <= before:
+        return Position(0, ACCUMULATE, step, before)
+    return Position(1, then, step - before, None)
 
 
-def _in_steps(steps: int | float, total_steps: int | None) -> int:
-    if isinstance(steps, int):
-        return steps
-    if total_steps is None:
-        raise ScheduleError(
-            f"`stage_steps={steps}` is a fraction of all training steps, and their number is unknown. Either "
-            "set `DPSConfig(total_steps=...)`, or give `stage_steps` as an int, in steps, or call "
-            "`model.set_dps_total_steps(...)` before the first step. (The HF Trainer does that by itself.)"
-        )
-    return max(1, int(total_steps * steps))
+def _check_score_steps(steps: Any) -> None:
+    if type(steps) is not int or steps < 0:
+        raise ConfigError(f"`score_steps` must be an integer of at least 0, got {steps!r}.")
 
 
-def _require_selection(name: str, steps: int, total_steps: int | None) -> None:
+def _require_selection(name: str, steps: int, total_steps: int | None, otherwise: str = "") -> None:
     if total_steps is not None and steps >= total_steps:
         raise ConfigError(
             f"`{name}` is {steps} of only {total_steps} training steps, so training ends before a subnetwork is "
-            f"selected. Use a smaller `{name}`, or train for more steps."
+            f"selected. Use a smaller `{name}`, or train for more steps{otherwise}."
         )
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from peft_dps.errors import ConfigError, ScheduleError
-from peft_dps.selection.schedule import Phase, Position, Schedule
+from peft_dps.selection.phase import Phase, Position
+from peft_dps.selection.schedule import Schedule
 from peft_dps.tensors.saved_state import SavedState
 
 logger = logging.getLogger(__name__)
@@ -45,11 +46,24 @@ class Clock:
         self._in_round: set[str] = set()
         self._counted: set[bool] = set()  # whether this step was scored, by each of its optimizers
 
+    def resolve(self) -> Schedule:
+        """Find the lengths of the phases, once, and say what a user has to know of them.
+
+        Raises:
+            ScheduleError: If the number of steps is unknown and has to be known.
+            ConfigError: If training would end before a mask is selected.
+        """
+        if self._resolved is None:
+            self._resolved = self.schedule.resolve(self.total_steps)
+            warning = self.schedule.warning(self.total_steps)
+            if warning is not None:
+                logger.warning("Adapter %r: %s", self.adapter, warning)
+        return self._resolved
+
     @property
     def resolved(self) -> Schedule:
         """The schedule, with its lengths in steps."""
-        self._resolved = self._resolved or self.schedule.resolve(self.total_steps)
-        return self._resolved
+        return self.resolve()
 
     @property
     def is_resolved(self) -> bool:
@@ -154,10 +168,8 @@ class Clock:
             schedule = self.schedule.load(lengths).resolve(None)
         except (ConfigError, ScheduleError, TypeError) as error:
             raise saved.damaged(f"`schedule` is {lengths!r} ({error})") from error
-        try:
-            expected = self.schedule.resolve(None)
-        except ScheduleError:  # its lengths depend on the number of steps, which was another one once
-            expected = schedule
+        # Lengths that depend on the number of steps may be those of another one.
+        expected = schedule if self.schedule.is_relative else self.schedule.resolve(None)
         if schedule not in (expected, self.schedule.going_on()) or schedule.state() != lengths:
             raise saved.damaged(f"`schedule` is {lengths!r}, and this training's is {expected.state()!r}")
         return schedule

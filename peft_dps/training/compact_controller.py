@@ -14,7 +14,7 @@ from peft_dps.errors import ConfigError, EngineError, ScoreError
 from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import Observe
 from peft_dps.selection.evidence import are_finite
-from peft_dps.selection.schedule import Position
+from peft_dps.selection.phase import Position
 from peft_dps.selection.unit_sums import add_up
 from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.processes import world
@@ -176,12 +176,13 @@ class CompactController(Controller):
                 f"so nothing was trained. {_REMEDY}"
             )
 
-    def see_saving(self) -> None:
+    def see_saving(self, how: str = "saved") -> None:
         """Warn if a training has begun and no units are selected, so that the adapter changes nothing."""
-        cause = None if self.is_selected else self._why_unselected()
-        if cause is not None:
+        if self.is_selected:
+            super().see_saving(how)
+        elif (cause := self._why_unselected()) is not None:
             logger.warning(
-                "Adapter %r is saved without units: it holds nothing that was trained. %s", self.adapter, cause
+                "Adapter %r is %s without units: it holds nothing that was trained. %s", self.adapter, how, cause
             )
 
     @property

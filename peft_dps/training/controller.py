@@ -16,7 +16,7 @@ from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import Observe
 from peft_dps.masking.effective_weight import EffectiveWeight, refuse_transforms
 from peft_dps.masking.storage import Storage
-from peft_dps.selection.schedule import Position, Stage
+from peft_dps.selection.phase import Position, Stage
 from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.processes import distinct, together
 from peft_dps.training import agreement
@@ -24,6 +24,7 @@ from peft_dps.training.clock import Clock
 from peft_dps.training.copied_weight import CopiedWeight
 from peft_dps.training.guards import EngineGuard, check_observed, refuse_capture
 from peft_dps.training.layer import TargetLayer
+from peft_dps.training.preparation import Preparation
 from peft_dps.training.recipe import Recipe
 from peft_dps.training.rewinding import Rewinding, check_rewound
 from peft_dps.training.scoring import check_dtypes, check_gathered, gather, warn_of_unscored
@@ -86,9 +87,7 @@ class Controller:
     def take_clock(self, clock: Clock) -> None:
         """Go on from where a clock is."""
         self.clock = clock
-        self._prepared: Position | None = None  # position of the step that training forwards were prepared for
-        self._prepared_for: int | None = None
-        self._warned = False  # of steps without a training forward
+        self._prepared = Preparation(self.adapter, self.recipe.noise, clock)
         self.rewinding = Rewinding()
         self._by_layer: dict[int, TargetWeight] = {}
         self._guard = EngineGuard()
@@ -155,15 +154,12 @@ class Controller:
         self.at_rest = False
         names = {weight.name for weight in weights}
         if self.clock.joins(names):
-            self._check_forwards(optimizer)
+            self._prepared.check_joins(optimizer, self.rewinding.after)
             self.clock.join(names)
         else:
             check_rewound(weights, self.clock, self.adapter)
             position = self._enter_coming_phase()
-            if self._prepared_for != self.clock.step:  # no training forward of this step drew noise for it
-                for weight in self.weights:
-                    weight.noise.drawn = None
-                self._warn_of_no_forward(position)
+            self._prepared.finish(position, self.weights)
             self.clock.begin_step(position, names)
         for weight in weights:
             if weight.frozen is None:
@@ -174,30 +170,6 @@ class Controller:
 
     def see_caller(self, frame: FrameType) -> None:
         """Take note of what calls the optimizer's step, whose frame this is."""
-
-    def _check_forwards(self, optimizer: Optimizer) -> None:
-        """Refuse a second optimizer of a step after a forward with the noise, or the weights, of the next one."""
-        noisy = self.recipe.noise.substitutes and self._prepared_for == self.clock.step
-        if noisy or self.rewinding.after == self.clock.step:
-            raise EngineError(
-                f"Adapter {self.adapter!r}: {type(optimizer).__name__} is another optimizer of step "
-                f"{self.clock.step}, and there was a training forward since the first one, which computes with the "
-                "noise, or the rewound weights, of the next step. Step all optimizers after the same forward and "
-                "backward, or use a method without (`variant='dense'`)."
-            )
-
-    def _warn_of_no_forward(self, position: Position) -> None:
-        if self.recipe.noise.substitutes and not self._warned and self._draws(position):
-            self._warned = True
-            logger.warning(
-                "Adapter %r: this is a step without any forward in training mode, so there is no noise in it. Call "
-                "`model.train()`; dropout can be switched off by `peft_dps.disable_dropout(model)`.",
-                self.adapter,
-            )
-
-    def _draws(self, position: Position) -> bool:
-        """Tell whether noise is drawn for a step."""
-        return not (position.phase.masked and self.recipe.noise.amplifies)
 
     def take_gradients(
         self, weights: Sequence[TargetWeight], optimizer: Optimizer, grad_scale: torch.Tensor | None
@@ -248,6 +220,8 @@ class Controller:
         """Prepare a training forward of a layer."""
         if torch.is_grad_enabled():
             self._guard.check_forward(self.adapter, layer, self.clock.calls)
+            if not self.at_rest:
+                self.clock.resolve()  # an error of lengths comes before a backward pass is paid for
         if not self.needs_forwards or self.at_rest:
             return None
         noise = self.recipe.noise
@@ -262,9 +236,10 @@ class Controller:
                 "device."
             )
         # A recomputation in the backward pass (gradient checkpointing) has to see what the forward saw.
-        if self._prepared_for != self.clock.step and not in_backward():
+        if not self._prepared.is_current and not in_backward():
             self._prepare_forwards()
-        if self._prepared is None or self._draws(self._prepared):
+        position = self._prepared.position
+        if position is None or self._prepared.draws(position):
             return noise.noisy(weight)
         weight.follow()
         return noise.amplified(weight)
@@ -282,17 +257,8 @@ class Controller:
         coming = self.clock.coming()
         if coming.phase.masked:
             self._enter_coming_phase()
-        if self.recipe.noise.substitutes and self._draws(coming):
-            self._forget_dead()
-            units = [self.recipe.noise.units(weight.layout) for weight in self.weights]
-            counts = [0 if each is None else each.count for each in units]
-            drawn: dict[torch.device, tuple[Any, ...]] = {}
-            for index, weight in enumerate(self.weights):
-                device = weight.parameter.device
-                if device not in drawn:
-                    drawn[device] = self.recipe.noise.draw(self.clock.step + 1, counts, device)
-                weight.noise.drawn = drawn[device][index]
-        self._prepared, self._prepared_for = coming, self.clock.step
+        self._forget_dead()
+        self._prepared.prepare(coming, self.weights)
 
     # Phases.
 
@@ -381,8 +347,20 @@ class Controller:
         if self.clock.step > 0 and self.recipe.schedule.selects and not self.is_selected:
             logger.warning("Adapter %r: training ended before a subnetwork was selected.", self.adapter)
 
-    def see_saving(self) -> None:
-        """Warn of what is missing in an adapter that is being saved."""
+    def see_saving(self, how: str = "saved") -> None:
+        """Warn of what is missing in an adapter that is being saved or merged, if nobody knew how long it is trained."""
+        clock = self.clock
+        if clock.total_steps is not None or not clock.step:
+            return
+        if self.is_selected or not self.recipe.schedule.selects:
+            warning = clock.resolved.warning(clock.step)
+        else:
+            warning = (
+                "no subnetwork has been selected, so all of them trained everything. Use a smaller "
+                f"`{self.recipe.schedule.waits_for}`, or train for more steps."
+            )
+        if warning is not None:
+            logger.warning("Adapter %r is %s after %d steps: %s", self.adapter, how, clock.step, warning)
 
     @property
     def is_selected(self) -> bool:

@@ -66,7 +66,7 @@ def make_recipe(
     budget: str = "entries",
     max_density: float | None = None,
     schedule: str = "cycle",
-    stage_steps: int | float = 0.05,
+    stage_steps: int | float | None = None,
     score_steps: int = 8,
     score: str = "squared_gradient",
     evidence: str | None = None,
@@ -89,7 +89,7 @@ def make_recipe(
         budget: Name of what the density is counted in.
         max_density: Fraction of units that compact storage may hold values of, over all selections.
         schedule: Name of the schedule.
-        stage_steps: Length of a stage, in steps or as a fraction of all.
+        stage_steps: Length of a stage, in steps or as a fraction of all; None for a twentieth; see `StageLength`.
         score_steps: Steps of scoring before a subnetwork is selected once.
         score: Name of the score.
         evidence: Name of the evidence; None for the one that the score is made from.
@@ -108,27 +108,20 @@ def make_recipe(
     """
     settings = dict(locals())
     kind = GRANULARITIES.find(granularity)
+    settings["scope"] = scope = scope or ("model" if kind.spans_weights else "tensor")
+    settings["evidence"] = evidence = evidence or evidence_of(score)
     counted = BUDGETS.find(budget)(density, units, max_density)
-    scope = scope or ("model" if kind.spans_weights else "tensor")
-    _check_choice(settings, kind, SCOPES.find(scope), counted, scope)
-    made_from = evidence or evidence_of(score)
-    if EVIDENCE.find(evidence_of(score)).looks and not EVIDENCE.find(made_from).looks:
-        raise ConfigError(
-            f"`evidence={made_from!r}` gathers nothing, and `score={score!r}` is made of {evidence_of(score)!r}. "
-            "Leave `evidence` out, or use a score that needs none, such as `score='random'`."
-        )
+    _check_choice(settings, kind, SCOPES.find(scope), counted)
+    _check_evidence(settings)
     phases = SCHEDULES.find(schedule)(ScheduleSettings(stage_steps, score_steps))
-    _check_schedule(phases, settings, made_from)
-    if STORAGES.find(storage).compact:
-        _check_compact(settings, made_from)
-    elif max_density is not None:
-        raise ConfigError(f"`max_density={max_density!r}` bounds what `storage='compact'` holds, got {storage!r}.")
+    _check_schedule(phases, settings)
+    _check_storage(settings)
     # At density 1 every column takes part in each step.
     noise_kind = NOISES.find("none" if counted.takes_all else noise)
     return Recipe(
         schedule=phases,
         budget=counted,
-        evidence=EVIDENCE.find(made_from)(score_dtype),
+        evidence=EVIDENCE.find(evidence)(score_dtype),
         score=SCORES.find(score),
         granularity=kind(reduction),
         scope=SCOPES.find(scope)(),
@@ -136,15 +129,13 @@ def make_recipe(
         noise=noise_kind(density, seed, participation_decay),
         storage=STORAGES.find(storage)(),
         seed=seed,
-        settings={**settings, "scope": scope, "evidence": made_from},
+        settings=settings,
     )
 
 
-def _check_choice(
-    settings: dict[str, Any], kind: type[Granularity], scope: type[Scope], budget: Budget, scope_name: str
-) -> None:
+def _check_choice(settings: dict[str, Any], kind: type[Granularity], scope: type[Scope], budget: Budget) -> None:
     """Check that units can be chosen among those that are ranked together, and counted."""
-    granularity, units = settings["granularity"], settings["units"]
+    granularity, units, scope_name = settings["granularity"], settings["units"], settings["scope"]
     if kind.spans_weights and not scope.across:
         raise ConfigError(
             f"`granularity={granularity!r}` selects whole weights, so there is nothing to choose from within one, and "
@@ -174,9 +165,19 @@ def _check_choice(
         )
 
 
-def _check_schedule(schedule: Schedule, settings: dict[str, Any], evidence: str) -> None:
+def _check_evidence(settings: dict[str, Any]) -> None:
+    """Check that something is gathered for a score that is made of it."""
+    evidence, score = settings["evidence"], settings["score"]
+    if EVIDENCE.find(evidence_of(score)).looks and not EVIDENCE.find(evidence).looks:
+        raise ConfigError(
+            f"`evidence={evidence!r}` gathers nothing, and `score={score!r}` is made of {evidence_of(score)!r}. "
+            "Leave `evidence` out, or use a score that needs none, such as `score='random'`."
+        )
+
+
+def _check_schedule(schedule: Schedule, settings: dict[str, Any]) -> None:
     """Check that there is what a schedule selects from, and what it trains."""
-    name = settings["schedule"]
+    name, evidence = settings["schedule"], settings["evidence"]
     if not schedule.gathers and EVIDENCE.find(evidence).looks:
         raise ConfigError(
             f"`schedule={name!r}` with `score_steps={settings['score_steps']!r}` selects without a step in which "
@@ -190,8 +191,15 @@ def _check_schedule(schedule: Schedule, settings: dict[str, Any], evidence: str)
         )
 
 
-def _check_compact(settings: dict[str, Any], evidence: str) -> None:
-    """Check that the other axes go with compact storage."""
+def _check_storage(settings: dict[str, Any]) -> None:
+    """Check that the other axes go with the storage."""
+    storage, evidence = settings["storage"], settings["evidence"]
+    if not STORAGES.find(storage).compact:
+        if settings["max_density"] is not None:
+            raise ConfigError(
+                f"`max_density={settings['max_density']!r}` bounds what `storage='compact'` holds, got {storage!r}."
+            )
+        return
     impossible = {
         "noise": settings["noise"] != "none" and "which computes with the whole weight; use `storage='copy'`",
         "score_dtype": settings["score_dtype"] != "float32" and "since it adds up units in fp64; leave it out",
@@ -205,5 +213,4 @@ def _check_compact(settings: dict[str, Any], evidence: str) -> None:
     }
     for name, why in impossible.items():
         if why:
-            given = evidence if name == "evidence" else settings[name]
-            raise ConfigError(f"`storage='compact'` does not go with `{name}={given!r}`, {why}.")
+            raise ConfigError(f"`storage='compact'` does not go with `{name}={settings[name]!r}`, {why}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from peft_dps.selection.schedule import Stage
+from peft_dps.selection.phase import Stage
 from peft_dps.training.controller import Controller
 
 

@@ -60,9 +60,10 @@ class DPSConfig(PeftConfig):
             `stage_steps` steps; `"two-phase"`, ACCUMULATE for `stage_steps` steps, and SUBNETWORK from then on, which
             begins with the pretrained weights and a new optimizer state; `"full"`, nothing is selected; or a
             registered name.
-        stage_steps (`int | float`, defaults to 0.05): Length of a stage of `"cycle"`, or steps from one selection of
+        stage_steps (`int | float`, *optional*): Length of a stage of `"cycle"`, or steps from one selection of
             `"every"` to the next, or of the first phase of `"two-phase"`: optimizer steps if an int, a fraction of all
-            steps in (0, 1) if a float.
+            steps in (0, 1) if a float. By default 0.05, or 10 steps where the number of all is unknown. A fraction
+            stands for 10 steps or more (with `"every"` also for twice `score_steps` or more).
         score_steps (`int`, defaults to 8): Steps of ACCUMULATE with `"once"` and `"every"`; 0 for scores that need no
             evidence, and with `"once"` to score before training, from batches of yours (`model.score(batches)`).
         granularity (`str`, defaults to `"entry"`): What is selected as a whole: `"entry"`; `"row"`, all that makes
@@ -147,8 +148,8 @@ class DPSConfig(PeftConfig):
         default="cycle",
         metadata={"help": "Which phases follow each other: 'cycle', 'once', 'every', 'two-phase', 'full', ..."},
     )
-    stage_steps: int | float = field(
-        default=0.05, metadata={"help": "Steps of a stage if int, a fraction in (0, 1) of all steps if float."}
+    stage_steps: int | float | None = field(
+        default=None, metadata={"help": "Steps of a stage if int, a fraction in (0, 1) of all steps if float."}
     )
     score_steps: int = field(
         default=8, metadata={"help": "Steps of scoring with schedule='once'; 0 to score before training."}

@@ -272,6 +272,9 @@ class DPSModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         # PEFT warns of tied weights, which its layers would write into; here merging unties the layer first.
         check_mergeable(self.model)
+        for controller in all_controllers(self.model):
+            if controller.adapter in self.active_adapters:
+                controller.see_saving("merged")
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:

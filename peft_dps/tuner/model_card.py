@@ -60,9 +60,10 @@ def _rows(config: DPSConfig, controller: Controller) -> list[tuple[str, str]]:
     entries = sum(weight.layer.entries for weight in weights)
     selected = [weight.selected for weight in weights if weight.selected is not None]
     length = f"{config.stage_steps} steps"
-    if isinstance(config.stage_steps, float):
-        known = "" if position is None else f": {position.length} steps"
-        length = f"{config.stage_steps:g} of all steps{known}"
+    if not isinstance(config.stage_steps, int):
+        fraction = "" if config.stage_steps is None else f"{config.stage_steps:g} of all steps"
+        known = "" if position is None else f"{position.length} steps"
+        length = ": ".join(filter(None, [fraction, known])) or "known when training begins"
     rows = [
         ("variant", f"`{config.variant}`"),
         ("density of the subnetwork", f"{_amount(config)}, {_SCOPES.get(str(config.scope), f'`{config.scope}`')}"),

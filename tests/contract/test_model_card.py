@@ -21,14 +21,14 @@ def rows(path):
 
 @pytest.mark.parametrize("save", [lambda model, path: model.save_pretrained(path), export_adapter], ids=["", "export"])
 def test_the_card_tells_of_the_training(case, tmp_path, save):
-    model = case.model(variant="mix", density=0.25, stage_steps=0.25, total_steps=8, seed=3)
+    model = case.model(variant="mix", density=0.25, seed=3)
     case.train(model, steps=3)
     save(model, tmp_path)
     status = model.dps_status()
     told = rows(tmp_path)
     assert told["variant"] == "`mix`"
     assert told["density of the subnetwork"] == "0.25, chosen within each weight"
-    assert told["length of a stage"] == "0.25 of all steps: 2 steps"
+    assert told["length of a stage"] == "2 steps"
     assert told["targeted weights"] == f"{len(status.layers)}, of {status.entries} entries"
     assert told["optimizer steps"] == "3"
     assert told["saved in"] == "cycle 1, SUBNETWORK, step 1 of the stage"
@@ -38,6 +38,22 @@ def test_the_card_tells_of_the_training(case, tmp_path, save):
     assert "import peft_dps" in card(tmp_path)
     assert card(tmp_path).startswith("---\n")
     assert "library_name: peft" in card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "before", "after"),
+    [
+        ({"stage_steps": 0.25, "total_steps": 48}, "0.25 of all steps", "0.25 of all steps: 12 steps"),
+        ({"stage_steps": None}, "known when training begins", "10 steps"),
+    ],
+)
+def test_the_card_tells_the_length_of_a_stage_once_it_is_known(mlp, tmp_path, fields, before, after):
+    model = mlp.model(**fields)
+    model.save_pretrained(tmp_path)
+    assert rows(tmp_path)["length of a stage"] == before
+    mlp.train(model, steps=1)
+    model.save_pretrained(tmp_path)
+    assert rows(tmp_path)["length of a stage"] == after
 
 
 def test_saving_again_replaces_the_section_and_keeps_what_others_wrote(mlp, tmp_path):

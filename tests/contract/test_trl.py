@@ -60,7 +60,7 @@ def test_sft_trainer(tmp_path, options, tokenizer, variant):
         trl.SFTConfig(**options),
         train_dataset=Dataset.from_dict({"text": rows}),
         processing_class=tokenizer,
-        peft_config=DPSConfig(stage_steps=0.25, density=0.5, variant=variant),
+        peft_config=DPSConfig(stage_steps=2, density=0.5, variant=variant),
     )
     trainer.train()
     status = trainer.model.dps_status()
@@ -94,7 +94,7 @@ def test_dpo_compares_with_the_base_model(options, tokenizer, preferences, varia
     trl = pytest.importorskip("trl")
     from trl.trainer.utils import use_adapter
 
-    config = DPSConfig(stage_steps=0.25, density=0.5, variant=variant, task_type="CAUSAL_LM")
+    config = DPSConfig(stage_steps=2, density=0.5, variant=variant, task_type="CAUSAL_LM")
     expected, seen = base().eval()(TOKENS).logits, []
 
     class Probe(TrainerCallback):
@@ -127,7 +127,7 @@ def test_dpo_compares_with_the_base_model(options, tokenizer, preferences, varia
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 def test_a_reference_that_was_not_copied_is_refused(options, tokenizer, preferences):
     trl = pytest.importorskip("trl")
-    model = get_peft_model(base(), DPSConfig(stage_steps=0.25, task_type="CAUSAL_LM", init_weights=False))
+    model = get_peft_model(base(), DPSConfig(stage_steps=2, task_type="CAUSAL_LM", init_weights=False))
     model.peft_config["default"].init_weights = True  # of the reference, which has the same configuration
     arguments = {"args": trl.DPOConfig(**options), "train_dataset": preferences, "processing_class": tokenizer}
     trainer = trl.DPOTrainer(model, **arguments)
@@ -135,7 +135,7 @@ def test_a_reference_that_was_not_copied_is_refused(options, tokenizer, preferen
         trainer.train()
     trainer.model.base_model.delete_adapter("ref")
     merged = trainer.model.merge_and_unload()
-    trainer = trl.DPOTrainer(merged, **arguments, peft_config=DPSConfig(stage_steps=0.25, task_type="CAUSAL_LM"))
+    trainer = trl.DPOTrainer(merged, **arguments, peft_config=DPSConfig(stage_steps=2, task_type="CAUSAL_LM"))
     trainer.train()
     assert trainer.model.dps_status().engaged
 

@@ -12,27 +12,27 @@ import pytest
 ROOT = Path(__file__).parents[2]
 EXPECTED = {
     "plain_loop.py": [
-        "step 1, cycle 1, accumulate 1/4, scoring 17408 entries, last selected none yet",
-        "step 5, cycle 1, subnetwork 1/4, selected 30.1%",
-        "step 9, cycle 2, accumulate 1/4",
-        "step 24, cycle 3, subnetwork 4/4, selected 30.1% of 17408 entries, frozen entries unmoved",
+        "step 10, cycle 1, accumulate 10/10, scoring 17408 entries, last selected none yet",
+        "step 20, cycle 1, subnetwork 10/10, selected 70.0%",
+        "step 30, cycle 2, accumulate 10/10",
+        "step 40, cycle 2, subnetwork 10/10, selected 70.0% of 17408 entries, frozen entries unmoved",
         "engaged: True, frozen entries moved: False",
         "BertForSequenceClassification",
     ],
     "trainer.py": [
-        "step 4: cycle 1, accumulate, selected None",
-        "step 8: cycle 1, subnetwork, selected 0.30",
-        "step 12: cycle 2, accumulate",
-        "step 16: cycle 2, subnetwork",
-        "step 16, cycle 2, subnetwork 4/4",
+        "step 10: cycle 1, accumulate, selected None",
+        "step 20: cycle 1, subnetwork, selected 0.70",
+        "step 30: cycle 2, accumulate",
+        "step 40: cycle 2, subnetwork",
+        "step 40, cycle 2, subnetwork 10/10",
     ],
     "trainer_resume.py": [
-        "interrupted at DPS adapter 'default': step 8, cycle 1, subnetwork 4/4, selected 30.1%",
-        "resumed, ended at DPS adapter 'default': step 16, cycle 2, subnetwork 4/4, selected 30.1%",
+        "interrupted at DPS adapter 'default': step 18, cycle 1, subnetwork 8/10, selected 70.0%",
+        "resumed, ended at DPS adapter 'default': step 40, cycle 2, subnetwork 10/10, selected 70.0%",
         "frozen entries unmoved",
         "as if never interrupted, bit for bit: True",
     ],
-    "own_score.py": ["subnetwork 5/5, selected 10.", "the loss falls: True"],
+    "own_score.py": ["subnetwork 10/10, selected 70.", "the loss falls: True"],
     "four_bits_to_lora.py": [
         "step 12, cycle 1, subnetwork 9/-, selected 5.6%",
         "the loss falls: True",
@@ -49,15 +49,15 @@ EXPECTED = {
         "in its weaker task the sum is ahead of each adapter: True",
     ],
     "fsdp2.py": [],  # only by torchrun, below
-    "accelerate_loop.py": ["step 16, cycle 2, subnetwork 4/4, selected 30.1%", "loaded DPS"],
+    "accelerate_loop.py": ["step 80, cycle 2, subnetwork 20/20, selected 70.0%", "loaded DPS"],
 }
 ON_TWO_PROCESSES = {
     "fsdp2.py": [
-        "step 16, cycle 2, subnetwork 4/4, selected 30.1% of 17408 entries",
+        "step 40, cycle 2, subnetwork 10/10, selected 70.0% of 17408 entries",
         "frozen entries unmoved",
         "loaded DPS",
     ],
-    "accelerate_loop.py": ["step 8, cycle 2, subnetwork 2/2, selected 30.1%", "loaded DPS"],
+    "accelerate_loop.py": ["step 40, cycle 2, subnetwork 10/10, selected 70.0%", "loaded DPS"],
 }
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
 TORCHRUN += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]

@@ -17,7 +17,8 @@ from peft_dps.masking.noise import NOISES
 from peft_dps.selection.budget import BUDGETS
 from peft_dps.selection.evidence import EVIDENCE, SummedGradients
 from peft_dps.selection.granularity import GRANULARITIES, Granularity
-from peft_dps.selection.schedule import SCHEDULES, Phase, Position, Schedule, Stage
+from peft_dps.selection.phase import Phase, Position, Stage
+from peft_dps.selection.schedule import SCHEDULES, Schedule
 from peft_dps.selection.scope import SCOPES
 from peft_dps.selection.scores import SCORES, register_score
 from peft_dps.tensors.layout import Units

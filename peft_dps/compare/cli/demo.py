@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from peft_dps.compare.data.tasks import Place
 from peft_dps.compare.data.user_data import OwnData
@@ -11,13 +12,15 @@ from peft_dps.compare.runs.comparison import EMBEDDED, Comparison
 from peft_dps.compare.settings import Settings
 
 # One rate each, from the middle of the method's grid: choosing would take longer than all the rest. The best entries
-# are sought over the whole model, so that the report can show which layers they fall on.
+# are sought over the whole model, so that the report can show which layers they fall on. 5% of its 114 steps would be too
+# few for a stage.
+_DPS: dict[str, Any] = {"scope": "model", "stage_steps": 0.1}
 METHODS = (
     Choice("full", learning_rates=(1e-4,)),
     Choice("lora", learning_rates=(1e-3,)),
     Choice("bitfit", learning_rates=(3e-3,)),
-    Choice("dps-dense", {"scope": "model"}, (1e-4,), "DPS Dense"),
-    Choice("dps-mix", {"scope": "model"}, (1e-4,), "DPS Mix"),
+    Choice("dps-dense", _DPS, (1e-4,), "DPS Dense"),
+    Choice("dps-mix", _DPS, (1e-4,), "DPS Mix"),
 )
 TRAIN_SIZE = 600
 

@@ -272,21 +272,22 @@ def test_another_setting_is_refused_by_name(make_model, state, name, other):
 
 
 def test_another_number_of_steps_is_told_and_keeps_the_stages(make_model, batches, caplog):
-    model = make_model(stage_steps=0.25, total_steps=8)
-    train(model, SGD(trainable(model), lr=0.1), batches(3))
-    longer = make_model(stage_steps=0.25, total_steps=40)
+    model = make_model(stage_steps=0.25, total_steps=40)
+    train(model, SGD(trainable(model), lr=0.1), batches(11))
+    longer = make_model(stage_steps=0.25, total_steps=80)
     longer.load_state_dict(model.state_dict())
     longer.load_dps_state_dict(model.dps_state_dict())
-    assert "was to have 8 steps when its state was saved, and now has 40" in caplog.text
-    assert "its phases stay as long as they were ({'stage_steps': 2})" in caplog.text
+    assert "was to have 40 steps when its state was saved, and now has 80" in caplog.text
+    assert "its phases stay as long as they were ({'stage_steps': 10})" in caplog.text
     status = longer.dps_status()
-    assert (status.total_steps, status.stage_steps, status.steps, status.stage) == (40, 2, 3, Stage.SUBNETWORK)
+    assert (status.total_steps, status.stage_steps, status.steps, status.stage) == (80, 10, 11, Stage.SUBNETWORK)
 
 
-def test_a_number_of_steps_that_is_not_given_again_is_taken_over(make_model, batches, caplog):
-    model = make_model(stage_steps=0.25, total_steps=8)
+@pytest.mark.parametrize("fraction", [0.05, None])
+def test_a_number_of_steps_that_is_not_given_again_is_taken_over(make_model, batches, caplog, fraction):
+    model = make_model(stage_steps=fraction, total_steps=300)
     train(model, SGD(trainable(model), lr=0.1), batches(1))
-    other = make_model(stage_steps=0.25)
+    other = make_model(stage_steps=fraction)
     other.load_state_dict(model.state_dict())
     other.load_dps_state_dict(model.dps_state_dict())
     assert other.dps_status() == model.dps_status()

@@ -19,7 +19,7 @@ KINDS = {
     "mix, ACCUMULATE": ({"variant": "mix"}, 2),
     "mix, SUBNETWORK": ({"variant": "mix"}, 4),
     "lean, second ACCUMULATE": ({"lean": True}, 8),
-    "fraction of known steps": ({"stage_steps": 0.25, "total_steps": 12}, 4),
+    "fraction of known steps": ({"stage_steps": 0.25, "total_steps": 40}, 15),
 }
 
 

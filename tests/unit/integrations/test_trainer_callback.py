@@ -61,25 +61,49 @@ def make_trainer(tmp_path):
 
 
 def test_trainer_finds_the_number_of_steps_and_logs_the_stages(make_trainer):
-    trainer = make_trainer({"stage_steps": 0.25})
+    trainer = make_trainer({"stage_steps": 0.5}, num_train_epochs=4)
     trainer.train()
     status = trainer.model.dps_status()
-    assert (status.total_steps, status.stage_steps, status.steps) == (12, 3, 12)
+    assert (status.total_steps, status.stage_steps, status.steps) == (24, 12, 24)
     assert status.stage is Stage.SUBNETWORK
     assert status.engaged
     assert not status.frozen_moved
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     stages = [entry["dps_stage"] for entry in logs]
-    assert stages == ["accumulate"] * 3 + ["subnetwork"] * 3 + ["accumulate"] * 3 + ["subnetwork"] * 3
-    assert [entry["dps_cycle"] for entry in logs] == [1] * 6 + [2] * 6
+    assert stages == ["accumulate"] * 12 + ["subnetwork"] * 12
+    assert [entry["dps_cycle"] for entry in logs] == [1] * 24
     assert logs[0]["dps_selected"] is None
-    assert logs[3]["dps_selected"] == pytest.approx(0.25, abs=1e-3)
+    assert logs[12]["dps_selected"] == pytest.approx(0.25, abs=1e-3)
+
+
+def test_a_stage_of_little_data_has_ten_steps_and_says_so(make_trainer, caplog):
+    trainer = make_trainer(num_train_epochs=4)
+    trainer.train()
+    assert (trainer.model.dps_status().stage_steps, trainer.model.dps_status().engaged) == (10, True)
+    assert caplog.text.count("`stage_steps=0.05` of 24 training steps is 1. A stage has 10 steps") == 1
+
+
+def test_too_little_data_for_two_stages_is_an_error_before_the_first_step(make_trainer):
+    trainer = make_trainer(num_train_epochs=3)
+    with pytest.raises(ConfigError, match=r"fraction of only 18 training steps.* training needs 20.*as an int"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_compact_columns_of_little_data_say_that_scoring_takes_most_of_it(make_trainer, caplog):
+    fields = {"storage": "compact", "granularity": "column", "schedule": "once"}
+    trainer = make_trainer(fields)
+    trainer.train()
+    assert trainer.model.dps_status().engaged
+    assert "`score_steps=8` of 12 training steps leaves 4 to train what is selected" in caplog.text
+    with pytest.raises(ConfigError, match="`score_steps` is 8 of only 6"):
+        make_trainer(fields, num_train_epochs=1).train()
 
 
 @pytest.mark.parametrize(
     ("fields", "stages"),
     [
-        ({"schedule": "two-phase", "stage_steps": 0.25, "score": "movement"}, ["accumulate"] * 3 + ["subnetwork"] * 9),
+        ({"schedule": "two-phase", "stage_steps": 3, "score": "movement"}, ["accumulate"] * 3 + ["subnetwork"] * 9),
         ({"schedule": "full", "noise": "mixout"}, ["full"] * 12),
         ({"schedule": "every", "stage_steps": 1, "score_steps": 0, "score": "random"}, ["subnetwork"] * 12),
     ],
@@ -154,11 +178,11 @@ def test_a_config_that_names_another_total_wins_and_says_so(make_trainer, caplog
     assert "`total_steps` is 40, and the Trainer will make 12 steps. A stage has 10 steps" in caplog.text
 
 
-@pytest.mark.parametrize("fields", [{"stage_steps": 0.25, "total_steps": 12}, {"stage_steps": 3, "total_steps": 40}])
+@pytest.mark.parametrize("fields", [{"stage_steps": 0.5, "total_steps": 24}, {"stage_steps": 12, "total_steps": 40}])
 def test_a_total_that_changes_nothing_is_not_spoken_of(make_trainer, caplog, fields):
-    trainer = make_trainer(fields)
+    trainer = make_trainer(fields, num_train_epochs=4)
     trainer.train()
-    assert trainer.model.dps_status().stage_steps == 3
+    assert trainer.model.dps_status().stage_steps == 12
     assert "`total_steps`" not in caplog.text
 
 

@@ -108,8 +108,8 @@ def test_it_resumes_to_the_bit_after_every_step(stop):
 
 
 def test_a_fraction_is_one_of_all_steps():
-    ours = Ours(lambda: config(stage_steps=0.25, total_steps=8))
-    for batch in make_batches(2):
+    ours = Ours(lambda: config(stage_steps=0.25, total_steps=40))
+    for batch in make_batches(10):
         ours.step(batch)
     assert ours.model.dps_status().stage is Stage.ACCUMULATE
     ours.step(make_batches(1)[0])

@@ -7,21 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_dps.errors import ConfigError, ScheduleError
-from peft_dps.selection.schedule import (
-    ACCUMULATE,
-    FULL,
-    REWOUND,
-    SCHEDULES,
-    SUBNETWORK,
-    Cycle,
-    Every,
-    Full,
-    Once,
-    Position,
-    ScheduleSettings,
-    Stage,
-    TwoPhase,
-)
+from peft_dps.selection.phase import ACCUMULATE, FULL, REWOUND, SUBNETWORK, Position, Stage
+from peft_dps.selection.schedule import SCHEDULES, Cycle, Every, Full, Once, ScheduleSettings, TwoPhase
 
 lengths = st.integers(1, 10_000)
 steps = st.integers(1, 10**9)
@@ -84,7 +71,7 @@ def test_a_stage_without_steps_is_refused(length):
         Cycle(length)
 
 
-@pytest.mark.parametrize("length", [True, None, "3", [3]])
+@pytest.mark.parametrize("length", [True, "3", [3]])
 def test_a_length_that_is_no_number_is_refused(length):
     with pytest.raises(ConfigError, match=r"`stage_steps` must be an int \(steps\) or a float \(fraction\), got"):
         Cycle(length)
@@ -101,28 +88,77 @@ def test_an_int_is_a_number_of_steps(total_steps):
     assert Cycle(7).resolve(total_steps) == Cycle(7)
 
 
-@given(
-    st.floats(0.0, 1.0, exclude_min=True, exclude_max=True),
-    st.integers(2, 10**7),
-)
-def test_a_fraction_is_rounded_down_to_at_least_one_step(fraction, total_steps):
-    expected = max(1, int(total_steps * fraction))
-    if expected >= total_steps:  # the largest fractions round up to the whole
-        return
-    assert Cycle(fraction).resolve(total_steps) == Cycle(expected)
+@given(st.floats(0.0, 1.0, exclude_min=True, exclude_max=True), st.integers(20, 10**7))
+def test_a_fraction_leaves_ten_steps_at_least_to_both_stages(fraction, total_steps):
+    steps = Cycle(fraction).resolve(total_steps).stage_steps
+    assert 10 <= steps <= total_steps - 10
+    assert steps == int(total_steps * fraction) or steps in (10, total_steps - 10)
+    assert TwoPhase(fraction).resolve(total_steps) == TwoPhase(steps)
 
 
 @pytest.mark.parametrize(
     ("fraction", "total_steps", "expected"),
-    [(0.05, 1000, 50), (0.05, 119, 5), (0.05, 19, 1), (0.05, 2, 1), (0.5, 3, 1), (0.99, 100, 99)],
+    [(0.05, 1000, 50), (0.05, 219, 10), (None, 1000, 50), (0.25, 40, 10), (0.9, 100, 90)],
 )
-def test_fractions_worked_out_by_hand(fraction, total_steps, expected):
-    assert Cycle(fraction).resolve(total_steps).stage_steps == expected
+def test_fractions_worked_out_by_hand_stand_for_what_they_say(fraction, total_steps, expected):
+    for schedule in (Cycle(fraction), TwoPhase(fraction), Every(fraction, 4)):
+        assert schedule.resolve(total_steps).stage_steps == expected
+        assert schedule.warning(total_steps) is None
 
 
-def test_a_fraction_of_an_unknown_total_is_refused_by_field_and_value():
+@pytest.mark.parametrize(
+    ("schedule", "total_steps", "expected", "said"),
+    [
+        (Cycle(0.05), 75, 10, "`stage_steps=0.05` of 75 training steps is 3. A stage has 10 steps, the fewest"),
+        (Cycle(None), 21, 10, "`stage_steps=0.05` of 21 training steps is 1. A stage has 10 steps, the fewest"),
+        (TwoPhase(0.01), 20, 10, "`stage_steps=0.01` of 20 training steps is 0. A stage has 10 steps"),
+        (Cycle(0.99), 100, 90, "`stage_steps=0.99` of 100 training steps is 99. A stage has 90 steps, so that 10 are"),
+        (Every(0.05, 0), 75, 10, "`stage_steps=0.05` of 75 training steps is 3. A stage has 10 steps"),
+        (Every(0.05, 8), 75, 16, "`stage_steps=0.05` of 75 training steps is 3. A stage has 16 steps"),
+    ],
+)
+def test_a_fraction_that_is_not_taken_as_it_is_says_so_and_names_the_remedy(schedule, total_steps, expected, said):
+    assert schedule.resolve(total_steps).stage_steps == expected
+    assert said in schedule.warning(total_steps)
+    assert "give `stage_steps` as an int" in schedule.warning(total_steps)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "total_steps", "needed"),
+    [(Cycle(0.5), 19, 20), (TwoPhase(0.25), 8, 20), (Every(0.5, 0), 9, 10), (Every(None, 6), 11, 12)],
+)
+def test_a_training_too_short_for_a_fraction_is_refused_with_remedies(schedule, total_steps, needed):
+    asked = schedule.length.fraction
+    message = rf"`stage_steps={asked}` is a fraction of only {total_steps} training steps.* needs {needed}.*as an int"
+    with pytest.raises(ConfigError, match=message):
+        schedule.resolve(total_steps)
+    assert schedule.resolve(needed).stage_steps == schedule.length.shortest
+
+
+@pytest.mark.parametrize("schedule", [Cycle(0.05), Every(0.05, 2), TwoPhase(0.05), TwoPhase(None)])
+def test_a_fraction_of_an_unknown_total_is_refused_by_field_and_value(schedule):
     with pytest.raises(ScheduleError, match=r"`stage_steps=0.05` is a fraction of all training steps"):
-        Cycle(0.05).resolve(None)
+        schedule.resolve(None)
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [(Cycle(None), 10), (Every(None, 4), 10), (Every(None, 8), 16)])
+def test_stages_that_come_again_have_a_length_also_if_nobody_says_any(schedule, expected):
+    assert schedule.resolve(None).stage_steps == expected
+    assert f"is unknown: a stage has {expected} steps. Give `stage_steps` as an int" in schedule.warning(None)
+
+
+@pytest.mark.parametrize("total_steps", [None, 8, 1000])
+def test_nothing_is_said_of_a_number_of_steps(total_steps):
+    assert not Cycle(3).is_relative
+    for schedule in (Cycle(3), Every(3, 2), TwoPhase(3), Full()):
+        assert schedule.warning(total_steps) is None
+
+
+def test_scoring_that_takes_most_of_the_training_says_so():
+    assert Once(8).warning(16) is Once(8).warning(None) is Once(0).warning(2) is None
+    said = Once(8).warning(12)
+    assert "`score_steps=8` of 12 training steps leaves 4 to train what is selected" in said
+    assert "`model.score(batches)`" in said
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 1.0, 1.5, float("nan"), float("inf")])
@@ -131,10 +167,9 @@ def test_a_fraction_out_of_range_is_refused_by_field_and_value(fraction):
         Cycle(fraction)
 
 
-@pytest.mark.parametrize(("length", "total_steps"), [(10, 10), (11, 10), (1, 1), (0.5, 1)])
+@pytest.mark.parametrize(("length", "total_steps"), [(10, 10), (11, 10), (1, 1)])
 def test_a_stage_that_fills_the_training_is_refused_by_field_and_values(length, total_steps):
-    in_steps = length if isinstance(length, int) else 1
-    message = rf"`stage_steps` is {in_steps} of only {total_steps} training steps.*smaller `stage_steps`"
+    message = rf"`stage_steps` is {length} of only {total_steps} training steps.*smaller `stage_steps`"
     with pytest.raises(ConfigError, match=message):
         Cycle(length).resolve(total_steps)
 
@@ -197,11 +232,8 @@ def test_two_phases_follow_each_other_and_the_second_rewinds(length, step):
     assert position.phase.rewinds is (step > length)
 
 
-def test_the_first_of_two_phases_is_a_number_or_a_fraction_of_steps():
-    assert TwoPhase(0.25).resolve(8) == TwoPhase(2)
+def test_the_first_of_two_phases_leaves_steps_to_the_second():
     assert TwoPhase(3).resolve(None) == TwoPhase(3)
-    with pytest.raises(ScheduleError, match=r"`stage_steps=0.25` is a fraction"):
-        TwoPhase(0.25).resolve(None)
     with pytest.raises(ConfigError, match=r"`stage_steps` is 8 of only 8 training steps"):
         TwoPhase(8).resolve(8)
 

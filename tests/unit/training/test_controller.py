@@ -4,6 +4,7 @@ import copy
 import gc
 import logging
 import pickle
+import re
 import weakref
 
 import pytest
@@ -190,22 +191,59 @@ def test_bad_gradients_of_frozen_entries_do_no_harm_in_subnetwork(make_model, ba
     assert torch.equal(bits(weight)[frozen], bits(before)[frozen])
 
 
-def test_fraction_without_total_is_an_error_that_names_three_remedies(make_model, batches):
+def test_fraction_without_total_is_an_error_that_names_three_remedies_before_the_first_step(make_model, batches):
     model = make_model(stage_steps=0.1)
-    x, y = batches(1)[0]
-    nn.functional.cross_entropy(model(x), y).backward()
     with pytest.raises(ScheduleError) as error:
-        AdamW(trainable(model)).step()
+        model(batches(1)[0][0])
     for remedy in ("total_steps=", "as an int", "set_dps_total_steps"):
         assert remedy in str(error.value)
 
 
 def test_total_steps_turn_the_fraction_into_steps(make_model, batches):
     model = make_model(stage_steps=0.25)
-    model.set_dps_total_steps(12)
-    train(model, AdamW(trainable(model)), batches(4))
+    model.set_dps_total_steps(48)
+    train(model, AdamW(trainable(model)), batches(13))
     status = model.dps_status()
-    assert (status.stage_steps, status.stage, status.step_in_stage) == (3, Stage.SUBNETWORK, 1)
+    assert (status.stage_steps, status.stage, status.step_in_stage) == (12, Stage.SUBNETWORK, 1)
+
+
+def test_a_loop_that_says_nothing_of_its_length_trains_in_stages_of_ten_steps(make_model, batches, caplog):
+    model = make_model(stage_steps=None)
+    train(model, AdamW(trainable(model)), batches(11))
+    status = model.dps_status()
+    assert (status.stage_steps, status.stage, status.step_in_stage) == (10, Stage.SUBNETWORK, 1)
+    assert caplog.text.count("the number of training steps, of which it would be 0.05, is unknown") == 1
+
+
+def test_a_training_too_short_for_its_fraction_is_refused_before_the_first_step(make_model, batches):
+    model = make_model(stage_steps=0.25)
+    model.set_dps_total_steps(19)
+    with pytest.raises(ConfigError, match=r"`stage_steps=0.25` is a fraction of only 19 training steps.* needs 20"):
+        model(batches(1)[0][0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps", "said"),
+    [
+        ({"stage_steps": None}, 6, "saved after 6 steps: no subnetwork has been selected.*smaller `stage_steps`"),
+        ({"schedule": "once"}, 12, "saved after 12 steps: `score_steps=8` of 12 training steps leaves 4"),
+        ({"schedule": "once"}, 16, ""),
+        ({"schedule": "full", "noise": "mixout"}, 1, ""),
+        ({"stage_steps": 3, "total_steps": 9}, 2, ""),
+    ],
+)
+def test_saving_tells_of_a_training_too_short_that_has_said_nothing_of_its_length(
+    make_model, batches, caplog, tmp_path, fields, steps, said
+):
+    model = make_model(**fields)
+    model.save_pretrained(tmp_path)
+    train(model, AdamW(trainable(model)), batches(steps))
+    caplog.clear()
+    model.save_pretrained(tmp_path)
+    assert re.search(said, caplog.text) if said else not caplog.text
+    caplog.clear()
+    model.merge_and_unload()
+    assert re.search(said.replace("saved", "merged"), caplog.text) if said else not caplog.text
 
 
 @pytest.mark.parametrize("total", [1, 20.5, True])

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft_dps.compare.data.assets import fetch_assets
     from peft_dps.compare.data.task import build_task
     from peft_dps.compare.data.tasks import register_task
     from peft_dps.compare.data.user_data import OwnData
@@ -27,6 +28,7 @@ _MODULES = {
     "Settings": "settings",
     "build_task": "data.task",
     "compare": "runs.runner",
+    "fetch_assets": "data.assets",
     "read": "runs.results",
     "register_method": "methods.table",
     "register_task": "data.tasks",
@@ -41,6 +43,7 @@ __all__ = [
     "Settings",
     "build_task",
     "compare",
+    "fetch_assets",
     "read",
     "register_method",
     "register_task",

@@ -19,7 +19,7 @@ _SETTINGS = {
     "weight-decay": "decay of AdamW",
     "warmup": "fraction of the steps in which the learning rate rises",
     "max-length": "tokens of an example at most",
-    "validation-size": "training examples held out to choose learning rates by, at most a fifth",
+    "validation-size": "examples held out to choose rates by, at most a fifth (default: 500, or 0 if all are given)",
     "test-size": "test examples per domain at most (default: all)",
     "evaluations": "points of the learning curve",
 }

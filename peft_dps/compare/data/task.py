@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_dps.compare.data.examples import DataError, Examples, hold_out, subset
 from peft_dps.compare.data.metrics import check_metrics
-from peft_dps.compare.settings import Settings
+from peft_dps.compare.settings import VALIDATION_SIZE, Settings
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def build_task(
             )
     metrics = tuple(metrics) or (("accuracy",) if training.label_names else ("pearson",))
     check_metrics(metrics, len(training.label_names))
-    train, validation = hold_out(training, settings.validation_size)
+    held_out = VALIDATION_SIZE if settings.validation_size is None else settings.validation_size
+    train, validation = hold_out(training, held_out)
     drawn = {domain: _at_most(test, settings.test_size) for domain, test in tests.items()}
     return Task(name, train, validation, drawn, metrics, merged)
 

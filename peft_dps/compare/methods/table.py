@@ -218,7 +218,7 @@ def _plain_value(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
-@register_method("full", "full fine-tuning")
+@register_method("full", "full FT")
 def full(model: PreTrainedModel) -> PreTrainedModel:
     """Train every parameter of the model."""
     return model

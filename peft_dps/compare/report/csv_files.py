@@ -9,19 +9,16 @@ from collections.abc import Iterable, Sequence
 
 from peft_dps.compare.report.costs import costs_of
 from peft_dps.compare.report.experiment import Experiment, MethodRuns
-from peft_dps.compare.report.scores import method_scores, overall_scores
+from peft_dps.compare.report.scores import method_scores
 
+FILES = ("scores.csv", "runs.csv")
 Row = dict[str, object]
 
 
 def csv_files(experiments: Sequence[Experiment]) -> dict[str, str]:
-    """Return the text of every file by its name; scores as they are, not in points; bytes and seconds."""
-    return {
-        "scores.csv": to_csv(_score_rows(experiments)),
-        "costs.csv": to_csv(_cost_rows(experiments)),
-        "overall.csv": to_csv(_overall_rows(experiments)),
-        "runs.csv": to_csv(_run_rows(experiments)),
-    }
+    """Return the text of each of `FILES` by its name; scores as they are, not in points; bytes and seconds."""
+    rows = _score_rows(experiments), _run_rows(experiments)
+    return {name: to_csv(each) for name, each in zip(FILES, rows, strict=True)}
 
 
 def to_csv(rows: Iterable[Row]) -> str:
@@ -57,12 +54,13 @@ def _place(experiment: Experiment, method: MethodRuns) -> Row:
 
 
 def _score_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
-    """A row per experiment, test domain and method."""
+    """A row per experiment, test domain and method; the costs of a method stand in the row of its own domain."""
     for experiment in experiments:
+        costs = {each.method.variant: each for each in costs_of(experiment)}
         for domain in experiment.domains:
             for each in method_scores(experiment, domain):
                 low, high = each.interval or (None, None)
-                yield {
+                row = {
                     **_place(experiment, each.method),
                     "domain": domain,
                     "in_domain": int(domain == experiment.domains[0]),
@@ -70,37 +68,17 @@ def _score_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
                     "finished": len(each.values),
                     "failed": each.failed,
                     "missing": len(each.missing),
-                    **_columns(each, "mean", "std=deviation", "max=best"),
+                    **_columns(each, "mean", "std=deviation"),
                     "low": low,
                     "high": high,
                     **_columns(each, "difference", "pairs", "p", "p_holm=corrected_p", "mean_rank=rank"),
                 }
-
-
-def _cost_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
-    """A row per experiment and method."""
-    columns = (
-        *("trainable", "selected", "step_ratio", "seconds", "steps_to_reference", "time_to_reference"),
-        *("reached", "runs", "peak_memory", "file_size"),
-    )
-    for experiment in experiments:
-        for each in costs_of(experiment):
-            yield {
-                **_place(experiment, each.method),
-                "learning_rates": " ".join(f"{rate:g}" for rate in each.learning_rates),
-                "precision": experiment.runs[0].plan.settings.precision,
-                **_columns(each, *columns),
-            }
-
-
-def _overall_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
-    """A row per method, over all experiments."""
-    columns = ("tasks=experiments", "mean_rank=rank", "difference", "better", "pairs", "p", "p_holm=corrected_p")
-    for each in overall_scores(experiments):
-        yield {
-            **_columns(each.method, "method=variant", "title"),
-            **_columns(each, *columns, "finished", "failed"),
-        }
+                cost = _columns(
+                    costs[each.method.variant],
+                    *("trainable", "selected", "step_ratio", "seconds", "steps_to_reference"),
+                    *("peak_memory", "file_size"),
+                )
+                yield {**row, **(cost if row["in_domain"] else dict.fromkeys(cost))}
 
 
 def _run_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:

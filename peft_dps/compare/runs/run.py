@@ -168,6 +168,7 @@ class Timing:
         protocol: Version of the protocol.
         versions: As in `Run`.
         hardware: As in `Run`.
+        loading: Seconds of loading the model and tokenizing, as before each run.
     """
 
     model: str
@@ -181,6 +182,7 @@ class Timing:
     protocol: int = PROTOCOL
     versions: dict[str, str] = field(default_factory=dict)
     hardware: dict[str, Any] = field(default_factory=dict)
+    loading: float = 0.0
 
     def fits(self, plan: Plan) -> bool:
         """Tell whether runs of a plan took steps like those that were timed."""

@@ -6,7 +6,7 @@ import importlib
 import logging
 import math
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -21,6 +21,7 @@ from peft_dps.compare.data.task import Task
 from peft_dps.compare.data.tasks import load_task
 from peft_dps.compare.methods.choice import Choice
 from peft_dps.compare.runs.comparison import EMBEDDED, Comparison
+from peft_dps.compare.runs.forecast import forecast
 from peft_dps.compare.runs.machine import hardware, versions
 from peft_dps.compare.runs.observer import Observer
 from peft_dps.compare.runs.plan import Plan
@@ -82,11 +83,12 @@ def compare(comparison: Comparison, observer: Observer) -> Results:
         importlib.import_module(module)
     comparison.check()
     choices = [choice.checked() for choice in comparison.methods]
+    settings = comparison.settings.holding_out([choice.method for choice in choices if choice.is_tuned])
     quieten()
     model_path = find_model(comparison)
     check_model(model_path)
-    longest = longest_input(model_path, comparison.settings.max_length)
-    comparison = replace(comparison, settings=replace(comparison.settings, max_length=longest))
+    longest = longest_input(model_path, settings.max_length)
+    comparison = replace(comparison, settings=replace(settings, max_length=longest))
     own = {data.title: data for data in comparison.own}
     tasks = {name: load_task(name, comparison.settings, comparison.place, own) for name in comparison.task_names}
     for task in tasks.values():
@@ -131,20 +133,59 @@ class _Runner:
         self.tuning_seeds = comparison.seeds[: comparison.tuning_seeds]
 
     def run(self) -> Results:
-        tries = sum(len(choice.rates) for choice in self.choices if choice.is_tuned) * len(self.tuning_seeds)
-        groups = len(self.tasks) * len(self.comparison.train_sizes)
-        self.observer.add(groups * (tries + len(self.choices) * len(self.comparison.seeds)))
+        if self.comparison.timing:
+            self._time()
+        groups = []
         for task in self.tasks.values():
             for size in self.comparison.train_sizes:
                 drawn = {seed: task.draw(size, seed) for seed in self.comparison.seeds}
-                assign = partial(
-                    self._assign, size, {seed: (part, part.fingerprint()) for seed, part in drawn.items()}
+                groups.append(
+                    partial(self._assign, size, {seed: (part, part.fingerprint()) for seed, part in drawn.items()})
                 )
-                self._test(assign, self._tune(assign))
-        if self.comparison.timing:
-            self._time()
+        self._announce(groups)
+        for assign in groups:
+            self._test(assign, self._tune(assign))
         runs = {key: self.results.runs[key] for key in self.planned}
         return Results(runs, self.timed, self.results.damaged)
+
+    def _announce(self, groups: Sequence[_Assign]) -> None:
+        """Say how many runs there will be; of a rate that is yet to be chosen, any one stands for the run."""
+        wanted = []
+        for assign in groups:
+            wanted += self._tries(assign, {choice.variant: choice.rates for choice in self.choices if choice.is_tuned})
+            wanted += [
+                assign(choice, choice.rates[0], seed) for choice in self.choices for seed in self.comparison.seeds
+            ]
+        any_rate = {replace(self.results.runs[key].plan, learning_rate=0.0).key for key in self.finished}
+        left = [
+            each.plan
+            for each in wanted
+            if each.plan.key not in self.finished
+            and not (
+                each.choice.is_tuned
+                and each.plan.phase == "test"
+                and replace(each.plan, learning_rate=0.0).key in any_rate
+            )
+        ]
+        timings = {timing.task: timing for timing in self.timed}
+        sizes = {(each.plan.task, each.plan.train_size): each.task.sizes for each in wanted}
+        devices = 1 if self.gpu is None else len({slot.device for slot in slots(self.comparison.jobs)})
+
+        def cost(plan: Plan) -> float:
+            return forecast(plan, sizes[plan.task, plan.train_size], timings[plan.task]) / devices
+
+        known = timings.keys() >= self.tasks.keys()
+        self.observer.expect([each.plan for each in wanted], left, cost if known else None)
+
+    def _tries(self, assign: _Assign, rates: Mapping[str, Sequence[float]]) -> list[_Assignment]:
+        """Return the runs that try learning rates, which are given by variant."""
+        assignments = [
+            assign(choice, rate, seed)
+            for choice in self.choices
+            for seed in self.tuning_seeds
+            for rate in rates.get(choice.variant, ())
+        ]
+        return [replace(each, plan=replace(each.plan, phase="tune")) for each in assignments]
 
     def _assign(
         self, size: int | None, drawn: dict[int, tuple[Task, str]], choice: Choice, rate: float, seed: int
@@ -170,15 +211,9 @@ class _Runner:
         wanted = {choice.variant: choice.rates for choice in self.choices if choice.is_tuned}
         tried: dict[str, list[Run]] = {variant: [] for variant in wanted}
         for round_ in range(1 + EXTENSIONS):
-            assignments = [
-                assign(choice, rate, seed)
-                for choice in self.choices
-                for seed in self.tuning_seeds
-                for rate in wanted.get(choice.variant, ())
-            ]
-            assignments = [replace(each, plan=replace(each.plan, phase="tune")) for each in assignments]
+            assignments = self._tries(assign, wanted)
             if round_:
-                self.observer.add(len(assignments))
+                self.observer.add([each.plan for each in assignments if each.plan.key not in self.finished])
             self._run_all(assignments)
             for each in assignments:
                 tried[each.choice.variant].append(self.results.runs[each.plan.key])
@@ -208,8 +243,6 @@ class _Runner:
     def _run_all(self, wanted: Sequence[_Assignment]) -> None:
         self.planned += [assignment.plan.key for assignment in wanted]
         missing = [assignment for assignment in wanted if assignment.plan.key not in self.finished]
-        if len(missing) < len(wanted):
-            self.observer.skip(len(wanted) - len(missing))
         with ThreadPoolExecutor(self.comparison.jobs) as pool:
             try:
                 for future in as_completed([pool.submit(self._run, assignment) for assignment in missing]):
@@ -269,7 +302,7 @@ class _Runner:
         return None
 
     def _measure(self, plans: Sequence[Plan], task: Task) -> Timing | None:
-        self.observer.say(f"Timing steps side by side on {task.name} ...")
+        self.observer.say(f"Measuring a step of each method on {task.name} ...")
         arguments = (plans, task, self.model_path, TIMED_STEPS)
         try:
             timing: Timing = self.processes.run(time_steps, arguments, Slot(slots(1)[0].device))

@@ -64,7 +64,8 @@ def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[
     base = load_model(task, model_path, plan.seed, tokenizer, plan.settings.attention)
     model, config = find_method(plan.method).apply(base, plan.options, plan.seed)
     is_test = plan.phase == "test"
-    recorder = Recorder(task.metrics, plan.settings.evaluations if is_test else 1, report)
+    looks = (plan.settings.evaluations if is_test else 1) if len(task.validation) else 0
+    recorder = Recorder(task.metrics, looks, report)
     collator = _Collator(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(plan, task, tokenizer, model, data, collator, recorder, folder)
@@ -137,7 +138,9 @@ def _trainer(
         model=model,
         args=_arguments(plan, folder),
         train_dataset=data.add_column("row", list(range(len(data)))),
-        eval_dataset=_by_length(tokenize(task.validation, tokenizer, plan.settings.max_length)),
+        eval_dataset=(
+            _by_length(tokenize(task.validation, tokenizer, plan.settings.max_length)) if recorder.looks else None
+        ),
         data_collator=collator,
         compute_metrics=_metrics(task),
         callbacks=[recorder],

@@ -153,6 +153,27 @@ def test_a_single_rate_is_not_tried(trainings, comparison, run):
     assert [one.chosen for one in results.reported[0].candidates] == [True]
 
 
+def test_nothing_is_held_out_where_every_rate_is_given(trainings, comparison, run):
+    one = [Choice("full", learning_rates=(1e-3,))]
+    asked = replace(comparison, methods=one, settings=Settings(), train_sizes=[None])
+    run(asked)
+    assert [(len(task.train), len(task.validation)) for task in trainings.tasks] == [(48, 0)] * 2
+    run(replace(asked, settings=Settings(validation_size=8)))
+    assert len(trainings.tasks[-1].validation) == 8
+    run(replace(asked, methods=comparison.methods, settings=Settings()))
+    assert len(trainings.tasks[-1].validation) == 9
+    with pytest.raises(ValueError, match="`validation_size` must be above 0 to choose a learning rate for full, lora"):
+        run(replace(asked, methods=comparison.methods, settings=Settings(validation_size=0)))
+
+
+def test_runs_and_their_time_are_said_before_they_begin(trainings, comparison, run, shown):
+    run(comparison)
+    lines = shown.getvalue().splitlines()
+    assert lines[0] == "Measuring a step of each method on train ..."
+    assert lines[1] == "4 runs to report, 4 to choose learning rates; about 56 s left."
+    assert lines[2].startswith("1/8 ")
+
+
 def test_finished_runs_are_not_repeated(trainings, comparison, run, shown):
     first = run(comparison)
     trainings.plans.clear()
@@ -162,7 +183,8 @@ def test_finished_runs_are_not_repeated(trainings, comparison, run, shown):
     more = run(replace(comparison, seeds=[0, 1, 2]))
     assert [(plan.method, plan.seed) for plan in trainings.plans] == [("full", 2), ("lora", 2)]
     assert len(more.reported) == 6
-    assert shown.getvalue().count("4 runs are finished already") == 4  # tries and tests, twice
+    assert "4 runs to report, 4 to choose learning rates; 8 are finished already" in shown.getvalue()
+    assert "6 runs to report, 4 to choose learning rates; 8 are finished already" in shown.getvalue()
 
 
 def test_steps_are_timed_again_in_another_precision(trainings, comparison, run):
@@ -216,7 +238,7 @@ def test_a_crash_is_recorded_and_the_others_go_on(trainings, comparison, run, sh
     assert [(item.plan.method, item.plan.seed, item.error) for item in failed] == [("lora", 1, "ValueError: no")]
     assert failed[0].versions
     assert len(results.reported) == 4
-    assert "LoRA, train, 20 examples, seed 1: failed: ValueError: no" in shown.getvalue()
+    assert "LoRA, seed 1: failed: ValueError: no" in shown.getvalue()
     log = comparison.output.with_name("runs.jsonl.failures.log").read_text()
     assert f"{failed[0].plan.key} lora train seed 1: ValueError: no\nTraceback ..." in log
     trainings.fails = lambda plan: ""

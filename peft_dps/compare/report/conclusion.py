@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from peft_dps.compare.report.costs import costs_of
-from peft_dps.compare.report.experiment import Experiment
+from peft_dps.compare.report.costs import Costs, costs_of
+from peft_dps.compare.report.experiment import Experiment, without_dropout
 from peft_dps.compare.report.formatting import points
 from peft_dps.compare.report.scores import MethodScores, OverallScores, overall_scores
 from peft_dps.compare.report.significance import LEVEL, least_p, pairs_needed
@@ -45,46 +45,54 @@ def clear_differences(found: Sequence[MethodScores | OverallScores], base: str) 
     if not tested:
         compared = any(each.difference is not None for each in found)
         return f"one seed cannot tell a method from {base}" if compared else f"nothing was compared with {base}"
-    if clear := [each for each in tested if each.corrected_p is not None and each.corrected_p <= LEVEL]:
+    if clear := _clear(found):
         names = ", ".join(f"{each.method.title} ({points(each.difference, sign=True, digits=1)})" for each in clear)
         return f"beyond chance, {names} differ{'s' if len(clear) == 1 else ''} from {base}"
     pairs, needed = max(each.pairs for each in tested), pairs_needed(len(tested))
     said = f"no method differs from {base} beyond chance"
     if least_p(pairs) * len(tested) > LEVEL:
-        said += f", which {pairs} pairs of runs could not show (it takes {needed})"
+        said += f", which {pairs} pairs of runs could not show: it takes {needed}"
     return said
+
+
+def like_for_like(experiments: Sequence[Experiment]) -> str:
+    """Say whether what was trained without dropout also differs from the reference without it."""
+    alike = [found for found in map(without_dropout, experiments) if found is not None]
+    variants = {each.variant for experiment in alike for each in experiment.methods}
+    if not any(each.method.variant in variants for each in _clear(overall_scores(experiments))):
+        return ""
+    return f"of those without dropout, {clear_differences(overall_scores(alike), _reference_title(alike))}"
 
 
 def cheapest(experiments: Sequence[Experiment]) -> str:
     """Say which method with a mean close to that of the reference, or above it, takes the least memory."""
-    base = _reference_title(experiments)
-    ratios: dict[str, list[tuple[float, float | None]]] = {}
-    for experiment in experiments:
-        costs = {each.method.variant: each for each in costs_of(experiment)}
-        reference = costs.get(experiment.reference_variant)
-        if reference is not None and reference.peak_memory:
-            for variant, each in costs.items():
-                if each.peak_memory:
-                    found = each.peak_memory / reference.peak_memory, each.step_ratio
-                    ratios.setdefault(variant, []).append(found)
-    near = [each for each in overall_scores(experiments) if each.difference is not None]
-    known = [each for each in near if each.method.variant in ratios]
-    near = [each for each in known if each.difference is not None and each.difference >= -MARGIN]
-    if not known:
+    costs: dict[str, list[Costs]] = {}
+    for each in (each for experiment in experiments for each in costs_of(experiment)):
+        if each.memory_ratio is not None:
+            costs.setdefault(each.method.variant, []).append(each)
+    known = [each for each in overall_scores(experiments) if each.difference is not None]
+    near = [each.method for each in known if each.difference >= -MARGIN and each.method.variant in costs]
+    within = f"within {points(MARGIN, digits=0)} points"
+    if not costs or not known:
         return ""
     if not near:
-        return f"none comes within {points(MARGIN, digits=0)} points of it"
-    memory = {each.method.variant: statistics.fmean(m for m, _ in ratios[each.method.variant]) for each in near}
-    best = min(near, key=lambda each: memory[each.method.variant])
-    if memory[best.method.variant] >= 1:
-        return f"none within {points(MARGIN, digits=0)} points of {base} takes less memory"
-    said = f"the cheapest within {points(MARGIN, digits=0)} points is {best.method.title}, with "
-    said += f"{memory[best.method.variant]:.2f} times the memory"
-    steps = [step for _, step in ratios[best.method.variant] if step is not None]
-    return said + (f" and {statistics.fmean(steps):.2f} times the step time" if steps else "")
+        return f"none comes {within} of it"
+    memory = {
+        method.variant: statistics.fmean(each.memory_ratio or 0 for each in costs[method.variant]) for method in near
+    }
+    best = min(near, key=lambda method: memory[method.variant])
+    if memory[best.variant] >= 1:
+        return f"none {within} of {_reference_title(experiments)} takes less memory"
+    steps = [each.step_ratio for each in costs[best.variant] if each.step_ratio is not None]
+    and_time = f", {statistics.fmean(steps):.2f} times the step time" if steps else ""
+    return f"the cheapest in memory {within} is {best.title} ({memory[best.variant]:.2f} times{and_time})"
 
 
-FINDINGS: tuple[Finding, ...] = (difference, cheapest)
+FINDINGS: tuple[Finding, ...] = (difference, like_for_like, cheapest)
+
+
+def _clear(found: Sequence[MethodScores | OverallScores]) -> list[MethodScores | OverallScores]:
+    return [each for each in found if each.corrected_p is not None and each.corrected_p <= LEVEL]
 
 
 def _reference_title(experiments: Sequence[Experiment]) -> str:

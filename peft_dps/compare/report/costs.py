@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft_dps.compare.report.experiment import Experiment, MethodRuns
 from peft_dps.compare.runs.run import Run, Timing
@@ -22,6 +22,7 @@ class Costs:
         selected: Entries that are updated in SUBNETWORK; None without DPS.
         step_ratio: Its step time relative to the reference's, measured interleaved; None if it was not.
         peak_memory: In bytes.
+        memory_ratio: Peak memory relative to the reference's; None without it.
         file_size: In bytes.
         seconds: Training time.
         steps_to_reference: Steps until the validation score reaches that with which the reference ends on the same
@@ -36,6 +37,7 @@ class Costs:
     selected: int | None = None
     step_ratio: float | None = None
     peak_memory: float | None = None
+    memory_ratio: float | None = None
     file_size: float | None = None
     seconds: float | None = None
     steps_to_reference: float | None = None
@@ -48,7 +50,11 @@ def costs_of(experiment: Experiment) -> list[Costs]:
     targets = reference_ends(experiment)
     ratios = step_ratios(experiment.timing, experiment.reference_variant) if experiment.timing else {}
     middle = {variant: statistics.median(each) for variant, each in ratios.items()}
-    return [_costs_of_runs(each, targets, middle.get(each.variant)) for each in experiment.methods]
+    found = [_costs_of_runs(each, targets, middle.get(each.variant)) for each in experiment.methods]
+    base = next((each.peak_memory for each in found if each.method is experiment.reference), None)
+    return [
+        replace(each, memory_ratio=each.peak_memory / base) if base and each.peak_memory else each for each in found
+    ]
 
 
 def reference_ends(experiment: Experiment) -> dict[int, float]:

@@ -39,7 +39,7 @@ class Section:
         title: Heading.
         slug: Target of links to it; unique on the page.
         conclusion: What it shows, in a sentence; empty if the page says it.
-        tables: Tables.
+        tables: Tables; the figures come below the first one.
         pictures: Figures.
         checks: What to know before believing the numbers.
         setup: How the runs were made, as pairs of a name and a text.
@@ -104,11 +104,12 @@ def to_markdown(page: Page, folder: Path) -> str:
         parts += [f"## {markdown(section.title)}", markdown(section.conclusion)]
         if section.checks:
             parts += ["Before believing these numbers:", _bullets(section.checks)]
-        for table in section.tables:
-            parts += [f"### {markdown(table.title)}", table.to_markdown().rstrip()]
+        tables = [f"### {markdown(table.title)}\n\n{table.to_markdown().rstrip()}" for table in section.tables]
+        parts += tables[:1]
         for picture in section.pictures:
             link = picture.path.relative_to(folder).as_posix()
             parts += [f"![{markdown(picture.caption)}]({link})", markdown(picture.caption)]
+        parts += tables[1:]
         if section.setup:
             parts += ["How the runs were made:", _bullets([f"{name}: {text}" for name, text in section.setup])]
     parts += ["## How to read this", *map(markdown, _reading())]

@@ -60,7 +60,7 @@ class Table:
             if index
         ]
         for part in _parts(widths, width):
-            table = rich.table.Table(box=box.SIMPLE_HEAD, padding=(0, _BETWEEN, 0, 0), pad_edge=False)
+            table = rich.table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
             for index in part:
                 table.add_column(Text(self.header[index]), justify="right" if index else "left", width=widths[index])
             for number, row in enumerate(self.rows):

@@ -12,7 +12,6 @@ from peft_dps.compare.report.costs import Costs, costs_of, timed_against
 from peft_dps.compare.report.experiment import Experiment, without_dropout
 from peft_dps.compare.report.formatting import NONE, p_value, points
 from peft_dps.compare.report.scores import MethodScores, OverallScores, method_scores, overall_scores
-from peft_dps.compare.report.significance import least_p
 from peft_dps.compare.report.table import Table
 from peft_dps.compare.runs.run import Run
 
@@ -40,11 +39,7 @@ def score_table(experiment: Experiment, domain: str) -> Table:
         "p (Holm)": lambda each: p_value(each.corrected_p),
         "mean rank": lambda each: f"{each.rank:.2f}",
     }
-    notes = (
-        _verdict(found, base),
-        *_resolution(found),
-        *_like_for_like([experiment], lambda alike: method_scores(alike[0], domain)),
-    )
+    notes = (_verdict(found, base), *_like_for_like([experiment], lambda alike: method_scores(alike[0], domain)))
     title = f"{place}{others}: 100 x {experiment.metric}"
     return Table.of(title, columns, found, notes=notes, best=_highest(found))
 
@@ -110,7 +105,7 @@ def overall_table(experiments: Sequence[Experiment]) -> Table:
         "runs": lambda each: str(each.finished),
         "failed": lambda each: str(each.failed),
     }
-    notes = (*_chosen_once(experiments), *_resolution(found), *_like_for_like(experiments, overall_scores))
+    notes = (*_chosen_once(experiments), *_like_for_like(experiments, overall_scores))
     return Table.of("All tasks together, each in its own domain", columns, found, notes=notes)
 
 
@@ -183,18 +178,7 @@ def _like_for_like(
     if not tested:
         return []
     place = f", on {len(alike)} of {len(experiments)} tasks" if len(alike) < len(experiments) else ""
-    return [f"Like for like, beside {alike[0].reference_title}{place}: {said}.", *_resolution(tested)]
-
-
-def _resolution(found: Sequence[MethodScores | OverallScores]) -> list[str]:
-    """What p can at best be, where that matters."""
-    tested = [each for each in found if each.p is not None]
-    if not tested:
-        return []
-    pairs, count = max(each.pairs for each in tested), len(tested)
-    corrected = p_value(min(1.0, least_p(pairs) * count))
-    said = f"With {pairs} pairs p is at best {p_value(least_p(pairs))}, and {corrected} after correction over {count}"
-    return [f"{said} comparison{'s' * (count > 1)}."]
+    return [f"Like for like, beside {alike[0].reference_title}{place}: {said}."]
 
 
 def _chosen_once(experiments: Sequence[Experiment]) -> list[str]:

@@ -85,7 +85,8 @@ def compare(comparison: Comparison, observer: Observer) -> Results:
     choices = [choice.checked() for choice in comparison.methods]
     settings = comparison.settings.holding_out([choice.method for choice in choices if choice.is_tuned])
     quieten()
-    model_path = find_model(comparison)
+    is_embedded = comparison.model == EMBEDDED
+    model_path = str(fetch_assets(comparison.place.cache).model) if is_embedded else comparison.model
     check_model(model_path)
     longest = longest_input(model_path, settings.max_length)
     comparison = replace(comparison, settings=replace(settings, max_length=longest))
@@ -100,13 +101,6 @@ def compare(comparison: Comparison, observer: Observer) -> Results:
             return _Runner(comparison, choices, tasks, model_path, observer).run()
     except Timeout as error:
         raise ValueError(f"`output` {str(comparison.output)!r} is being written by another comparison.") from error
-
-
-def find_model(comparison: Comparison) -> str:
-    """Return where the model of a comparison is loaded from."""
-    if comparison.model == EMBEDDED:
-        return str(fetch_assets(comparison.place.cache).model)
-    return comparison.model
 
 
 class _Runner:

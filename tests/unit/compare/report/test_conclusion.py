@@ -27,12 +27,12 @@ def experiments(seeds, scores=SCORES, tasks=("cola",), memory=MEMORY, domains=("
 
 def test_one_seed_tells_nothing_but_costs():
     assert conclusion(experiments(1)) == (
-        "One seed cannot tell a method from full; the cheapest within 2 points is lora, with 0.50 times the memory."
+        "One seed cannot tell a method from full; the cheapest in memory within 2 points is lora (0.50 times)."
     )
 
 
 def test_too_few_seeds_are_named_with_how_many_it_takes():
-    said = "No method differs from full beyond chance, which 3 pairs of runs could not show (it takes 7); "
+    said = "No method differs from full beyond chance, which 3 pairs of runs could not show: it takes 7; "
     assert conclusion(experiments(3)).startswith(said)
 
 
@@ -49,8 +49,8 @@ def test_several_tasks_are_put_together():
     timings = [Timing("tiny", task, 16, 8, {"full": [2.0], "lora": [1.0]}) for task in "ab"]
     said = conclusion(experiments(4, {"full": 0.5, "lora": 0.5}, tasks=("a", "b"), timings=timings))
     assert said == (
-        "Over 2 tasks, no method differs from full beyond chance; the cheapest within 2 points is lora, with 0.50 "
-        "times the memory and 0.50 times the step time."
+        "Over 2 tasks, no method differs from full beyond chance; the cheapest in memory within 2 points is lora "
+        "(0.50 times, 0.50 times the step time)."
     )
 
 

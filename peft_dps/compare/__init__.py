@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_dps.compare.data.assets import fetch_assets
+    from peft_dps.compare.data.probes import register_probe
     from peft_dps.compare.data.task import build_task
     from peft_dps.compare.data.tasks import register_task
     from peft_dps.compare.data.user_data import OwnData
@@ -31,6 +32,7 @@ _MODULES = {
     "fetch_assets": "data.assets",
     "read": "runs.results",
     "register_method": "methods.table",
+    "register_probe": "data.probes",
     "register_task": "data.tasks",
     "write_report": "report.report",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "fetch_assets",
     "read",
     "register_method",
+    "register_probe",
     "register_task",
     "write_report",
 ]

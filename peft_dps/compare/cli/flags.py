@@ -42,6 +42,7 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     add("--methods", nargs="+", default=_GIVEN, metavar="METHOD", help='names, as lora or dps-dense:{"density":0.3}')
     add("--tasks", nargs="+", default=_GIVEN, metavar="TASK", help="names, as sentiment or glue/cola")
     _add_data_flags(parser, default=_GIVEN, otherwise="or give --tasks")
+    add("--probes", nargs="+", default=_GIVEN, metavar="PROBE", help="articles, stsb, a file of rated pairs or .txt")
     add("--model", default=_GIVEN, help="path or Hub id of the model (default: a 22M one from the package index)")
     add(
         "--train-sizes",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from peft_dps.compare.report.costs import Costs, costs_of
 from peft_dps.compare.report.experiment import Experiment, without_dropout
 from peft_dps.compare.report.formatting import points
+from peft_dps.compare.report.retention import kept
 from peft_dps.compare.report.scores import MethodScores, OverallScores, overall_scores
 from peft_dps.compare.report.significance import LEVEL, least_p, pairs_needed
 
@@ -88,7 +89,7 @@ def cheapest(experiments: Sequence[Experiment]) -> str:
     return f"the cheapest in memory {within} is {best.title} ({memory[best.variant]:.2f} times{and_time})"
 
 
-FINDINGS: tuple[Finding, ...] = (difference, like_for_like, cheapest)
+FINDINGS: tuple[Finding, ...] = (difference, like_for_like, kept, cheapest)
 
 
 def _clear(found: Sequence[MethodScores | OverallScores]) -> list[MethodScores | OverallScores]:

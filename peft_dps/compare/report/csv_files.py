@@ -9,16 +9,23 @@ from collections.abc import Iterable, Sequence
 
 from peft_dps.compare.report.costs import costs_of
 from peft_dps.compare.report.experiment import Experiment, MethodRuns
+from peft_dps.compare.report.retention import measures_of
 from peft_dps.compare.report.scores import method_scores
 
 FILES = ("scores.csv", "runs.csv")
+"""What every report has; with probes there is "retention.csv" too."""
 Row = dict[str, object]
 
 
 def csv_files(experiments: Sequence[Experiment]) -> dict[str, str]:
-    """Return the text of each of `FILES` by its name; scores as they are, not in points; bytes and seconds."""
-    rows = _score_rows(experiments), _run_rows(experiments)
-    return {name: to_csv(each) for name, each in zip(FILES, rows, strict=True)}
+    """Return the text of every file by its name; scores as they are, not in points; bytes and seconds."""
+    rows = {
+        "scores.csv": _score_rows(experiments),
+        "retention.csv": _retention_rows(experiments),
+        "runs.csv": _run_rows(experiments),
+    }
+    files = {name: to_csv(each) for name, each in rows.items()}
+    return {name: text for name, text in files.items() if text}
 
 
 def to_csv(rows: Iterable[Row]) -> str:
@@ -81,12 +88,32 @@ def _score_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
                 yield {**row, **(cost if row["in_domain"] else dict.fromkeys(cost))}
 
 
-def _run_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
-    """A row per run and test domain, failed runs included."""
+def _retention_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
+    """A row per experiment, measure of retention and method, in the unit of the measure."""
     for experiment in experiments:
+        for measure in measures_of(experiment):
+            for each in method_scores(experiment, measure.place):
+                low, high = sorted(map(measure.natural, each.interval)) if each.interval else (None, None)
+                yield {
+                    **_place(experiment, each.method),
+                    "measure": measure.title,
+                    "metric": measure.metric,
+                    "before": None if measure.before is None else measure.natural(measure.before),
+                    "mean": measure.natural(each.mean),
+                    "low": low,
+                    "high": high,
+                    "difference": None if each.difference is None else measure.natural(each.difference),
+                    **_columns(each, "std=deviation", "pairs", "p", "p_holm=corrected_p", "mean_rank=rank"),
+                }
+
+
+def _run_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
+    """A row per run and test domain or probe, failed runs included."""
+    for experiment in experiments:
+        places = [*experiment.domains, *(each.place for each in measures_of(experiment) if each.before is not None)]
         for each in experiment.methods:
             for seed, run in sorted(each.runs.items()):
-                for domain in experiment.domains or (None,):
+                for domain in places or [None]:
                     yield {
                         **_place(experiment, each),
                         "domain": domain,

@@ -11,12 +11,14 @@ from peft_dps.compare.data.examples import DataError
 from peft_dps.compare.methods.table import REFERENCE
 from peft_dps.compare.report.checks import checks
 from peft_dps.compare.report.conclusion import conclusion
-from peft_dps.compare.report.csv_files import FILES, csv_files
+from peft_dps.compare.report.csv_files import csv_files
 from peft_dps.compare.report.experiment import Experiment, experiments_of
 from peft_dps.compare.report.mask_plots import draw_overlap, draw_selection
 from peft_dps.compare.report.overview import overview_table
 from peft_dps.compare.report.page import Page, Picture, Section, to_html, to_markdown
 from peft_dps.compare.report.plots import draw_costs, draw_curves, draw_seeds
+from peft_dps.compare.report.retention import measures_of, retention_table
+from peft_dps.compare.report.retention_plot import draw_retention
 from peft_dps.compare.report.style import Style, save, styles_of
 from peft_dps.compare.report.tables import cost_table, facts_of, overall_table, score_table, setup_of
 from peft_dps.compare.runs.results import Results, merge, read
@@ -24,6 +26,7 @@ from peft_dps.compare.runs.results import Results, merge, read
 FIGURES = "figures"
 PAGE = "report.html"
 _CAPTIONS = {
+    "retention": "What the model can still do against what it was trained for: means with their 95% intervals.",
     "costs": "Mean score against costs. Bars: the 95% interval of the mean; the middle half of the costs measured.",
     "seeds": "Every run is a point; the bar below is the mean with its 95% interval.",
     "curves": "By step, the mean of the seeds, and shaded from the lowest to the highest of them.",
@@ -62,7 +65,8 @@ def write_report(source: Path | Sequence[Path], output: Path, reference: str = R
         raise ValueError(f"`reference` must be a method of the report, {', '.join(known)}, got {reference!r}.")
     styles = styles_of(experiments)
     (output / FIGURES).mkdir(parents=True, exist_ok=True)
-    for name, text in csv_files(experiments).items():
+    files = csv_files(experiments)
+    for name, text in files.items():
         (output / name).write_text(text, encoding="utf-8")
     sections = [_section(each, styles, output / FIGURES, alone=len(experiments) == 1) for each in experiments]
     if len(experiments) > 1:
@@ -70,7 +74,7 @@ def write_report(source: Path | Sequence[Path], output: Path, reference: str = R
     page = Page(
         conclusion(experiments),
         [*facts_of(experiments), ("made from", _origin(sources, results))],
-        [(name, name) for name in FILES],
+        [(name, name) for name in files],
         _warnings(sources, parts),
         sections,
     )
@@ -102,6 +106,7 @@ def _read_results(source: Path) -> Results:
 
 def _section(experiment: Experiment, styles: dict[str, Style], folder: Path, *, alone: bool) -> Section:
     tables = [score_table(experiment, domain) for domain in experiment.domains]
+    tables += [retention_table(experiment, measure) for measure in measures_of(experiment)]
     return Section(
         title=experiment.name,
         slug=experiment.slug,
@@ -115,6 +120,7 @@ def _section(experiment: Experiment, styles: dict[str, Style], folder: Path, *, 
 
 def _pictures(experiment: Experiment, styles: dict[str, Style], folder: Path) -> list[Picture]:
     drawn = [
+        *(("retention", draw_retention(experiment, measure, styles)) for measure in measures_of(experiment)),
         ("costs", draw_costs(experiment, styles)),
         *(("seeds", draw_seeds(experiment, domain, styles)) for domain in experiment.domains),
         ("curves", draw_curves(experiment, styles)),

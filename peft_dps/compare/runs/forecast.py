@@ -25,7 +25,7 @@ def forecast(plan: Plan, sizes: Mapping[str, int], timing: Timing) -> float:
     looks = 1 if plan.phase == "tune" else settings.evaluations
     evaluated = looks * sizes["validation"]
     if plan.phase == "test":
-        evaluated += sum(size for split, size in sizes.items() if split.startswith("test/"))
+        evaluated += sum(size for split, size in sizes.items() if "/" in split)  # tests and probes
     steps = math.ceil(settings.epochs * math.ceil(sizes["train"] / settings.batch_size))
     step = statistics.median(timing.seconds[plan.variant])
     return timing.loading + step * (steps + _FORWARD * evaluated / timing.batch_size)

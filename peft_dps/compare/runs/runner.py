@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from peft_dps.compare.data.assets import fetch_assets
+from peft_dps.compare.data.probes import load_probes, probed
 from peft_dps.compare.data.task import Task
 from peft_dps.compare.data.tasks import load_task
 from peft_dps.compare.methods.choice import Choice
@@ -28,6 +29,7 @@ from peft_dps.compare.runs.plan import Plan
 from peft_dps.compare.runs.pretrained import check_model, longest_input
 from peft_dps.compare.runs.processes import Processes, Slot, WorkError, slots
 from peft_dps.compare.runs.results import Results, append, read
+from peft_dps.compare.runs.retention import asked_before
 from peft_dps.compare.runs.run import Candidate, Run, Timing
 from peft_dps.compare.runs.timing import time_steps
 from peft_dps.compare.runs.training import quieten, train
@@ -92,6 +94,10 @@ def compare(comparison: Comparison, observer: Observer) -> Results:
     comparison = replace(comparison, settings=replace(settings, max_length=longest))
     own = {data.title: data for data in comparison.own}
     tasks = {name: load_task(name, comparison.settings, comparison.place, own) for name in comparison.task_names}
+    probes = load_probes(comparison.probes, comparison.settings, comparison.place)
+    for probe in probes:
+        probe.check(model_path)
+    tasks = {name: probed(task, probes) for name, task in tasks.items()}
     for task in tasks.values():
         for size in comparison.train_sizes:
             task.draw(size, comparison.seeds[0])
@@ -127,6 +133,8 @@ class _Runner:
         self.tuning_seeds = comparison.seeds[: comparison.tuning_seeds]
 
     def run(self) -> Results:
+        asked = partial(asked_before, self.comparison, self.model_path, self.results, self.processes, self.observer)
+        self.tasks = {name: asked(task) for name, task in self.tasks.items()}
         if self.comparison.timing:
             self._time()
         groups = []
@@ -179,13 +187,15 @@ class _Runner:
             for seed in self.tuning_seeds
             for rate in rates.get(choice.variant, ())
         ]
-        return [replace(each, plan=replace(each.plan, phase="tune")) for each in assignments]
+        return [replace(each, plan=replace(each.plan, phase="tune", probes={})) for each in assignments]
 
     def _assign(
         self, size: int | None, drawn: dict[int, tuple[Task, str]], choice: Choice, rate: float, seed: int
     ) -> _Assignment:
         task, data = drawn[seed]
-        return _Assignment(replace(self._plan(choice, rate, task.name, size, seed), data=data), choice, task)
+        probes = {probe.name: probe.fingerprint() for probe in task.probes}
+        plan = replace(self._plan(choice, rate, task.name, size, seed), data=data, probes=probes)
+        return _Assignment(plan, choice, task)
 
     def _plan(self, choice: Choice, rate: float, task: str, size: int | None, seed: int) -> Plan:
         return Plan(

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from peft_dps.compare.runs.memory import PeakMemory
 from peft_dps.compare.runs.plan import Plan
 from peft_dps.compare.runs.pretrained import load_model, load_tokenizer
 from peft_dps.compare.runs.recorder import Recorder, Report, thinned
+from peft_dps.compare.runs.retention import retention
 from peft_dps.compare.runs.run import Candidate, Run
 from peft_dps.compare.settings import Settings
 
@@ -62,7 +64,8 @@ def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[
     data = tokenize(task.train, tokenizer, plan.settings.max_length)
     memory = PeakMemory()
     base = load_model(task, model_path, plan.seed, tokenizer, plan.settings.attention)
-    model, config = find_method(plan.method).apply(base, plan.options, plan.seed)
+    method = find_method(plan.method)
+    model, config = method.apply(base, plan.options, plan.seed)
     is_test = plan.phase == "test"
     looks = (plan.settings.evaluations if is_test else 1) if len(task.validation) else 0
     recorder = Recorder(task.metrics, looks, report)
@@ -71,6 +74,10 @@ def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[
         trainer = _trainer(plan, task, tokenizer, model, data, collator, recorder, folder)
         score_before_training(model, data.select(range(min(SCORED, len(data)))), DataCollatorWithPadding(tokenizer))
         trainer.train()
+        peak = memory.peak  # before anything else is held
+        pretrained = partial(load_model, task, model_path, plan.seed, tokenizer, plan.settings.attention)
+        if method.end(model, pretrained, plan.options) and recorder.looks:
+            trainer.evaluate()
         run = Run(
             plan=plan,
             title=title,
@@ -82,9 +89,10 @@ def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[
         )
         if not is_test:
             return run
-        run = replace(run, peak_memory=memory.peak, memory_kind=memory.kind)  # before anything else is held
+        run = replace(run, peak_memory=peak, memory_kind=memory.kind, order=collator.fingerprint())
         scores = _test(trainer, task, tokenizer, plan.settings)
-        run = replace(run, scores=scores, file_size=_saved_size(model, folder), order=collator.fingerprint())
+        kept = retention(model, task, tokenizer, model_path, plan.settings.max_length)
+        run = replace(run, scores=scores, retention=kept, file_size=_saved_size(model, folder))
     run = replace(run, candidates=candidates, config=config, examples=task.sizes)
     return replace(_recorded(run, recorder, model), versions=versions(), hardware=hardware())
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,56 +27,14 @@ _IGNORED = -100
 _LEAST = 10
 
 
-class Probe(Protocol):
+@dataclass(frozen=True)
+class Probe:
     """What is asked of a model before and after training.
 
     Attributes:
         name: What tables and figures call it.
-        metric: Name of what is measured; `LOSS` is better the lower, all others the higher.
-    """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-
-    @property
-    def metric(self) -> str: ...  # noqa: D102
-
-    def __len__(self) -> int:
-        """Return how many texts the model reads."""
-
-    def check(self, model_path: str) -> None:
-        """Raise a ValueError if a model cannot be asked."""
-
-    def without(self, texts: Collection[str]) -> Probe:
-        """Return the probe without what is among some texts, which are trained on."""
-
-    def fingerprint(self) -> str:
-        """Return 16 hex digits of a hash over its data."""
-
-    def measure(
-        self, backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, model_path: str, max_length: int
-    ) -> float:
-        """Ask a model.
-
-        Args:
-            backbone: The model without its head, in evaluation mode.
-            tokenizer: Its tokenizer.
-            model_path: Where the pretrained model is loaded from.
-            max_length: Longest sequence, in tokens.
-        """
-
-
-@dataclass(frozen=True)
-class RatedPairs:
-    """Pairs of texts with ratings of how alike they are: does the model find alike what people do?
-
-    The model's rating is the cosine of the embeddings, which are the means of the last hidden states over the tokens.
-    It is compared with the given one by Spearman's correlation. If there are two ratings alone, it is the area under
-    the ROC curve: how often the model finds a pair of the higher rating more alike than one of the lower rating.
-
-    Args:
-        name: What tables and figures call it.
-        examples: The pairs, with ratings as labels.
+        examples: Pairs of texts with ratings of how alike they are as labels, or plain passages, whose labels say
+            nothing.
     """
 
     name: str
@@ -84,39 +42,53 @@ class RatedPairs:
 
     @property
     def metric(self) -> str:
-        """Name of what is measured."""
+        """What is measured: of passages the loss, of pairs Spearman's correlation, of two ratings alone the AUC."""
+        if not self.examples.pairs:
+            return LOSS
         return "AUC" if len(set(self.examples.labels)) == 2 else "spearman"
 
     def __len__(self) -> int:
-        """Return how many different texts there are."""
+        """Return how many texts a model reads."""
         return len({*self.examples.texts, *self.examples.pairs})
 
     def check(self, model_path: str) -> None:
-        """Accept every model."""
+        """Raise a ValueError if a model cannot be asked."""
+        if self.metric == LOSS:
+            _language_model(model_path)
 
-    def without(self, texts: Collection[str]) -> RatedPairs:
-        """Return the probe without pairs of which one text is trained on.
+    def without(self, texts: Collection[str]) -> Probe:
+        """Return the probe without what holds one of some texts, which are trained on.
 
         Raises:
-            DataError: Too few are left.
+            DataError: Too little is left.
         """
-        both = zip(self.examples.texts, self.examples.pairs, strict=True)
-        kept = self.examples.take([i for i, pair in enumerate(both) if not set(pair) & set(texts)])
-        if len(kept) < _LEAST or len(set(kept.labels)) < 2:
+        rows = zip(self.examples.texts, self.examples.pairs or self.examples.texts, strict=True)
+        kept = self.examples.take([i for i, row in enumerate(rows) if not set(row) & set(texts)])
+        if len(kept) < _LEAST or (kept.pairs and len(set(kept.labels)) < 2):
             raise DataError(
-                f"The probe {self.name!r} must have {_LEAST} pairs or more with different ratings whose texts are not "
-                f"trained on, got {len(kept)} of {len(self.examples)}. Name another probe."
+                f"The probe {self.name!r} must have {_LEAST} passages, or as many pairs with different ratings, whose "
+                f"texts are not trained on, got {len(kept)} of {len(self.examples)}. Name another probe."
             )
         return replace(self, examples=kept)
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits of a hash over the pairs and their ratings."""
-        return _hash([self.examples.texts, self.examples.pairs, self.examples.labels])
+        """Return 16 hex digits of a hash over its data."""
+        content = [self.examples.texts, self.examples.pairs, self.examples.labels]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def measure(
         self, backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, model_path: str, max_length: int
     ) -> float:
-        """Return the correlation or the area; of a model that finds all pairs alike, that of chance."""
+        """Ask a model; of one that finds all pairs alike, chance is returned.
+
+        Args:
+            backbone: The model without its head, in evaluation mode.
+            tokenizer: Its tokenizer.
+            model_path: Where the pretrained model is loaded from.
+            max_length: Longest sequence, in tokens.
+        """
+        if self.metric == LOSS:
+            return token_loss(backbone, tokenizer, self.examples.texts, model_path, max_length)
         place = {text: i for i, text in enumerate(dict.fromkeys((*self.examples.texts, *self.examples.pairs)))}
         embedded = embed(backbone, tokenizer, list(place), max_length)
         first, second = ([place[text] for text in texts] for texts in (self.examples.texts, self.examples.pairs))
@@ -127,72 +99,33 @@ class RatedPairs:
         return float(roc_auc_score(ratings == ratings.max(), alike)) if np.isfinite(alike).all() else 0.5
 
 
-@dataclass(frozen=True)
-class Passages:
-    """Plain text: how well does the model still predict it, with the head that it was pretrained with?
+def token_loss(
+    backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], model_path: str, max_length: int
+) -> float:
+    """Return the mean loss of a token with the head that the model was pretrained with, which is not trained.
 
     Of a decoder every token is predicted from those before it; of an encoder 15% of the tokens, always the same ones,
-    which are masked. The head is that of the pretrained model, and is not trained.
-
-    Args:
-        name: What tables and figures call it.
-        texts: Passages.
+    which are masked. Arguments are those of `Probe.measure`.
     """
-
-    name: str
-    texts: tuple[str, ...]
-    metric: str = LOSS
-
-    def __len__(self) -> int:
-        """Return how many passages there are."""
-        return len(self.texts)
-
-    def check(self, model_path: str) -> None:
-        """Raise a ValueError if the model was saved without the head that it was pretrained with."""
-        _language_model(self.name, model_path)
-
-    def without(self, texts: Collection[str]) -> Passages:
-        """Return the probe without passages that are trained on.
-
-        Raises:
-            DataError: None is left.
-        """
-        kept = tuple(text for text in self.texts if text not in set(texts))
-        if not kept:
-            raise DataError(
-                f"The probe {self.name!r} must have text that is not trained on, got {len(self.texts)} passages that "
-                "are. Name another file."
-            )
-        return replace(self, texts=kept)
-
-    def fingerprint(self) -> str:
-        """Return 16 hex digits of a hash over the passages."""
-        return _hash(self.texts)
-
-    def measure(
-        self, backbone: nn.Module, tokenizer: PreTrainedTokenizerBase, model_path: str, max_length: int
-    ) -> float:
-        """Return the mean loss of a token that is predicted."""
-        model = _language_model(self.name, model_path)
-        setattr(model, model.base_model_prefix, backbone)
-        model.to(_device(backbone)).eval()
-        draw = torch.Generator().manual_seed(0)
-        total, count = 0.0, 0
-        for _, batch in _batches(tokenizer, self.texts, max_length, special=True):
-            special = batch.pop("special_tokens_mask").bool()
-            labels = batch["input_ids"].masked_fill(special | (batch["attention_mask"] == 0), _IGNORED)
-            if _is_masked(model.config):
-                chosen = torch.rand(labels.shape, generator=draw) < _MASKED
-                labels = labels.masked_fill(~chosen, _IGNORED)
-                batch["input_ids"] = batch["input_ids"].masked_fill(labels != _IGNORED, tokenizer.mask_token_id)
-            with torch.no_grad():
-                logits = model(**{name: tensor.to(_device(backbone)) for name, tensor in batch.items()}).logits.cpu()
-            if not _is_masked(model.config):
-                logits, labels = logits[:, :-1], labels[:, 1:]
-            predicted = labels != _IGNORED
-            total += float(F.cross_entropy(logits[predicted].float(), labels[predicted], reduction="sum"))
-            count += int(predicted.sum())
-        return total / max(1, count)
+    model = _language_model(model_path)
+    setattr(model, model.base_model_prefix, backbone)
+    model.to(_device(backbone)).eval()
+    draw = torch.Generator().manual_seed(0)
+    total, count = 0.0, 0
+    for _, batch in _batches(tokenizer, texts, max_length, return_special_tokens_mask=True):
+        unasked = batch.pop("special_tokens_mask").bool() | (batch["attention_mask"] == 0)
+        labels = batch["input_ids"].masked_fill(unasked, _IGNORED)
+        if _is_masked(model.config):
+            labels = labels.masked_fill(torch.rand(labels.shape, generator=draw) >= _MASKED, _IGNORED)
+            batch["input_ids"] = batch["input_ids"].masked_fill(labels != _IGNORED, tokenizer.mask_token_id)
+        with torch.no_grad():
+            logits = model(**{name: tensor.to(_device(backbone)) for name, tensor in batch.items()}).logits.cpu()
+        if not _is_masked(model.config):
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        asked = labels != _IGNORED
+        total += float(F.cross_entropy(logits[asked].float(), labels[asked], reduction="sum"))
+        count += int(asked.sum())
+    return total / max(1, count)
 
 
 def embed(
@@ -212,42 +145,37 @@ def embed(
 
 
 def _batches(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, *, special: bool = False
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int, **options: bool
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Yield batches of texts of about one length, with their places among the texts."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    fitting: dict[str, Any] = {"padding": True, "truncation": True, "max_length": max_length, "return_tensors": "pt"}
     for first in range(0, len(order), _BATCH):
         places = order[first : first + _BATCH]
-        options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": max_length}
-        options.update(return_tensors="pt", return_special_tokens_mask=special)
-        yield places, dict(tokenizer([texts[i] for i in places], **options))
+        yield places, dict(tokenizer([texts[i] for i in places], **fitting, **options))
 
 
 def _is_masked(config: Any) -> bool:
     return type(config) in AutoModelForMaskedLM._model_mapping
 
 
-def _language_model(probe: str, model_path: str) -> Any:
+def _language_model(model_path: str) -> Any:
     """Load a model with the head that it was pretrained with."""
     config = AutoConfig.from_pretrained(model_path)
     kind = AutoModelForMaskedLM if _is_masked(config) else AutoModelForCausalLM
     if config.is_encoder_decoder or type(config) not in kind._model_mapping:
         raise ValueError(
-            f"`probes`: {probe!r} asks for the loss of an encoder or of a decoder, got the model {model_path!r} of "
-            f"type {config.model_type!r}. Leave the probe out."
+            f"`probes` can ask for the loss on a text of an encoder or of a decoder, got the model {model_path!r} of "
+            f"type {config.model_type!r}. Leave the text out."
         )
     model, loading = kind.from_pretrained(model_path, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
-            f"`probes`: {probe!r} needs the head that the model was pretrained with, and {model_path!r} was saved "
-            f"without ({', '.join(missing[:3])}). Leave the probe out, or name a model that has it."
+            f"`probes` can ask for the loss on a text of a model with the head that it was pretrained with, got "
+            f"{model_path!r}, which was saved without ({', '.join(missing[:3])}). Leave the text out."
         )
     return model
 
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -13,7 +13,7 @@ from peft_dps.compare.data.assets import fetch_assets
 from peft_dps.compare.data.corpora import Corpus, load_corpora
 from peft_dps.compare.data.examples import DataError, Examples, draw_order
 from peft_dps.compare.data.loading import FORMATS, load_splits, require_columns, strings
-from peft_dps.compare.data.probe import Passages, Probe, RatedPairs
+from peft_dps.compare.data.probe import Probe
 from peft_dps.compare.data.task import Task, at_most
 from peft_dps.compare.data.tasks import Place
 from peft_dps.compare.settings import Settings
@@ -71,9 +71,9 @@ def _load(name: str, settings: Settings, place: Place) -> Probe:
         return PROBES[name](settings, place)
     path = Path(name)
     if path.suffix == ".txt":
-        return Passages(path.stem, _passages(path, settings.max_length // 2))
+        return Probe(path.stem, _passages(path, settings.max_length // 2))
     if path.suffix in FORMATS:
-        return RatedPairs(path.stem, at_most(_rated_pairs(path), settings.test_size))
+        return Probe(path.stem, at_most(_rated_pairs(path), settings.test_size))
     raise ValueError(
         f"`probes` must be among {', '.join(PROBES)}, or a file of rated pairs ({', '.join(FORMATS)}) or of plain "
         f"text (.txt), got {name!r}."
@@ -94,19 +94,25 @@ def _rated_pairs(path: Path) -> Examples:
             f"Column {rating!r} of the probe {str(path)!r} must hold a number in every row: {error}. Remove the other "
             "rows."
         ) from error
-    return Examples(path.stem, texts[0], ratings, tuple(map(str, range(len(ratings)))), (), texts[1])
+    return _examples(path.stem, *texts, ratings)
 
 
-def _passages(path: Path, words: int) -> tuple[str, ...]:
+def _passages(path: Path, words: int) -> Examples:
     """Split a text at blank lines, and what is long into passages of so many words, which fit into a model."""
     try:
         paragraphs = [paragraph.split() for paragraph in path.read_text(encoding="utf-8").split("\n\n")]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"The probe {str(path)!r} cannot be read: {error}. It must be a text file in UTF-8."
-        ) from error
+        raise DataError(f"The probe {str(path)!r} must be a text file in UTF-8: {error}.") from error
     size = max(1, words)
-    return tuple(" ".join(part[at : at + size]) for part in paragraphs for at in range(0, len(part), size))
+    passages = [" ".join(part[at : at + size]) for part in paragraphs for at in range(0, len(part), size)]
+    return _examples(path.stem, passages)
+
+
+def _examples(
+    name: str, texts: Sequence[str], pairs: Sequence[str] = (), ratings: Sequence[float] | None = None
+) -> Examples:
+    labels = (0.0,) * len(texts) if ratings is None else tuple(ratings)
+    return Examples(name, tuple(texts), labels, tuple(map(str, range(len(texts)))), (), tuple(pairs))
 
 
 def article_pairs(corpus: Corpus) -> Examples:
@@ -123,18 +129,17 @@ def article_pairs(corpus: Corpus) -> Examples:
     first, second = zip(*(each[:2] for each in articles.values() if len(each) > 1), strict=True)
     first, second = first[:_ARTICLES], second[:_ARTICLES]
     others = (*second[1:], second[0])
-    texts = tuple(corpus.texts[i] for i in (*first, *first))
-    pairs = tuple(corpus.texts[i] for i in (*second, *others))
-    ratings = (1.0,) * len(first) + (0.0,) * len(first)
-    return Examples("articles", texts, ratings, tuple(map(str, range(len(texts)))), (), pairs)
+    texts = [corpus.texts[i] for i in (*first, *first)]
+    pairs = [corpus.texts[i] for i in (*second, *others)]
+    return _examples("articles", texts, pairs, (1.0,) * len(first) + (0.0,) * len(first))
 
 
 @register_probe("articles")
 def _articles(settings: Settings, place: Place) -> Probe:
     corpora = load_corpora(fetch_assets(place.cache).corpora)
-    return RatedPairs("articles", article_pairs(corpora["nyt"]))
+    return Probe("articles", article_pairs(corpora["nyt"]))
 
 
 @register_probe("stsb")
 def _stsb(settings: Settings, place: Place) -> Probe:
-    return RatedPairs("stsb", at_most(glue.DATA["stsb"].load("validation", place.data_folder), settings.test_size))
+    return Probe("stsb", at_most(glue.DATA["stsb"].load("validation", place.data_folder), settings.test_size))

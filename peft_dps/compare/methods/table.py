@@ -51,8 +51,8 @@ class Method:
         prepare: Makes a pretrained model ready to train.
         learning_rates: Peak learning rates to choose from on the validation split.
         defaults: Options that hold unless the user sets them otherwise.
-        only_config: Whether `prepare` also returns a PEFT config for None in place of a model, which lets options be
-            checked before any training.
+        only_config: Whether `prepare` also takes None in place of a model, which lets options be checked before any
+            training.
         takes_seed: Whether `prepare` takes the seed of the run as its option "seed", unless the user sets one.
         finish: Changes the model in place after training; None if the method ends with it.
     """
@@ -254,7 +254,7 @@ def lora(model: PreTrainedModel | None, **fields: Any) -> PeftConfig:
     return LoraConfig(**{**defaults, **fields})
 
 
-register_method("wise-ft", "WiSE-FT", finish=average, alpha=0.5)(prepare_wise_ft)
+register_method("wise-ft", "WiSE-FT", only_config=True, finish=average, alpha=0.5)(prepare_wise_ft)
 register_method("bitfit", "BitFit", FEW_ENTRIES_RATES)(apply_bitfit)
 register_method("houlsby", "Houlsby adapters", ADAPTER_RATES)(add_houlsby)
 register_method("pfeiffer", "Pfeiffer adapters", FEW_ENTRIES_RATES)(add_pfeiffer)

@@ -10,15 +10,15 @@ from transformers import PreTrainedModel
 from peft_dps.compare.methods.head import head_parameters
 
 
-def prepare_wise_ft(model: PreTrainedModel, alpha: float) -> PreTrainedModel:
+def prepare_wise_ft(model: Any, alpha: float) -> Any:
     """Train every parameter, to be averaged afterwards (Wortsman et al., CVPR 2022, arXiv:2109.01903).
 
     Args:
-        model: A model with a head.
+        model: A model with a head, or None.
         alpha: Share of the trained weights in the average, in [0, 1].
 
     Returns:
-        The same model.
+        The same.
 
     Raises:
         ValueError: `alpha` is out of range.

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from peft_dps.compare.data.task import Task
 from peft_dps.compare.runs.comparison import Comparison
 from peft_dps.compare.runs.observer import Observer
-from peft_dps.compare.runs.pretrained import load_model, load_tokenizer
+from peft_dps.compare.runs.pretrained import load_model, load_tokenizer, quieten
 from peft_dps.compare.runs.processes import Processes, WorkError, slots
 from peft_dps.compare.runs.recorder import Report
 from peft_dps.compare.runs.results import Results
@@ -31,6 +31,7 @@ def measure_pretrained(task: Task, model_path: str, max_length: int, report: Rep
     Returns:
         Per name of a probe, what was measured.
     """
+    quieten()
     tokenizer = load_tokenizer(model_path)
     return _measure(load_model(task, model_path, 0, tokenizer), task, tokenizer, model_path, max_length)
 

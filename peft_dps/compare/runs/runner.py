@@ -26,13 +26,13 @@ from peft_dps.compare.runs.forecast import forecast
 from peft_dps.compare.runs.machine import hardware, versions
 from peft_dps.compare.runs.observer import Observer
 from peft_dps.compare.runs.plan import Plan
-from peft_dps.compare.runs.pretrained import check_model, longest_input
+from peft_dps.compare.runs.pretrained import check_model, longest_input, quieten
 from peft_dps.compare.runs.processes import Processes, Slot, WorkError, slots
 from peft_dps.compare.runs.results import Results, append, read
 from peft_dps.compare.runs.retention import asked_before
 from peft_dps.compare.runs.run import Candidate, Run, Timing
 from peft_dps.compare.runs.timing import time_steps
-from peft_dps.compare.runs.training import quieten, train
+from peft_dps.compare.runs.training import train
 from peft_dps.compare.runs.tuning import beyond, choose
 
 _logger = logging.getLogger(__name__)

@@ -14,10 +14,9 @@ from peft_dps.compare.data.task import Task, tokenize
 from peft_dps.compare.methods.table import find_method
 from peft_dps.compare.runs.machine import hardware, synchronize, versions
 from peft_dps.compare.runs.plan import Plan
-from peft_dps.compare.runs.pretrained import load_model, load_tokenizer
+from peft_dps.compare.runs.pretrained import load_model, load_tokenizer, quieten
 from peft_dps.compare.runs.recorder import Report
 from peft_dps.compare.runs.run import Timing
-from peft_dps.compare.runs.training import quieten
 
 WARM_UP = 2
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets.arrow_dataset import Dataset
-from datasets.utils.logging import disable_progress_bar
 from torch import nn
 from transformers import (
     DataCollatorWithPadding,
@@ -26,7 +24,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.utils import logging as transformers_logging
 
 from peft_dps.compare.data.metrics import measure
 from peft_dps.compare.data.task import Task, tokenize
@@ -35,7 +32,7 @@ from peft_dps.compare.runs.dps import score_before_training
 from peft_dps.compare.runs.machine import hardware, versions
 from peft_dps.compare.runs.memory import PeakMemory
 from peft_dps.compare.runs.plan import Plan
-from peft_dps.compare.runs.pretrained import load_model, load_tokenizer
+from peft_dps.compare.runs.pretrained import load_model, load_tokenizer, quieten
 from peft_dps.compare.runs.recorder import Recorder, Report, thinned
 from peft_dps.compare.runs.retention import retention
 from peft_dps.compare.runs.run import Candidate, Run
@@ -95,14 +92,6 @@ def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[
         run = replace(run, scores=scores, retention=kept, file_size=_saved_size(model, folder))
     run = replace(run, candidates=candidates, config=config, examples=task.sizes)
     return replace(_recorded(run, recorder, model), versions=versions(), hardware=hardware())
-
-
-def quieten() -> None:
-    """Keep the libraries' progress bars and notices out of ours."""
-    disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|datasets)\.")
 
 
 class _Trainer(Trainer):

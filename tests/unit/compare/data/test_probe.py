@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from peft_dps.compare.data.examples import DataError, Examples
-from peft_dps.compare.data.probe import Passages, RatedPairs, embed
+from peft_dps.compare.data.probe import Probe, embed
 from peft_dps.compare.runs.pretrained import load_tokenizer
 
 TEXTS = ("the good film", "a bad plot", "a great fine film", "awful", "the poor plot", "good", "fine", "a a a")
@@ -20,7 +20,11 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 
 def rated(texts, ratings, name="mine"):
     pairs = (*texts[1:], texts[0])
-    return RatedPairs(name, Examples(name, tuple(texts), tuple(ratings), tuple(texts), (), pairs))
+    return Probe(name, Examples(name, tuple(texts), tuple(ratings), tuple(texts), (), pairs))
+
+
+def passages(texts, name="plain"):
+    return Probe(name, Examples(name, tuple(texts), (0.0,) * len(texts), tuple(texts)))
 
 
 @pytest.fixture
@@ -70,11 +74,13 @@ def test_what_is_trained_on_is_left_out():
     left = probe.without({"text 3", "elsewhere"})  # the second text of a pair, and the first of the next
     assert left.examples.texts == (*texts[:2], *texts[4:])
     assert left.fingerprint() != probe.fingerprint() == probe.without({"elsewhere"}).fingerprint()
-    with pytest.raises(DataError, match=r"'mine' must have 10 pairs .*, got 0 of 14"):
+    with pytest.raises(DataError, match=r"'mine' must have 10 passages, or as many pairs .*, got 0 of 14"):
         probe.without(texts)
-    assert Passages("plain", ("a", "b")).without({"a"}).texts == ("b",)
-    with pytest.raises(DataError, match="'plain' must have text that is not trained on"):
-        Passages("plain", ("a",)).without({"a"})
+    with pytest.raises(DataError, match=r"'mine' must have .* different ratings"):
+        rated(texts, [1.0] * 14).without({})
+    assert passages(texts).without({"text 0", "text 13"}).examples.texts == tuple(texts[1:13])
+    with pytest.raises(DataError, match=r"'plain' must have 10 passages.*, got 8 of 14"):
+        passages(texts).without(texts[:6])
 
 
 @pytest.fixture
@@ -96,7 +102,7 @@ def with_head(model_folder):
 
 def test_the_loss_of_a_decoder(with_head, tokenizer):
     folder, model = with_head("decoder")
-    probe = Passages("plain", TEXTS)
+    probe = passages(TEXTS)
     probe.check(folder)
     total, count = 0.0, 0
     for text in TEXTS:
@@ -111,14 +117,12 @@ def test_the_loss_of_a_decoder(with_head, tokenizer):
 
 def test_the_loss_of_an_encoder_is_of_masked_tokens_always_the_same(with_head, tokenizer, tiny_bert):
     folder, model = with_head("encoder")
-    probe = Passages("plain", 20 * TEXTS)
+    probe = passages(20 * TEXTS)
     seen = []
-    model.bert.register_forward_pre_hook(
-        lambda module, args, inputs: seen.append(inputs["input_ids"]), with_kwargs=True
-    )
+    model.bert.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     losses = [probe.measure(model.bert, tokenizer, folder, 16) for _ in range(2)]
     masked = [int((ids == tokenizer.mask_token_id).sum()) for ids in seen]
-    words = sum(len(text.split()) for text in probe.texts)
+    words = sum(len(text.split()) for text in probe.examples.texts)
     assert losses[0] == losses[1] == pytest.approx(math.log(15), abs=0.3)  # it has learned nothing
     assert masked[: len(masked) // 2] == masked[len(masked) // 2 :]
     assert sum(masked) / 2 == pytest.approx(0.15 * words, rel=0.25)
@@ -127,11 +131,11 @@ def test_the_loss_of_an_encoder_is_of_masked_tokens_always_the_same(with_head, t
 
 
 def test_a_model_without_its_head_has_no_loss(model_folder):
-    with pytest.raises(ValueError, match=r"'plain' needs the head .* was saved without \(cls\."):
-        Passages("plain", TEXTS).check(str(model_folder))
+    with pytest.raises(ValueError, match=r"with the head that it was pretrained with, got .* saved without \(cls\."):
+        passages(TEXTS).check(str(model_folder))
 
 
 def test_an_encoder_and_decoder_has_no_loss(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bart"}')
-    with pytest.raises(ValueError, match=r"asks for the loss of an encoder or of a decoder, got .* of type 'bart'"):
-        Passages("plain", TEXTS).check(str(tmp_path))
+    with pytest.raises(ValueError, match=r"of an encoder or of a decoder, got .* of type 'bart'"):
+        passages(TEXTS).check(str(tmp_path))

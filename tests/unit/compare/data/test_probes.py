@@ -8,8 +8,8 @@ import pytest
 
 from peft_dps.compare.data import probes as module
 from peft_dps.compare.data.corpora import Corpus
-from peft_dps.compare.data.examples import DataError
-from peft_dps.compare.data.probe import Passages, RatedPairs
+from peft_dps.compare.data.examples import DataError, Examples
+from peft_dps.compare.data.probe import LOSS, Probe
 from peft_dps.compare.data.probes import article_pairs, load_probes, probed, register_probe
 from peft_dps.compare.data.task import build_task
 from peft_dps.compare.data.tasks import Place
@@ -34,7 +34,6 @@ def write(path, rows, header="sentence1,sentence2,score"):
 def test_rated_pairs_come_from_a_file(load, tmp_path):
     path = write(tmp_path / "mine.csv", [f"a {i},b {i},{i}" for i in range(20)])
     (probe,) = load(path)
-    assert isinstance(probe, RatedPairs)
     assert (probe.name, probe.metric) == ("mine", "spearman")
     assert probe.examples.pairs[3] == "b 3"
     assert probe.examples.labels == tuple(map(float, range(20)))
@@ -48,8 +47,14 @@ def test_text_comes_in_passages(load, tmp_path):
     path = tmp_path / "plain.txt"
     path.write_text("One line\nand its second.\n\n\n" + "word " * 10)
     (probe,) = load(path, max_length=8)
-    assert isinstance(probe, Passages)
-    assert probe.texts == ("One line and its", "second.", "word word word word", "word word word word", "word word")
+    assert (probe.name, probe.metric) == ("plain", LOSS)
+    assert probe.examples.texts == (
+        "One line and its",
+        "second.",
+        "word word word word",
+        "word word word word",
+        "word word",
+    )
 
 
 def test_stsb_comes_from_a_local_folder(load, tmp_path):
@@ -100,11 +105,13 @@ def test_articles_pair_every_sentence_with_its_own_and_with_another_article():
 def test_a_task_never_trains_on_what_its_probes_ask(examples):
     settings = Settings(validation_size=8)
     task = build_task("mine", examples(), {"here": examples(18)}, settings)
-    text = Passages("plain", (task.train.texts[0], task.validation.texts[0], "new"))
-    assert probed(task, [text]).probes[0].texts == ("new",)
+    new = tuple(f"new {i}" for i in range(10))
+    texts = (*task.train.texts[:2], *new, *task.validation.texts[:2])
+    (probe,) = probed(task, [Probe("plain", Examples("plain", texts, (0.0,) * 14, texts))]).probes
+    assert probe.examples.texts == new
 
 
-def test_a_probe_of_ones_own(load, monkeypatch):
+def test_a_probe_of_ones_own(load, monkeypatch, examples):
     monkeypatch.setattr(module, "PROBES", {})
-    register_probe("own")(lambda settings, place: Passages("own", ("a",)))
-    assert load("own") == (Passages("own", ("a",)),)
+    register_probe("own")(lambda settings, place: Probe("own", examples()))
+    assert load("own") == (Probe("own", examples()),)

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import BartConfig, BartForSequenceClassification
 
 from peft_dps.compare.data.examples import Examples
-from peft_dps.compare.data.probe import RatedPairs
+from peft_dps.compare.data.probe import Probe
 from peft_dps.compare.data.task import build_task
 from peft_dps.compare.runs.plan import Plan
 from peft_dps.compare.runs.pretrained import load_tokenizer
@@ -23,9 +23,9 @@ SETTINGS = Settings(epochs=1, batch_size=8, max_length=16, validation_size=8, ev
 @pytest.fixture
 def task(examples):
     texts = examples(12, "pairs").texts
-    pairs = Examples("pairs", texts, tuple(map(float, range(12))), texts, (), texts[::-1])
+    pairs = Examples("pairs", texts, tuple(map(float, range(12))), texts, (), (*texts[1:], texts[0]))
     task = build_task("mine", examples(), {"here": examples(18)}, SETTINGS)
-    return replace(task, probes=(RatedPairs("pairs", pairs),), pretrained={"pairs": 0.5})
+    return replace(task, probes=(Probe("pairs", pairs),), pretrained={"pairs": 0.5})
 
 
 @pytest.fixture
@@ -50,12 +50,12 @@ def test_probes_are_measured_after_training_and_leave_it_alone(run, task):
 
 def test_a_model_that_was_not_trained_keeps_all(task, model_folder, tiny_bert):
     before = measure_pretrained(task, str(model_folder), 16, lambda *content: None)
-    adapted = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"]))
+    adapted = get_peft_model(tiny_bert(), LoraConfig(target_modules=["intermediate.dense"]))
     known = replace(task, pretrained=before)
     (kept,) = retention(adapted, known, load_tokenizer(str(model_folder)), str(model_folder), 16)
     assert kept.after == pytest.approx(kept.before)
     with torch.no_grad():
-        adapted.get_base_model().bert.encoder.layer[0].attention.self.query.lora_B["default"].weight.normal_()
+        adapted.get_base_model().bert.encoder.layer[0].intermediate.dense.lora_B["default"].weight.normal_()
     (changed,) = retention(adapted, known, load_tokenizer(str(model_folder)), str(model_folder), 16)
     assert changed.after != kept.after
 

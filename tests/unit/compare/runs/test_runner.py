@@ -345,6 +345,6 @@ def test_probes_are_measured_once_before_training_and_in_no_trial(trainings, com
 
 def test_a_probe_that_cannot_be_measured_stops_before_training(trainings, comparison, run, tmp_path):
     (tmp_path / "plain.txt").write_text("some text")
-    with pytest.raises(ValueError, match="needs the head that the model was pretrained with"):
+    with pytest.raises(ValueError, match="with the head that it was pretrained with"):
         run(replace(comparison, probes=[str(tmp_path / "plain.txt")]))
     assert trainings.plans == []

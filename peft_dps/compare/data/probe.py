@@ -168,7 +168,8 @@ def _language_model(model_path: str) -> Any:
             f"`probes` can ask for the loss on a text of an encoder or of a decoder, got the model {model_path!r} of "
             f"type {config.model_type!r}. Leave the text out."
         )
-    model, loading = kind.from_pretrained(model_path, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = kind.from_pretrained(model_path, dtype=torch.float32, output_loading_info=True)
+    model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"`probes` can ask for the loss on a text of a model with the head that it was pretrained with, got "

@@ -84,7 +84,7 @@ def _rated_pairs(path: Path) -> Examples:
     data = load_splits(path)["train"]
     rating = next((name for name in _RATINGS if name in data.column_names), _RATINGS[0])
     require_columns({"train": data}, {"probes": (*_COLUMNS, rating)})
-    texts = [strings(data, column, "train") for column in _COLUMNS]
+    first, second = (strings(data, column, "train") for column in _COLUMNS)
     try:
         ratings = tuple(float(value) for value in data[rating][:])
         if not all(map(math.isfinite, ratings)):
@@ -94,7 +94,7 @@ def _rated_pairs(path: Path) -> Examples:
             f"Column {rating!r} of the probe {str(path)!r} must hold a number in every row: {error}. Remove the other "
             "rows."
         ) from error
-    return _examples(path.stem, *texts, ratings)
+    return _examples(path.stem, first, second, ratings)
 
 
 def _passages(path: Path, words: int) -> Examples:

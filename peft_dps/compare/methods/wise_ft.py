@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from peft_dps.compare.methods.head import head_parameters
 
 
-def prepare_wise_ft(model: Any, alpha: float) -> Any:
+def prepare_wise_ft(model: Any, alpha: Any) -> Any:
     """Train every parameter, to be averaged afterwards (Wortsman et al., CVPR 2022, arXiv:2109.01903).
 
     Args:

@@ -110,7 +110,11 @@ def _retention_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
 def _run_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
     """A row per run and test domain or probe, failed runs included."""
     for experiment in experiments:
-        places = [*experiment.domains, *(each.place for each in measures_of(experiment) if each.before is not None)]
+        probes = (each.place for each in measures_of(experiment) if each.before is not None)
+        places: list[str | None] = [*experiment.domains, *probes]
+            *experiment.domains,
+            *(each.place for each in measures_of(experiment) if each.before is not None),
+        ]
         for each in experiment.methods:
             for seed, run in sorted(each.runs.items()):
                 for domain in places or [None]:

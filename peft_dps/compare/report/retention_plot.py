@@ -22,13 +22,9 @@ def draw_retention(experiment: Experiment, measure: Measure, styles: Styles) -> 
         for kept in method_scores(experiment, measure.place):
             gain = gained[kept.method.variant]
             if kept.values and gain.values:
-                point = styles[kept.method.variant].point
-                bars = {"xerr": _bars(gain, 100), "yerr": _bars(kept, scale)}
-                axes.errorbar(
-                    *(100 * gain.mean, scale * kept.mean),
-                    **bars,
-                    **{"elinewidth": 0.8, "linestyle": "none", "markersize": 6, **point},
-                )
+                x, y, point = 100 * gain.mean, scale * kept.mean, styles[kept.method.variant].point
+                across, along = _bars(gain, 100), _bars(kept, scale)
+                axes.errorbar(x, y, xerr=across, yerr=along, elinewidth=0.8, linestyle="none", markersize=6, **point)
                 axes.plot([], [], linestyle="none", markersize=6, label=label(kept.method.title), **point)
         if measure.before is not None:
             axes.axhline(scale * measure.before, color="0.4", linestyle=":", linewidth=1.2, label="before training")

@@ -91,7 +91,7 @@ def backbone_of(model: Any) -> nn.Module:
     Args:
         model: A model with a head, or a PEFT model around one.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     backbone: Any = base.base_model
     found: nn.Module = backbone.get_encoder() if base.config.is_encoder_decoder else backbone
     return found

@@ -112,9 +112,6 @@ def _run_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
     for experiment in experiments:
         probes = (each.place for each in measures_of(experiment) if each.before is not None)
         places: list[str | None] = [*experiment.domains, *probes]
-            *experiment.domains,
-            *(each.place for each in measures_of(experiment) if each.before is not None),
-        ]
         for each in experiment.methods:
             for seed, run in sorted(each.runs.items()):
                 for domain in places or [None]:

@@ -27,7 +27,7 @@ from peft_dps import DPSConfig, disable_dropout, export_adapter
 from peft_dps.compare.data.assets import Assets, fetch_assets
 from peft_dps.compare.data.sentiment import sentiment_task
 from peft_dps.compare.data.task import tokenize
-from peft_dps.compare.runs.training import quieten
+from peft_dps.compare.runs.pretrained import quieten
 from peft_dps.compare.settings import Settings
 
 LAYERS_OF_THE_BASE = ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm")

@@ -27,7 +27,7 @@ from peft_dps import DPSConfig
 from peft_dps.compare.data.assets import fetch_assets
 from peft_dps.compare.data.sentiment import sentiment_task
 from peft_dps.compare.data.task import tokenize
-from peft_dps.compare.runs.training import quieten
+from peft_dps.compare.runs.pretrained import quieten
 from peft_dps.compare.settings import Settings
 
 

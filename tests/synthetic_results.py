@@ -22,10 +22,10 @@ TASKS: dict[str, tuple[int | None, list[str], list[str], float]] = {
     "cola": (None, ["matthews"], ["cola"], 0.38),
     "mrpc": (500, ["accuracy", "f1"], ["mrpc"], 0.74),
 }
-# Title, gain over full fine-tuning, trained entries, memory in MiB, step time.
+# Title, gain over full FT, trained entries, memory in MiB, step time.
 METHODS = {
-    "full": ("full fine-tuning", 0.0, 22_713_600, 640, 1.0),
-    "full-nodropout": ("full fine-tuning, no dropout", -0.002, 22_713_600, 612, 0.97),
+    "full": ("full FT", 0.0, 22_713_600, 640, 1.0),
+    "full-nodropout": ("full FT, no dropout", -0.002, 22_713_600, 612, 0.97),
     "lora": ("LoRA", -0.006, 443_000, 310, 0.71),
     "bitfit": ("BitFit", -0.035, 52_000, 240, 0.66),
     "houlsby": ("Houlsby adapters", -0.012, 610_000, 330, 0.78),

@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from peft_dps.compare.data.assets import fetch_assets
+    from peft_dps.compare.data.probes import register_probe
     from peft_dps.compare.data.task import build_task
     from peft_dps.compare.data.tasks import register_task
     from peft_dps.compare.data.user_data import OwnData
@@ -27,8 +29,10 @@ _MODULES = {
     "Settings": "settings",
     "build_task": "data.task",
     "compare": "runs.runner",
+    "fetch_assets": "data.assets",
     "read": "runs.results",
     "register_method": "methods.table",
+    "register_probe": "data.probes",
     "register_task": "data.tasks",
     "write_report": "report.report",
 }
@@ -41,8 +45,10 @@ __all__ = [
     "Settings",
     "build_task",
     "compare",
+    "fetch_assets",
     "read",
     "register_method",
+    "register_probe",
     "register_task",
     "write_report",
 ]

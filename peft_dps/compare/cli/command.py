@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.text import Text
 
 from peft_dps.compare.cli.demo import demo_comparison
 from peft_dps.compare.cli.flags import (
@@ -28,6 +29,7 @@ from peft_dps.compare.data.tasks import TASKS
 from peft_dps.compare.methods.choice import Choice
 from peft_dps.compare.methods.table import METHODS
 from peft_dps.compare.report.checks import checks
+from peft_dps.compare.report.conclusion import conclusion
 from peft_dps.compare.report.experiment import experiments_of
 from peft_dps.compare.report.overview import overview_table
 from peft_dps.compare.report.report import PAGE, report_folder, write_report
@@ -91,8 +93,10 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
 def _make_runs(comparison: Comparison, report: Path | None, console: Console) -> int:
     with Observer(console) as observer:
         results = compare(comparison, observer)
-    for experiment in experiments_of(results, comparison.reference):
+    experiments = experiments_of(results, comparison.reference)
+    for experiment in experiments:
         _show([overview_table(experiment)], checks(experiment), console)
+    console.print(Text(conclusion(experiments), style="bold"))
     console.print(f"Results: {comparison.output}", markup=False, soft_wrap=True)
     if report is not None:
         _leave_report(comparison, report, console)
@@ -121,9 +125,11 @@ def _report(options: argparse.Namespace, console: Console) -> int:
 
 def _show(tables: Iterable[Table], warnings: Iterable[str], console: Console) -> None:
     for table in tables:
-        console.print(table.to_rich())
+        for part in table.to_rich(console.width):
+            console.print(part, highlight=False)
     for warning in warnings:
         console.print(f"! {warning}", markup=False, highlight=False)
+    console.print()
 
 
 def _parser() -> argparse.ArgumentParser:

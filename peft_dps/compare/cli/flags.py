@@ -19,7 +19,7 @@ _SETTINGS = {
     "weight-decay": "decay of AdamW",
     "warmup": "fraction of the steps in which the learning rate rises",
     "max-length": "tokens of an example at most",
-    "validation-size": "training examples held out to choose learning rates by, at most a fifth",
+    "validation-size": "examples held out to choose rates by, at most a fifth (default: 500, or 0 if all are given)",
     "test-size": "test examples per domain at most (default: all)",
     "evaluations": "points of the learning curve",
 }
@@ -42,6 +42,7 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     add("--methods", nargs="+", default=_GIVEN, metavar="METHOD", help='names, as lora or dps-dense:{"density":0.3}')
     add("--tasks", nargs="+", default=_GIVEN, metavar="TASK", help="names, as sentiment or glue/cola")
     _add_data_flags(parser, default=_GIVEN, otherwise="or give --tasks")
+    add("--probes", nargs="+", default=_GIVEN, metavar="PROBE", help="articles, stsb, a file of rated pairs or .txt")
     add("--model", default=_GIVEN, help="path or Hub id of the model (default: a 22M one from the package index)")
     add(
         "--train-sizes",

@@ -25,7 +25,8 @@ else:
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(Settings))
 _OWN = frozenset(field.name for field in dataclasses.fields(OwnData))
 _PLACE = frozenset(field.name for field in dataclasses.fields(Place))
-_PLAIN = frozenset({"model", "tasks", "tuning_seeds", "jobs", "timing", "imports"})
+_LISTS = ("tasks", "probes", "imports")
+_PLAIN = frozenset({"model", "tuning_seeds", "jobs", "timing", *_LISTS})
 _CHOICE = frozenset({"method", "options", "learning_rates", "title"})
 _OTHERS = frozenset({"output", "methods", "data", "train_sizes", "seeds", "learning_rates", "reference"})
 KEYS = _OTHERS | _PLAIN | _SETTINGS | _PLACE
@@ -77,7 +78,7 @@ def to_comparison(content: Mapping[str, Any]) -> Comparison:
         "place": Place(**{name: Path(_text(name, content[name])) for name in _PLACE & set(content)}),
     }
     values.update({name: content[name] for name in _PLAIN & set(content)})
-    for name in ("tasks", "imports"):
+    for name in _LISTS:
         values[name] = [_text(name, item) for item in _listed(name, content.get(name, []))]
     if "train_sizes" in content:
         values["train_sizes"] = [

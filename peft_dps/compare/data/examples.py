@@ -104,7 +104,7 @@ def hold_out(examples: Examples, size: int) -> tuple[Examples, Examples]:
 
     Args:
         examples: What to split.
-        size: Examples to hold out, met up to a group, but at most a fifth of all.
+        size: Examples to hold out, met up to a group, but at most a fifth of all; 0 for none.
 
     Returns:
         The rest, and what is held out.
@@ -112,6 +112,8 @@ def hold_out(examples: Examples, size: int) -> tuple[Examples, Examples]:
     Raises:
         ValueError: A part would be empty or the rest would lack a class.
     """
+    if size == 0:
+        return examples, examples.take(())
     aim = min(size, len(examples) // SHARE)
     rest, validation = _split(examples, lambda middle: middle <= aim, stops=False)
     if len(validation) == 0 or _lacks_class(rest, examples):

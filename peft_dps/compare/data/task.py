@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_dps.compare.data.examples import DataError, Examples, hold_out, subset
 from peft_dps.compare.data.metrics import check_metrics
-from peft_dps.compare.settings import Settings
+from peft_dps.compare.data.probe import Probe
+from peft_dps.compare.settings import VALIDATION_SIZE, Settings
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Task:
         tests: Per domain, what to test on; the first is the domain that is trained on.
         metrics: Names of the metrics; the score is their mean.
         merged: Per domain with coarser classes than the training data: the domain's class of each class trained on.
+        probes: What the model is asked before and after training.
+        pretrained: Per name of a probe, what the model scored before.
     """
 
     name: str
@@ -35,6 +38,8 @@ class Task:
     tests: dict[str, Examples]
     metrics: tuple[str, ...]
     merged: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    probes: tuple[Probe, ...] = ()
+    pretrained: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_regression(self) -> bool:
@@ -48,9 +53,10 @@ class Task:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Number of examples by split, test domains as "test/<domain>"."""
+        """Number of examples by split, test domains as "test/<domain>", probes as "probe/<name>"."""
         tests = {f"test/{name}": len(test) for name, test in self.tests.items()}
-        return {"train": len(self.train), "validation": len(self.validation), **tests}
+        probes = {f"probe/{probe.name}": len(probe) for probe in self.probes}
+        return {"train": len(self.train), "validation": len(self.validation), **tests, **probes}
 
     def draw(self, size: int | None, seed: int) -> Task:
         """Draw training examples, stratified; validation and tests stay.
@@ -111,8 +117,9 @@ def build_task(
             )
     metrics = tuple(metrics) or (("accuracy",) if training.label_names else ("pearson",))
     check_metrics(metrics, len(training.label_names))
-    train, validation = hold_out(training, settings.validation_size)
-    drawn = {domain: _at_most(test, settings.test_size) for domain, test in tests.items()}
+    held_out = VALIDATION_SIZE if settings.validation_size is None else settings.validation_size
+    train, validation = hold_out(training, held_out)
+    drawn = {domain: at_most(test, settings.test_size) for domain, test in tests.items()}
     return Task(name, train, validation, drawn, metrics, merged)
 
 
@@ -135,5 +142,6 @@ def tokenize(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length:
     return tokenized
 
 
-def _at_most(examples: Examples, size: int | None) -> Examples:
+def at_most(examples: Examples, size: int | None) -> Examples:
+    """Draw so many examples if there are more, always the same ones; None for all."""
     return subset(examples, size) if size is not None and len(examples) > size else examples

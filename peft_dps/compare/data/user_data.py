@@ -52,21 +52,21 @@ class OwnData:
 
         Raises:
             DataError: The data cannot be read, or a test has labels that the training data does not have.
-            ValueError: A column is not in the data, a metric does not fit, or a further domain has the task's name.
+            ValueError: A column is not in the data, a metric does not fit, or a further domain has the test's name.
         """
-        if self.title in self.others:
-            raise ValueError(
-                f"`other` must not have the name of the data itself, got {self.title!r}: give it another name."
-            )
         parts = self._load(self.source, self.config)
         if "train" not in parts:
             raise DataError(f"The data {self.source!r} has no split 'train', only {sorted(parts)}.")
-        training, test = parts["train"], parts.get("test", parts.get("validation"))
+        training, domain = parts["train"], "test" if "test" in parts or "validation" not in parts else "validation"
         if self.test is not None:
-            test = self._test(self.test)
-        elif test is None:
+            domain, test = Path(self.test).stem, self._test(self.test)
+        elif domain in parts:
+            test = parts[domain]
+        else:
             training, test = train_and_test(training)
-        tests = {self.title: test, **{other: self._test(source) for other, source in self.others.items()}}
+        if domain in self.others:
+            raise ValueError(f"`other` must not have the name of the test data, got {domain!r}: give it another name.")
+        tests = {domain: test, **{other: self._test(source) for other, source in self.others.items()}}
         aligned = {domain: _align(examples, training, domain) for domain, examples in tests.items()}
         return build_task(self.title, training, aligned, settings, self.metrics)
 

@@ -18,10 +18,13 @@ from peft_dps import DPSConfig, disable_dropout, recipes
 from peft_dps.compare.methods.bitfit import apply_bitfit
 from peft_dps.compare.methods.bottleneck import add_houlsby, add_pfeiffer
 from peft_dps.compare.methods.head import head_modules
+from peft_dps.compare.methods.wise_ft import average, prepare_wise_ft
 
 Prepare = Callable[..., PreTrainedModel | PeftConfig]
 """Takes the model, and the method's options by keyword. Returns the model ready to train, or a PEFT config to wrap it
 with."""
+Finish = Callable[..., None]
+"""Takes the trained model, the pretrained one with the same head before training, and the method's options."""
 
 # A factor of about 3 between neighbours, and as many for every method.
 FULL_RATES = (3e-5, 1e-4, 3e-4)
@@ -48,9 +51,10 @@ class Method:
         prepare: Makes a pretrained model ready to train.
         learning_rates: Peak learning rates to choose from on the validation split.
         defaults: Options that hold unless the user sets them otherwise.
-        only_config: Whether `prepare` also returns a PEFT config for None in place of a model, which lets options be
-            checked before any training.
+        only_config: Whether `prepare` also takes None in place of a model, which lets options be checked before any
+            training.
         takes_seed: Whether `prepare` takes the seed of the run as its option "seed", unless the user sets one.
+        finish: Changes the model in place after training; None if the method ends with it.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     only_config: bool = False
     takes_seed: bool = False
+    finish: Finish | None = None
 
     def apply(
         self, model: PreTrainedModel, options: Mapping[str, Any], seed: int = 0, *, stage_steps: int | None = None
@@ -91,6 +96,20 @@ class Method:
             return get_peft_model(model, prepared), config
         return prepared, config
 
+    def end(self, model: nn.Module, pretrained: Callable[[], PreTrainedModel], options: Mapping[str, Any]) -> bool:
+        """Do what the method does after training; returns whether that changed the model.
+
+        Args:
+            model: The trained model; changed in place.
+            pretrained: Returns the model as it was before.
+            options: Options of the method.
+        """
+        if self.finish is None:
+            return False
+        given = {**self.defaults, **options}
+        self.finish(model, pretrained(), **{name: value for name, value in given.items() if name != DROPOUT})
+        return True
+
     def check(self, options: Mapping[str, Any]) -> None:
         """Check that the options work, as far as can be told without a model.
 
@@ -120,6 +139,7 @@ def register_method(
     *,
     only_config: bool = False,
     takes_seed: bool = False,
+    finish: Finish | None = None,
     **defaults: Any,
 ) -> Callable[[Prepare], Prepare]:
     """Register a function as the method that the command line calls `name`.
@@ -137,6 +157,7 @@ def register_method(
         learning_rates: Peak learning rates to choose from.
         only_config: As in `Method`.
         takes_seed: As in `Method`.
+        finish: As in `Method`.
         **defaults: Options that hold unless the user sets them otherwise.
 
     Returns:
@@ -144,7 +165,7 @@ def register_method(
     """
 
     def register(prepare: Prepare) -> Prepare:
-        METHODS[name] = Method(name, title, prepare, learning_rates, defaults, only_config, takes_seed)
+        METHODS[name] = Method(name, title, prepare, learning_rates, defaults, only_config, takes_seed, finish)
         return prepare
 
     return register
@@ -218,7 +239,7 @@ def _plain_value(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
-@register_method("full", "full fine-tuning")
+@register_method("full", "full FT")
 def full(model: PreTrainedModel) -> PreTrainedModel:
     """Train every parameter of the model."""
     return model
@@ -233,6 +254,7 @@ def lora(model: PreTrainedModel | None, **fields: Any) -> PeftConfig:
     return LoraConfig(**{**defaults, **fields})
 
 
+register_method("wise-ft", "WiSE-FT", only_config=True, finish=average, alpha=0.5)(prepare_wise_ft)
 register_method("bitfit", "BitFit", FEW_ENTRIES_RATES)(apply_bitfit)
 register_method("houlsby", "Houlsby adapters", ADAPTER_RATES)(add_houlsby)
 register_method("pfeiffer", "Pfeiffer adapters", FEW_ENTRIES_RATES)(add_pfeiffer)

@@ -22,12 +22,11 @@ class Costs:
         selected: Entries that are updated in SUBNETWORK; None without DPS.
         step_ratio: Its step time relative to the reference's, measured interleaved; None if it was not.
         peak_memory: In bytes.
+        memory_ratio: Peak memory relative to the reference's; None without it.
         file_size: In bytes.
         seconds: Training time.
         steps_to_reference: Steps until the validation score reaches that with which the reference ends on the same
             seed, as the median over the seeds; infinite if half of them or more never do. None without pairs.
-        time_to_reference: The time of these steps as a multiple of that of all steps of the reference, by the step
-            ratio; infinite as above. None if steps were not measured beside those of the reference.
         reached: In how many runs it does.
         runs: Of how many.
     """
@@ -38,10 +37,10 @@ class Costs:
     selected: int | None = None
     step_ratio: float | None = None
     peak_memory: float | None = None
+    memory_ratio: float | None = None
     file_size: float | None = None
     seconds: float | None = None
     steps_to_reference: float | None = None
-    time_to_reference: float | None = None
     reached: int = 0
     runs: int = 0
 
@@ -49,10 +48,13 @@ class Costs:
 def costs_of(experiment: Experiment) -> list[Costs]:
     """Work out the costs of each method of an experiment."""
     targets = reference_ends(experiment)
-    reference = experiment.reference_variant
-    ratios = step_ratios(experiment.timing, reference) if experiment.timing else {}
-    found = [_costs_of_runs(each, targets, ratios.get(each.variant)) for each in experiment.methods]
-    return found if reference in ratios else [replace(each, time_to_reference=None) for each in found]
+    ratios = step_ratios(experiment.timing, experiment.reference_variant) if experiment.timing else {}
+    middle = {variant: statistics.median(each) for variant, each in ratios.items()}
+    found = [_costs_of_runs(each, targets, middle.get(each.variant)) for each in experiment.methods]
+    base = next((each.peak_memory for each in found if each.method is experiment.reference), None)
+    return [
+        replace(each, memory_ratio=each.peak_memory / base) if base and each.peak_memory else each for each in found
+    ]
 
 
 def reference_ends(experiment: Experiment) -> dict[int, float]:
@@ -67,8 +69,8 @@ def timed_against(timing: Timing, reference: str) -> str:
     return reference if timing.seconds.get(reference) else next(iter(timing.seconds), "")
 
 
-def step_ratios(timing: Timing, reference: str) -> dict[str, float]:
-    """Return per variant the median over the rounds of its step time divided by that of the measure.
+def step_ratios(timing: Timing, reference: str) -> dict[str, list[float]]:
+    """Return per variant and round its step time divided by that of the measure.
 
     Args:
         timing: Step times, measured interleaved.
@@ -76,7 +78,7 @@ def step_ratios(timing: Timing, reference: str) -> dict[str, float]:
     """
     measure = timing.seconds.get(timed_against(timing, reference), [])
     rounds = {name: list(zip(times, measure, strict=False)) for name, times in timing.seconds.items()}
-    return {name: statistics.median(own / other for own, other in pairs) for name, pairs in rounds.items() if pairs}
+    return {name: [own / other for own, other in pairs] for name, pairs in rounds.items() if pairs}
 
 
 def _costs_of_runs(method: MethodRuns, targets: Mapping[int, float], step_ratio: float | None) -> Costs:
@@ -87,7 +89,6 @@ def _costs_of_runs(method: MethodRuns, targets: Mapping[int, float], step_ratio:
     selected = [run.selected for run in runs if run.selected is not None]
     paired = [run for run in runs if run.plan.seed in targets and run.evaluations]
     steps = [_steps_until(targets[run.plan.seed], run) for run in paired]
-    shares = [taken / run.evaluations[-1].step for taken, run in zip(steps, paired, strict=True)]
     return Costs(
         method=method,
         learning_rates=rates,
@@ -98,7 +99,6 @@ def _costs_of_runs(method: MethodRuns, targets: Mapping[int, float], step_ratio:
         file_size=statistics.median(run.file_size for run in runs),
         seconds=statistics.median(run.seconds for run in runs),
         steps_to_reference=statistics.median(steps) if steps else None,
-        time_to_reference=step_ratio * statistics.median(shares) if shares and step_ratio is not None else None,
         reached=sum(taken < math.inf for taken in steps),
         runs=len(steps),
     )

@@ -9,19 +9,23 @@ from collections.abc import Iterable, Sequence
 
 from peft_dps.compare.report.costs import costs_of
 from peft_dps.compare.report.experiment import Experiment, MethodRuns
-from peft_dps.compare.report.scores import method_scores, overall_scores
+from peft_dps.compare.report.retention import measures_of
+from peft_dps.compare.report.scores import method_scores
 
+FILES = ("scores.csv", "runs.csv")
+"""What every report has; with probes there is "retention.csv" too."""
 Row = dict[str, object]
 
 
 def csv_files(experiments: Sequence[Experiment]) -> dict[str, str]:
     """Return the text of every file by its name; scores as they are, not in points; bytes and seconds."""
-    return {
-        "scores.csv": to_csv(_score_rows(experiments)),
-        "costs.csv": to_csv(_cost_rows(experiments)),
-        "overall.csv": to_csv(_overall_rows(experiments)),
-        "runs.csv": to_csv(_run_rows(experiments)),
+    rows = {
+        "scores.csv": _score_rows(experiments),
+        "retention.csv": _retention_rows(experiments),
+        "runs.csv": _run_rows(experiments),
     }
+    files = {name: to_csv(each) for name, each in rows.items()}
+    return {name: text for name, text in files.items() if text}
 
 
 def to_csv(rows: Iterable[Row]) -> str:
@@ -57,12 +61,13 @@ def _place(experiment: Experiment, method: MethodRuns) -> Row:
 
 
 def _score_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
-    """A row per experiment, test domain and method."""
+    """A row per experiment, test domain and method; the costs of a method stand in the row of its own domain."""
     for experiment in experiments:
+        costs = {each.method.variant: each for each in costs_of(experiment)}
         for domain in experiment.domains:
             for each in method_scores(experiment, domain):
                 low, high = each.interval or (None, None)
-                yield {
+                row = {
                     **_place(experiment, each.method),
                     "domain": domain,
                     "in_domain": int(domain == experiment.domains[0]),
@@ -70,45 +75,46 @@ def _score_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
                     "finished": len(each.values),
                     "failed": each.failed,
                     "missing": len(each.missing),
-                    **_columns(each, "mean", "std=deviation", "max=best"),
+                    **_columns(each, "mean", "std=deviation"),
                     "low": low,
                     "high": high,
                     **_columns(each, "difference", "pairs", "p", "p_holm=corrected_p", "mean_rank=rank"),
                 }
+                cost = _columns(
+                    costs[each.method.variant],
+                    *("trainable", "selected", "step_ratio", "seconds", "steps_to_reference"),
+                    *("peak_memory", "file_size"),
+                )
+                yield {**row, **(cost if row["in_domain"] else dict.fromkeys(cost))}
 
 
-def _cost_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
-    """A row per experiment and method."""
-    columns = (
-        *("trainable", "selected", "step_ratio", "seconds", "steps_to_reference", "time_to_reference"),
-        *("reached", "runs", "peak_memory", "file_size"),
-    )
+def _retention_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
+    """A row per experiment, measure of retention and method, in the unit of the measure."""
     for experiment in experiments:
-        for each in costs_of(experiment):
-            yield {
-                **_place(experiment, each.method),
-                "learning_rates": " ".join(f"{rate:g}" for rate in each.learning_rates),
-                "precision": experiment.runs[0].plan.settings.precision,
-                **_columns(each, *columns),
-            }
-
-
-def _overall_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
-    """A row per method, over all experiments."""
-    columns = ("tasks=experiments", "mean_rank=rank", "difference", "better", "pairs", "p", "p_holm=corrected_p")
-    for each in overall_scores(experiments):
-        yield {
-            **_columns(each.method, "method=variant", "title"),
-            **_columns(each, *columns, "finished", "failed"),
-        }
+        for measure in measures_of(experiment):
+            for each in method_scores(experiment, measure.place):
+                low, high = sorted(map(measure.natural, each.interval)) if each.interval else (None, None)
+                yield {
+                    **_place(experiment, each.method),
+                    "measure": measure.title,
+                    "metric": measure.metric,
+                    "before": None if measure.before is None else measure.natural(measure.before),
+                    "mean": measure.natural(each.mean),
+                    "low": low,
+                    "high": high,
+                    "difference": None if each.difference is None else measure.natural(each.difference),
+                    **_columns(each, "std=deviation", "pairs", "p", "p_holm=corrected_p", "mean_rank=rank"),
+                }
 
 
 def _run_rows(experiments: Sequence[Experiment]) -> Iterable[Row]:
-    """A row per run and test domain, failed runs included."""
+    """A row per run and test domain or probe, failed runs included."""
     for experiment in experiments:
+        probes = (each.place for each in measures_of(experiment) if each.before is not None)
+        places: list[str | None] = [*experiment.domains, *probes]
         for each in experiment.methods:
             for seed, run in sorted(each.runs.items()):
-                for domain in experiment.domains or (None,):
+                for domain in places or [None]:
                     yield {
                         **_place(experiment, each),
                         "domain": domain,

@@ -14,6 +14,10 @@ from peft_dps.compare.methods.table import DROPOUT, NO_DROPOUT, REFERENCE
 from peft_dps.compare.runs.results import Results
 from peft_dps.compare.runs.run import Run, Timing
 
+PROBE = "probe/"
+"""What comes before the name of a probe, where it stands for a test domain."""
+OTHERS = "other domains"
+"""All test domains but the first, together."""
 _WITHOUT_DROPOUT = (REFERENCE + NO_DROPOUT, variant_of(REFERENCE, {DROPOUT: False}))
 
 
@@ -37,7 +41,11 @@ class MethodRuns:
         return [self.runs[seed] for seed in sorted(self.runs) if not self.runs[seed].failed]
 
     def scores(self, domain: str) -> dict[int, float]:
-        """Return the score per seed on a test domain; NaN for a run that failed or gave no number."""
+        """Return the score per seed on a test domain; NaN for a run that failed or gave no number.
+
+        Args:
+            domain: Name of the domain; `OTHERS`; or `PROBE` and the name of a probe, of which higher is better too.
+        """
         return {seed: _score(self.runs[seed], domain) for seed in sorted(self.runs)}
 
 
@@ -184,7 +192,12 @@ def _best_timing(timings: Iterable[Timing], variants: Mapping[str, Any], referen
 
 
 def _score(run: Run, domain: str) -> float:
-    return run.score(domain) if not run.failed and domain in run.scores else math.nan
+    if run.failed:
+        return math.nan
+    asked = list(run.scores)[1:] if domain == OTHERS else [domain]
+    found = [run.score(name) for name in asked if name in run.scores]
+    found += [each.merit for each in run.retention if PROBE + each.probe == domain]
+    return sum(found) / len(found) if found else math.nan
 
 
 def _titles(results: Results, reference: str) -> dict[str, str]:

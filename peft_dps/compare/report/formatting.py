@@ -35,11 +35,19 @@ def count(value: float | None) -> str:
     return "never" if math.isinf(value) else f"{value:,.1f}".removesuffix(".0")
 
 
-def ratio(value: float | None) -> str:
-    """Write how many times something is something else; infinitely many times is "never"."""
+def entries(value: float | None) -> str:
+    """Write a number of entries with three digits: 22.7M."""
     if value is None:
         return NONE
-    return "never" if math.isinf(value) else f"{value:.2f} x"
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g}{unit}" if value < 999.5 * size else f"{value / size:,.0f}{unit}"
+    return f"{value:.0f}"
+
+
+def ratio(value: float | None) -> str:
+    """Write how many times something is something else."""
+    return NONE if value is None else f"{value:.2f} x"
 
 
 def seconds(value: float | None) -> str:

@@ -9,10 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from peft_dps.compare.report.experiment import Experiment, MethodRuns
-from peft_dps.compare.report.plots import WIDTH
-from peft_dps.compare.report.style import Style, canvas, headline, label, legend
+from peft_dps.compare.report.style import OTHERS, Style, canvas, headline, label, legend
 
-_BESIDE = 0.06  # of a cycle, so that methods do not hide each other
+_BESIDE = 0.06  # of a cycle or layer, so that what is drawn does not hide each other
 
 Place = tuple[str, str]
 """A matrix, and its layer."""
@@ -27,7 +26,7 @@ def draw_overlap(experiment: Experiment, styles: Mapping[str, Style]) -> Figure 
     known = [(each, found) for each in experiment.methods if (found := overlaps(each))]
     if not known:
         return None
-    with canvas(WIDTH, 3.6) as figure:
+    with canvas(2.6) as figure:
         axes = figure.subplots()
         for place, (each, found) in enumerate(known):
             style = styles[each.variant]
@@ -35,14 +34,13 @@ def draw_overlap(experiment: Experiment, styles: Mapping[str, Style]) -> Figure 
             ends = np.maximum(0, [mean - low, high - mean])  # the mean of equal numbers may be off by a rounding
             beside = np.array(list(found)) + _BESIDE * (place - (len(known) - 1) / 2)
             look = {**style.point, **style.curve}
-            axes.errorbar(beside, mean, yerr=ends, elinewidth=1, markersize=6, label=label(each.title), **look)
+            axes.errorbar(beside, mean, yerr=ends, elinewidth=0.8, markersize=4, label=label(each.title), **look)
             axes.plot(list(found), chance, ":", color=style.color, linewidth=1.2)
         axes.plot([], [], ":", color="0.3", label="two random masks\nof the same sizes")
-        axes.plot([], [], "|", color="0.3", markersize=12, label="from the least to the\nmost overlapping weight")
-        axes.set(xlabel="cycle", ylabel="overlap with the cycle before\n(Jaccard index)", ylim=(0, 1))
+        axes.set(xlabel="cycle", ylabel="overlap (Jaccard index)", ylim=(0, 1))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        headline(figure, f"{experiment.name}: how much of a mask stays, mean over weights and seeds")
-        legend(figure, axes, [each for each, _ in known])
+        headline(figure, f"{experiment.name}: how much of a mask stays from the cycle before")
+        legend(figure, axes)
     return figure
 
 
@@ -57,7 +55,7 @@ def overlaps(method: MethodRuns) -> dict[int, np.ndarray]:
 
 
 def draw_selection(experiment: Experiment) -> Figure | None:
-    """Draw the fraction of each weight that is in the last subnetwork, by matrix and layer.
+    """Draw the fraction of each weight that is in the last subnetwork, by layer, a line for each matrix.
 
     Returns:
         The figure; None if no method selects more of one weight than of another.
@@ -67,32 +65,41 @@ def draw_selection(experiment: Experiment) -> Figure | None:
         return None
     layout = places(list(dict.fromkeys(name for found in uneven.values() for name in found)))
     layers, matrices = (list(dict.fromkeys(place[axis] for place in layout.values())) for axis in (1, 0))
-    most = max(max(found.values()) for found in uneven.values())
-    with canvas(max(WIDTH, 2.5 + 3.2 * len(uneven)), 1.8 + 0.25 * len(layers)) as figure:
-        panels = figure.subplots(1, len(uneven), sharey=True, squeeze=False)[0]
+    with canvas(1.9 * len(uneven)) as figure:
+        panels = figure.subplots(len(uneven), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         for axes, (title, found) in zip(panels, uneven.items(), strict=True):
-            values = np.full((len(layers), len(matrices)), np.nan)
-            for name, share in found.items():
-                matrix, layer = layout[name]
-                values[layers.index(layer), matrices.index(matrix)] = share
-            axes.imshow(values, cmap="cividis", vmin=0, vmax=most, aspect="auto", interpolation="nearest")
-            axes.grid(visible=False)
-            axes.set_title(label(title))
-            axes.set_xticks(range(len(matrices)), matrices, rotation=90, fontsize=7)
-        panels[0].set_yticks(range(len(layers)), layers, fontsize=7)
-        panels[0].set_ylabel("layer")
-        figure.colorbar(panels[0].images[0], ax=panels, label="fraction selected", fraction=0.03, pad=0.01)
-        headline(figure, f"{experiment.name}: fraction of each weight's entries in the last subnetwork")
+            for number, matrix in enumerate(matrices):
+                names = [name for name in found if layout[name][0] == matrix]
+                low, mean, high = np.array([found[name] for name in names]).T if names else np.empty((3, 0))
+                beside = _BESIDE * (number - (len(matrices) - 1) / 2)
+                style = OTHERS[number % len(OTHERS)]
+                axes.errorbar(
+                    [layers.index(layout[name][1]) + beside for name in names],
+                    mean,
+                    yerr=np.maximum(0, [mean - low, high - mean]),
+                    elinewidth=0.8,
+                    markersize=4,
+                    label=label(matrix),
+                    **{**style.point, **style.curve},
+                )
+            axes.set_title(label(title, 50), fontsize=9)
+            axes.set_ylabel("fraction selected")
+            axes.set_ylim(bottom=0)
+        every = max(1, len(layers) // 12)
+        panels[-1].set_xticks(range(0, len(layers), every), layers[::every])
+        panels[-1].set_xlabel("layer")
+        headline(figure, f"{experiment.name}: the last subnetwork")
+        legend(figure, panels[0])
     return figure
 
 
-def fractions(method: MethodRuns) -> dict[str, float]:
-    """Return the fraction selected per weight, as a mean over the seeds; empty if it is the same for all weights."""
+def fractions(method: MethodRuns) -> dict[str, tuple[float, float, float]]:
+    """Return the fraction selected per weight, least, mean and most of the seeds; empty if it is the same for all."""
     found: dict[str, list[float]] = {}
     for run in method.finished:
         for name, share in run.fractions.items():
             found.setdefault(name, []).append(share)
-    return {name: float(np.mean(shares)) for name, shares in found.items()}
+    return {name: (min(shares), float(np.mean(shares)), max(shares)) for name, shares in found.items()}
 
 
 def places(names: Sequence[str]) -> dict[str, Place]:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from peft_dps.compare.report.costs import Costs, costs_of
 from peft_dps.compare.report.experiment import Experiment
-from peft_dps.compare.report.formatting import NONE, count, mebibytes, points, ratio
+from peft_dps.compare.report.formatting import NONE, entries, mebibytes, points, ratio
+from peft_dps.compare.report.retention import measures_of
 from peft_dps.compare.report.scores import MethodScores, method_scores
 from peft_dps.compare.report.table import Table
 
@@ -16,14 +17,16 @@ def overview_table(experiment: Experiment) -> Table:
     columns: dict[str, Callable[[Costs], str]] = {"method": lambda each: each.method.title}
     for index, domain in enumerate(experiment.domains):
         found = {each.method.variant: _mean_and_spread(each) for each in method_scores(experiment, domain)}
-        place = domain if index else f"{domain} (in domain)"
+        place = domain if index or len(experiment.domains) == 1 else f"{domain} (in domain)"
         columns[place] = lambda each, found=found: found[each.method.variant]  # type: ignore[misc]
-    columns["entries trained"] = lambda each: count(each.trainable)
+    for measure in measures_of(experiment):
+        kept = {each.method.variant: measure.show(each.mean) for each in method_scores(experiment, measure.place)}
+        columns[f"kept: {measure.title}"] = lambda each, kept=kept: kept[each.method.variant]  # type: ignore[misc]
+    columns["entries trained"] = lambda each: entries(each.trainable)
     failed = {each.variant: sum(run.failed for run in each.runs.values()) for each in experiment.methods}
     if any(failed.values()):
         columns["failed runs"] = lambda each: str(failed[each.method.variant])
-    if experiment.timing:
-        columns["step time"] = lambda each: ratio(each.step_ratio)
+    columns["step time"] = lambda each: ratio(each.step_ratio)
     columns["peak memory"] = lambda each: mebibytes(each.peak_memory)
     seeds = len(experiment.seeds)
     spread = f", mean ± std over {seeds} seeds" if seeds > 1 else ""

@@ -38,7 +38,8 @@ class Section:
     Attributes:
         title: Heading.
         slug: Target of links to it; unique on the page.
-        tables: Tables.
+        conclusion: What it shows, in a sentence; empty if the page says it.
+        tables: Tables; the figures come below the first one.
         pictures: Figures.
         checks: What to know before believing the numbers.
         setup: How the runs were made, as pairs of a name and a text.
@@ -46,6 +47,7 @@ class Section:
 
     title: str
     slug: str
+    conclusion: str
     tables: Sequence[Table]
     pictures: Sequence[Picture] = ()
     checks: Sequence[str] = ()
@@ -57,12 +59,16 @@ class Page:
     """A whole report.
 
     Attributes:
-        source: Name of the result file and what it holds.
+        conclusion: What all of it shows, in a sentence.
+        facts: What was compared, as pairs of a name and a text.
+        links: Where the numbers lie, as pairs of a name and an address relative to the page.
         warnings: What is wrong with the file as a whole.
         sections: What it says.
     """
 
-    source: str
+    conclusion: str
+    facts: Sequence[tuple[str, str]]
+    links: Sequence[tuple[str, str]]
     warnings: Sequence[str]
     sections: Sequence[Section]
 
@@ -90,21 +96,24 @@ def to_markdown(page: Page, folder: Path) -> str:
         page: The report.
         folder: Where the text will lie; links are relative to it.
     """
-    parts = [f"# {TITLE}\n", f"{markdown(page.source)}\n"]
-    parts += _bullets(page.warnings)
+    parts = [f"# {TITLE}", f"**{markdown(page.conclusion)}**"]
+    links = ", ".join(f"[{markdown(name)}]({address})" for name, address in page.links)
+    parts.append("\n".join([_bullets([f"{name}: {text}" for name, text in page.facts]), f"- numbers: {links}"]))
+    parts.append(_bullets(page.warnings))
     for section in page.sections:
-        parts.append(f"## {markdown(section.title)}\n")
-        for table in section.tables:
-            parts += [f"### {markdown(table.title)}\n", table.to_markdown()]
+        parts += [f"## {markdown(section.title)}", markdown(section.conclusion)]
         if section.checks:
-            parts += ["Before believing these numbers:\n", *_bullets(section.checks)]
+            parts += ["Before believing these numbers:", _bullets(section.checks)]
+        tables = [f"### {markdown(table.title)}\n\n{table.to_markdown().rstrip()}" for table in section.tables]
+        parts += tables[:1]
         for picture in section.pictures:
             link = picture.path.relative_to(folder).as_posix()
-            parts.append(f"![{markdown(picture.caption)}]({link})\n\n{markdown(picture.caption)}\n")
+            parts += [f"![{markdown(picture.caption)}]({link})", markdown(picture.caption)]
+        parts += tables[1:]
         if section.setup:
-            parts += ["How the runs were made:\n", *_bullets([f"{name}: {text}" for name, text in section.setup])]
-    parts += ["## How to read this\n", *(f"{markdown(paragraph)}\n" for paragraph in _reading())]
-    return "\n".join(parts)
+            parts += ["How the runs were made:", _bullets([f"{name}: {text}" for name, text in section.setup])]
+    parts += ["## How to read this", *map(markdown, _reading())]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _reading() -> list[str]:
@@ -113,5 +122,5 @@ def _reading() -> list[str]:
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
 
 
-def _bullets(lines: Sequence[str]) -> list[str]:
-    return ["\n".join(f"- {markdown(line)}" for line in lines) + "\n"] if lines else []
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {markdown(line)}" for line in lines)

@@ -10,29 +10,30 @@ from pathlib import Path
 from peft_dps.compare.data.examples import DataError
 from peft_dps.compare.methods.table import REFERENCE
 from peft_dps.compare.report.checks import checks
+from peft_dps.compare.report.conclusion import conclusion
 from peft_dps.compare.report.csv_files import csv_files
 from peft_dps.compare.report.experiment import Experiment, experiments_of
 from peft_dps.compare.report.mask_plots import draw_overlap, draw_selection
 from peft_dps.compare.report.overview import overview_table
 from peft_dps.compare.report.page import Page, Picture, Section, to_html, to_markdown
 from peft_dps.compare.report.plots import draw_costs, draw_curves, draw_seeds
+from peft_dps.compare.report.retention import measures_of, retention_table
+from peft_dps.compare.report.retention_plot import draw_retention
 from peft_dps.compare.report.style import Style, save, styles_of
-from peft_dps.compare.report.tables import cost_table, overall_table, score_table, setup_of
+from peft_dps.compare.report.tables import cost_table, facts_of, overall_table, score_table, setup_of
 from peft_dps.compare.runs.results import Results, merge, read
 
 FIGURES = "figures"
 PAGE = "report.html"
 _CAPTIONS = {
-    "costs": "Mean score against costs, with 95% intervals. No method is both cheaper and better than one on the "
-    "Pareto front.",
-    "seeds": "The score of every run. A thin line joins the runs of one seed; the bar below the points is the mean "
-    "with its 95% interval.",
-    "curves": "Training loss and validation score by step, means over the seeds. Shaded: SUBNETWORK, in which DPS "
-    "updates only the best-scored entries.",
-    "selection": "The fraction of each weight's entries in the last subnetwork, by matrix and layer, mean over the "
-    "seeds. Methods that select the same fraction of every weight, as their scope demands, are left out.",
-    "overlap": "How much of the mask stays from one cycle to the next: entries in both masks over entries in either, "
-    "with the least and the most of a weight. Dotted: what two independent random masks of the same sizes share.",
+    "retention": "What the model can still do against what it was trained for: means with their 95% intervals.",
+    "costs": "Mean score against costs. Bars: the 95% interval of the mean; the middle half of the costs measured.",
+    "seeds": "Every run is a point; the bar below is the mean with its 95% interval.",
+    "curves": "By step, the mean of the seeds, and shaded from the lowest to the highest of them.",
+    "selection": "The fraction of each weight's entries in the last subnetwork: mean, least and most of the seeds. "
+    "Methods that select the same fraction of every weight, as their scope demands, are left out.",
+    "overlap": "Entries in both masks over entries in either: mean of the weights, from the least to the most of "
+    "a weight. Dotted: what two independent random masks of the same sizes share.",
 }
 
 
@@ -64,12 +65,19 @@ def write_report(source: Path | Sequence[Path], output: Path, reference: str = R
         raise ValueError(f"`reference` must be a method of the report, {', '.join(known)}, got {reference!r}.")
     styles = styles_of(experiments)
     (output / FIGURES).mkdir(parents=True, exist_ok=True)
-    for name, text in csv_files(experiments).items():
+    files = csv_files(experiments)
+    for name, text in files.items():
         (output / name).write_text(text, encoding="utf-8")
-    sections = [_section(experiment, styles, output / FIGURES) for experiment in experiments]
+    sections = [_section(each, styles, output / FIGURES, alone=len(experiments) == 1) for each in experiments]
     if len(experiments) > 1:
-        sections.insert(0, Section("All tasks", "all-tasks-together", [overall_table(experiments)]))
-    page = Page(_origin(sources, results), _warnings(sources, parts), sections)
+        sections.insert(0, Section("All tasks", "all-tasks-together", "", [overall_table(experiments)]))
+    page = Page(
+        conclusion(experiments),
+        [*facts_of(experiments), ("made from", _origin(sources, results))],
+        [(name, name) for name in files],
+        _warnings(sources, parts),
+        sections,
+    )
     (output / "report.md").write_text(to_markdown(page, output), encoding="utf-8")
     (output / PAGE).write_text(to_html(page), encoding="utf-8")
     return sections
@@ -96,11 +104,13 @@ def _read_results(source: Path) -> Results:
     return read(source)
 
 
-def _section(experiment: Experiment, styles: dict[str, Style], folder: Path) -> Section:
+def _section(experiment: Experiment, styles: dict[str, Style], folder: Path, *, alone: bool) -> Section:
     tables = [score_table(experiment, domain) for domain in experiment.domains]
+    tables += [retention_table(experiment, measure) for measure in measures_of(experiment)]
     return Section(
         title=experiment.name,
         slug=experiment.slug,
+        conclusion="" if alone else conclusion([experiment]),
         tables=[overview_table(experiment), *tables, cost_table(experiment)],
         pictures=_pictures(experiment, styles, folder) if experiment.domains else [],
         checks=checks(experiment),
@@ -109,17 +119,18 @@ def _section(experiment: Experiment, styles: dict[str, Style], folder: Path) -> 
 
 
 def _pictures(experiment: Experiment, styles: dict[str, Style], folder: Path) -> list[Picture]:
-    drawn = {
-        "costs": draw_costs(experiment, styles),
-        "seeds": draw_seeds(experiment, styles),
-        "curves": draw_curves(experiment, styles),
-        "selection": draw_selection(experiment),
-        "overlap": draw_overlap(experiment, styles),
-    }
+    drawn = [
+        *(("retention", draw_retention(experiment, measure, styles)) for measure in measures_of(experiment)),
+        ("costs", draw_costs(experiment, styles)),
+        *(("seeds", draw_seeds(experiment, domain, styles)) for domain in experiment.domains),
+        ("curves", draw_curves(experiment, styles)),
+        ("selection", draw_selection(experiment)),
+        ("overlap", draw_overlap(experiment, styles)),
+    ]
     pictures = []
-    for name, figure in drawn.items():
+    for number, (name, figure) in enumerate(drawn, 1):
         if figure is not None:
-            path = folder / f"{experiment.slug}-{name}.png"
+            path = folder / f"{experiment.slug}-{number}-{name}.png"
             save(figure, path)
             pictures.append(Picture(path, _CAPTIONS[name]))
     return pictures
@@ -127,12 +138,10 @@ def _pictures(experiment: Experiment, styles: dict[str, Style], folder: Path) ->
 
 def _origin(sources: Sequence[Path], results: Results) -> str:
     files = " and ".join(
-        f"{path.name} (SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}...)" for path in sources
+        f"{path.name} (SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]})" for path in sources
     )
-    return (
-        f"Made from {files}: {len(results.reported)} runs to report, "
-        f"{len(results.runs) - len(results.reported)} to choose learning rates."
-    )
+    tried = len(results.runs) - len(results.reported)
+    return f"{files}: {len(results.reported)} runs to report, {tried} to choose learning rates"
 
 
 def _warnings(sources: Sequence[Path], parts: Sequence[Results]) -> list[str]:

@@ -56,11 +56,6 @@ class MethodScores:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     @property
-    def best(self) -> float:
-        """Highest score of a seed; NaN without scores."""
-        return max(self.values, default=math.nan)
-
-    @property
     def interval(self) -> tuple[float, float] | None:
         """Bootstrap interval of the mean."""
         return mean_interval(self.values)

@@ -52,12 +52,10 @@ def sign_flip_p(differences: Sequence[float]) -> float | None:
         differences: Per pair, the score of one method minus that of the other.
 
     Returns:
-        p; None without pairs.
+        p; None for fewer than two pairs, which tell nothing.
     """
-    if not differences:
+    if len(differences) < 2:
         return None
-    if len(differences) == 1:  # either sign is as extreme as the other; scipy wants two
-        return 1.0
     test = stats.permutation_test(
         (np.rint(np.asarray(differences, dtype=float) / _UNIT),),
         np.sum,

@@ -20,15 +20,17 @@ from PIL import Image
 
 from peft_dps.compare.methods.choice import variant_of
 from peft_dps.compare.methods.table import DROPOUT, NO_DROPOUT
-from peft_dps.compare.report.experiment import Experiment, MethodRuns
+from peft_dps.compare.report.experiment import Experiment
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE, GREY = (
     *("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#7F7F7F"),
 )
 """Told apart under the common kinds of colour blindness (Okabe and Ito, "Color Universal Design", 2008)."""
 
-DPI = 100
-LINE = 0.2  # inches of a line in a legend
+WIDTH = 4.5
+"""Inches of a figure: on the screen of a phone its letters have about 10 pixels."""
+DPI = 150
+LINE = 0.18  # inches of a line of text
 _RC: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -82,7 +84,7 @@ _KNOWN = {
     "dps-mix": Style(BLUE, "D", stressed=True),
     "random-mask": Style(GREY, "h"),
 }
-_OTHERS = [Style(color, marker) for marker, color in product("<>p*d8", (GREEN, ORANGE, SKY, PURPLE, RED, BLUE, GREY))]
+OTHERS = [Style(color, marker) for marker, color in product("<>p*d8", (GREEN, ORANGE, SKY, PURPLE, RED, BLUE, GREY))]
 
 
 def styles_of(experiments: Sequence[Experiment]) -> dict[str, Style]:
@@ -91,7 +93,7 @@ def styles_of(experiments: Sequence[Experiment]) -> dict[str, Style]:
     Returns:
         Per variant, its style.
     """
-    known, free = dict(_KNOWN), cycle(_OTHERS)
+    known, free = dict(_KNOWN), cycle(OTHERS)
     bases: dict[str, Style] = {}
     styles: dict[str, Style] = {}
     for each in (each for experiment in experiments for each in experiment.methods):
@@ -108,45 +110,47 @@ def styles_of(experiments: Sequence[Experiment]) -> dict[str, Style]:
 
 
 @contextmanager
-def canvas(width: float, height: float) -> Iterator[Figure]:
+def canvas(height: float) -> Iterator[Figure]:
     """Make a figure that looks the same whatever the user's settings of matplotlib."""
     with matplotlib.style.context("default"), mpl.rc_context(_RC):
-        figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
+        figure = Figure(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
         FigureCanvasAgg(figure)
         yield figure
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Save a figure as PNG of 48 colours, a quarter of the size; the same figure gives the same bytes."""
+    """Save a figure as PNG of 32 colours, a quarter of the size; the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=DPI)
     with Image.open(drawn) as picture:
-        picture.convert("RGB").quantize(48, dither=Image.Dither.NONE).save(path, optimize=True)
+        picture.convert("RGB").quantize(32, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def label(text: str, width: int = 30) -> str:
+def label(text: str, width: int = 24) -> str:
     """Return text that matplotlib draws as it is, in lines of at most so many characters."""
     return "\n".join(textwrap.wrap(text, width)).replace("$", r"\$")
 
 
 def headline(figure: Figure, text: str) -> None:
     """Put a title above the whole figure, in as many lines as it needs."""
-    width = round(11 * figure.get_figwidth())
-    figure.suptitle(label(text, width), x=0.01, horizontalalignment="left", fontsize=11)
+    lines = label(text, round(12 * figure.get_figwidth()))
+    figure.set_figheight(figure.get_figheight() + LINE * (1 + lines.count("\n")))
+    figure.suptitle(lines, x=0.01, horizontalalignment="left", fontsize=10)
 
 
-def legend(figure: Figure, axes: Axes, methods: Sequence[MethodRuns]) -> None:
-    """Put one legend for the whole figure to the right of it; the figure grows if the legend is the higher one.
+def legend(figure: Figure, axes: Axes) -> None:
+    """Put one legend below the whole figure, which grows by it.
 
     Args:
         figure: The figure.
         axes: Axes with everything that is to be named, by label.
-        methods: Names to begin with, in this order.
     """
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    order = [label(each.title) for each in methods if label(each.title) in handles]
-    names = [*order, *(name for name in handles if name not in order)]
-    lines = sum(1 + name.count("\n") for name in names)
-    figure.set_figheight(max(figure.get_figheight(), LINE * (lines + 1)))
-    figure.legend([handles[name] for name in names], names, loc="outside right center")
+    handles, names = axes.get_legend_handles_labels()
+    rows = [names[index : index + 2] for index in range(0, len(names), 2)]
+    lines = sum(1 + max(name.count("\n") for name in row) for row in rows)
+    figure.set_figheight(figure.get_figheight() + LINE * (lines + 1))
+    # Legends are filled column by column; so are two lists, of every second name.
+    order = [*range(0, len(names), 2), *range(1, len(names), 2)]
+    chosen = [handles[index] for index in order], [names[index] for index in order]
+    figure.legend(*chosen, loc="outside lower left", ncols=2, fontsize=8)

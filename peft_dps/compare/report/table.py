@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import rich.table
+from rich import box
 from rich.text import Text
+
+from peft_dps.compare.report.formatting import NONE
+
+_FIRST = 24  # characters of the first column, from which its texts take several lines
+_BETWEEN = 2  # characters between columns
 
 
 @dataclass(frozen=True)
@@ -31,19 +37,37 @@ class Table:
 
     @classmethod
     def of(cls, title: str, columns: Mapping[str, Callable[[Any], str]], items: Sequence[Any], **fields: Any) -> Table:
-        """Return a table with a row for each of the items and, per column, what makes its cell."""
-        rows = tuple(tuple(cell(item) for cell in columns.values()) for item in items)
-        return cls(title, tuple(columns), rows, **fields)
+        """Return a table with a row for each of the items and, per column, what makes its cell.
 
-    def to_rich(self) -> rich.table.Table:
-        """Return the table for the terminal."""
-        caption = Text("\n".join(self.notes))
-        table = rich.table.Table(title=Text(self.title), caption=caption, caption_justify="left")
-        for index, name in enumerate(self.header):
-            table.add_column(Text(name), justify="right" if index else "left", overflow="fold")
-        for index, row in enumerate(self.rows):
-            table.add_row(*map(Text, row), style="bold" if index in self.best else None)
-        return table
+        Columns that have nothing for any of them are left out.
+        """
+        cells = {name: [cell(item) for item in items] for name, cell in columns.items()}
+        kept = {name: column for name, column in cells.items() if set(column) != {NONE}}
+        return cls(title, tuple(kept), tuple(zip(*kept.values(), strict=True)), **fields)
+
+    def to_rich(self, width: int) -> Iterator[Text | rich.table.Table]:
+        """Return what a terminal shows: title, rows and notes, with columns that do not fit below the others.
+
+        Args:
+            width: Characters in a line.
+        """
+        yield Text(self.title, style="bold")
+        names = [row[0] for row in self.rows]
+        widths = [min(max(_longest(names), 1), max(_FIRST, _longest(_words([*names, self.header[0]]))))]
+        widths += [
+            max(_longest(_words([name])), _longest(row[index] for row in self.rows))
+            for index, name in enumerate(self.header)
+            if index
+        ]
+        for part in _parts(widths, width):
+            table = rich.table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+            for index in part:
+                table.add_column(Text(self.header[index]), justify="right" if index else "left", width=widths[index])
+            for number, row in enumerate(self.rows):
+                style = "bold" if number in self.best else None
+                table.add_row(*(Text(row[index]) for index in part), style=style)
+            yield table
+        yield from map(Text, self.notes)
 
     def to_markdown(self) -> str:
         """Return the table in Markdown, with its notes below."""
@@ -64,3 +88,23 @@ def markdown(text: str) -> str:
 
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _words(texts: Iterable[str]) -> Iterator[str]:
+    return (word for text in texts for word in text.split())
+
+
+def _longest(texts: Iterable[str]) -> int:
+    return max(map(len, texts), default=1)
+
+
+def _parts(widths: Sequence[int], width: int) -> Iterator[list[int]]:
+    """Split columns into parts that fit, each with the first column."""
+    part, taken = [0], widths[0]
+    for index in range(1, len(widths)):
+        if taken + _BETWEEN + widths[index] > width - 2 and len(part) > 1:  # the box has an edge
+            yield part
+            part, taken = [0], widths[0]
+        part.append(index)
+        taken += _BETWEEN + widths[index]
+    yield part

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 from peft_dps.compare.report import formatting
+from peft_dps.compare.report.conclusion import clear_differences
 from peft_dps.compare.report.costs import Costs, costs_of, timed_against
 from peft_dps.compare.report.experiment import Experiment, without_dropout
 from peft_dps.compare.report.formatting import NONE, p_value, points
 from peft_dps.compare.report.scores import MethodScores, OverallScores, method_scores, overall_scores
-from peft_dps.compare.report.significance import LEVEL, least_p, pairs_needed
 from peft_dps.compare.report.table import Table
 from peft_dps.compare.runs.run import Run
 
@@ -20,22 +20,27 @@ def score_table(experiment: Experiment, domain: str) -> Table:
     """Lay out how the methods stand on one test domain."""
     found = method_scores(experiment, domain)
     base = experiment.reference_title
-    where = "in domain" if domain == experiment.domains[0] else "out of domain"
+    others = (
+        ""
+        if len(experiment.domains) == 1
+        else " (in domain)"
+        if domain == experiment.domains[0]
+        else " (out of domain)"
+    )
     place = domain if domain == experiment.task else f"{experiment.task}, tested on {domain}"
     columns: dict[str, Callable[[MethodScores], str]] = {
         "method": lambda each: each.method.title,
         "seeds": _seed_counts,
         "mean": lambda each: points(each.mean),
         "std": lambda each: points(each.deviation),
-        "max": lambda each: points(each.best),
         "95% interval": lambda each: " to ".join(map(points, each.interval)) if each.interval else NONE,
         f"vs {base}": lambda each: points(each.difference, sign=True),
         "p": lambda each: p_value(each.p),
         "p (Holm)": lambda each: p_value(each.corrected_p),
         "mean rank": lambda each: f"{each.rank:.2f}",
     }
-    notes = (*_verdict(found, base), *_like_for_like([experiment], lambda alike: method_scores(alike[0], domain)))
-    title = f"{place} ({where}), 100 x {experiment.metric}"
+    notes = (_verdict(found, base), *_like_for_like([experiment], lambda alike: method_scores(alike[0], domain)))
+    title = f"{place}{others}: 100 x {experiment.metric}"
     return Table.of(title, columns, found, notes=notes, best=_highest(found))
 
 
@@ -47,20 +52,16 @@ def cost_table(experiment: Experiment) -> Table:
 
 
 def _cost_columns(experiment: Experiment, base: str) -> dict[str, Callable[[Costs], str]]:
-    """Per column, what it says of a method; those of step times only if steps were timed."""
+    """Per column, what it says of a method."""
     memory = sorted({run.memory_kind for run in experiment.runs if run.memory_kind})
     kinds = f" ({', '.join(memory)})" if memory else ""
-    timed: dict[str, Callable[[Costs], str]] = {
-        "step time": lambda each: formatting.ratio(each.step_ratio),
-        f"time to score of {base}": lambda each: formatting.ratio(each.time_to_reference),
-    }
     return {
         "method": lambda each: each.method.title,
         "learning rate": lambda each: ", ".join(f"{rate:g}" for rate in each.learning_rates),
-        "entries trained": lambda each: formatting.count(each.trainable),
-        "of them in SUBNETWORK": lambda each: formatting.count(each.selected),
+        "entries trained": lambda each: formatting.entries(each.trainable),
+        "of them in SUBNETWORK": lambda each: formatting.entries(each.selected),
         f"steps to score of {base}": _steps_cell,
-        **(timed if experiment.timing else {}),
+        "step time": lambda each: formatting.ratio(each.step_ratio),
         "training time": lambda each: formatting.seconds(each.seconds),
         f"peak memory{kinds}": lambda each: formatting.mebibytes(each.peak_memory),
         "file size": lambda each: formatting.mebibytes(each.file_size),
@@ -86,8 +87,6 @@ def _cost_notes(experiment: Experiment, costs: Sequence[Costs], base: str) -> It
             f"Steps to score: until the validation score first reaches that with which {base} ends on the same seed, "
             "median over the runs; in brackets, how many runs reach it."
         )
-    if any(each.time_to_reference is not None for each in costs):
-        yield f"Time to score: these steps times the step time, relative to the whole training of {base}."
 
 
 def overall_table(experiments: Sequence[Experiment]) -> Table:
@@ -106,8 +105,23 @@ def overall_table(experiments: Sequence[Experiment]) -> Table:
         "runs": lambda each: str(each.finished),
         "failed": lambda each: str(each.failed),
     }
-    notes = (*_chosen_once(experiments), *_resolution(found), *_like_for_like(experiments, overall_scores))
+    notes = (*_chosen_once(experiments), *_like_for_like(experiments, overall_scores))
     return Table.of("All tasks together, each in its own domain", columns, found, notes=notes)
+
+
+def facts_of(experiments: Sequence[Experiment]) -> list[tuple[str, str]]:
+    """Say what was compared and when, as pairs of a name and a text."""
+    days = sorted({run.started[:10] for each in experiments for run in each.runs} - {""})
+    facts = [("date", " to ".join(dict.fromkeys((days[0], days[-1]))))] if days else []
+    facts.append(("model", ", ".join(dict.fromkeys(each.model for each in experiments))))
+    named = [f"{each.name}{_test_sizes(each)}" for each in experiments]
+    return [*facts, ("data", "; ".join(named))]
+
+
+def _test_sizes(experiment: Experiment) -> str:
+    sizes = next((run.examples for run in experiment.runs if run.examples), {})
+    tests = [f"{name.removeprefix('test/')} {size:,}" for name, size in sizes.items() if name.startswith("test/")]
+    return f" (tested on {', '.join(tests)})" if tests else ""
 
 
 def setup_of(experiment: Experiment) -> list[tuple[str, str]]:
@@ -138,21 +152,13 @@ def _readable(name: str, value: Any) -> str:
     return f"{value / 2**30:.0f} GiB" if name == "memory" and isinstance(value, int) else str(value)
 
 
-def _verdict(found: Sequence[MethodScores], base: str) -> list[str]:
+def _verdict(found: Sequence[MethodScores], base: str) -> str:
     highest = [found[index] for index in sorted(_highest(found))]
     if not highest:
-        return ["No run finished."]
-    said = f"Highest mean: {' and '.join(each.method.title for each in highest)}, {points(highest[0].mean)}."
-    tested = [each for each in found if each.corrected_p is not None]
-    if not tested:
-        return [said]
-    clear = [each for each in tested if each.corrected_p is not None and each.corrected_p <= LEVEL]
-    if clear:
-        names = ", ".join(f"{each.method.title} ({points(each.difference, sign=True)})" for each in clear)
-        said += f" Significantly different from {base}: {names}."
-    elif least_p(max(each.pairs for each in tested)) * len(tested) <= LEVEL:
-        said += f" Nothing differs significantly from {base}."
-    return [said, *_resolution(found)]
+        return "No run finished."
+    said = clear_differences(found, base)
+    titles = " and ".join(each.method.title for each in highest)
+    return f"Highest mean: {titles}, {points(highest[0].mean)}. {said[0].upper()}{said[1:]}."
 
 
 def _like_for_like(
@@ -172,24 +178,7 @@ def _like_for_like(
     if not tested:
         return []
     place = f", on {len(alike)} of {len(experiments)} tasks" if len(alike) < len(experiments) else ""
-    return [f"Like for like, beside {alike[0].reference_title}{place}: {said}.", *_resolution(tested)]
-
-
-def _resolution(found: Sequence[MethodScores | OverallScores]) -> list[str]:
-    """What p can at best be, where that matters."""
-    tested = [each for each in found if each.p is not None]
-    if not tested:
-        return []
-    pairs, count = max(each.pairs for each in tested), len(tested)
-    least = least_p(pairs)
-    corrected = min(1.0, least * count)
-    said = (
-        f"With {pairs} pair{'s' * (pairs > 1)} p is at best {p_value(least)}, and {p_value(corrected)} after "
-        f"correction over {count} comparison{'s' * (count > 1)}"
-    )
-    if corrected <= LEVEL:
-        return [f"{said}."]
-    return [f"{said}: no difference, however large, could be significant here. It takes {pairs_needed(count)} pairs."]
+    return [f"Like for like, beside {alike[0].reference_title}{place}: {said}."]
 
 
 def _chosen_once(experiments: Sequence[Experiment]) -> list[str]:

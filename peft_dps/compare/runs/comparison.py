@@ -41,6 +41,7 @@ class Comparison:
         methods: The methods.
         tasks: Names of tasks.
         own: The user's own data, each a task.
+        probes: What each model is asked before and after training: names, or files of rated pairs or of text.
         model: Path or Hub id of the pretrained model, or `EMBEDDED`.
         train_sizes: Training examples to draw; None for all.
         seeds: One run for each.
@@ -57,6 +58,7 @@ class Comparison:
     methods: Sequence[Choice] = tuple(map(Choice, METHODS))
     tasks: Sequence[str] = ()
     own: Sequence[OwnData] = ()
+    probes: Sequence[str] = ()
     model: str = EMBEDDED
     train_sizes: Sequence[int | None] = (None,)
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
@@ -85,7 +87,7 @@ class Comparison:
             raise ValueError("`methods` must name a method, got none.")
         _require_different("data", [data.title for data in self.own])
         _require_own_names(self.own, self.tasks)
-        for name in ("tasks", "train_sizes", "seeds"):
+        for name in ("tasks", "train_sizes", "seeds", "probes"):
             _require_different(name, getattr(self, name))
         _require_different("methods", [(choice.method, sorted(choice.options.items())) for choice in self.methods])
         for name in ("train_sizes", "seeds"):

@@ -33,6 +33,7 @@ class Plan:
         data: Fingerprint of the examples of all splits.
         protocol: Version of the protocol.
         metrics: Names of the metrics that were asked for; empty for those of the task.
+        probes: Per name of a probe, the fingerprint of its data; empty in phase "tune".
     """
 
     method: str
@@ -47,13 +48,15 @@ class Plan:
     data: str = ""
     protocol: int = PROTOCOL
     metrics: Sequence[str] = ()
+    probes: dict[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """The identity of the run: 16 hex digits of a hash over all fields."""
         fields = asdict(self)
-        if not self.metrics:  # records without the field are those of the same run
-            del fields["metrics"]
+        for name in ("metrics", "probes"):
+            if not fields[name]:  # records without the field are those of the same run
+                del fields[name]
         canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

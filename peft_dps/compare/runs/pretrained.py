@@ -1,8 +1,11 @@
-"""The pretrained model and its tokenizer: checked before anything runs, and loaded with a head for the task."""
+"""The pretrained model and its tokenizer: checked before anything runs, and loaded with a head, without notices."""
 
 from __future__ import annotations
 
+import warnings
+
 import torch
+from datasets.utils.logging import disable_progress_bar
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -11,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import logging as transformers_logging
 
 from peft_dps.compare.data.task import Task
 
@@ -19,6 +23,14 @@ _COUNT_FROM_PADDING = (
     *("camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet"),
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
+
+
+def quieten() -> None:
+    """Keep the libraries' progress bars and notices out of ours."""
+    disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|datasets)\.")
 
 
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:

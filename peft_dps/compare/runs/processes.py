@@ -80,7 +80,7 @@ class Processes:
             # A server imports the libraries once, and each process starts as a copy of it. Not with GPUs: a library
             # that looks for one while it is imported would leave the copies without.
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["peft_dps.compare.runs.timing"])
+            context.set_forkserver_preload(["peft_dps.compare.runs.timing", "peft_dps.compare.runs.training"])
             self._context: Any = context
         else:
             self._context = multiprocessing.get_context("spawn")

@@ -76,7 +76,8 @@ class Recorder(TrainerCallback):
             self.report(state.global_step, state.max_steps, f"loss {self.losses[-1]:.2f}{self._stage}")
 
     def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, metrics: Any = None, **kw: Any) -> None:
-        """Keep the evaluation."""
+        """Keep the evaluation; of two after the same step the latter, when the method has ended."""
+        self.evaluations = [look for look in self.evaluations if look.step != state.global_step]
         self.validation = {name: float(metrics[f"eval_{name}"]) for name in self.metrics}
         score = mean_score(self.validation, self.metrics)
         self.evaluations.append(Evaluation(state.global_step, metrics["eval_loss"], score))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, field, fields
 from typing import Any
 
+from peft_dps.compare.data.probe import LOSS
 from peft_dps.compare.runs.plan import PROTOCOL, Plan
 from peft_dps.compare.settings import Settings
 
@@ -67,6 +68,28 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Retention:
+    """What a model can do without being trained for it.
+
+    Attributes:
+        probe: Name of the probe.
+        metric: What it measures; `LOSS` is better the lower, all others the higher.
+        before: Of the pretrained model.
+        after: Of the trained one.
+    """
+
+    probe: str
+    metric: str
+    before: float
+    after: float
+
+    @property
+    def merit(self) -> float:
+        """What it is after training, signed so that higher is better."""
+        return -self.after if self.metric == LOSS else self.after
+
+
+@dataclass(frozen=True)
 class Run:
     """One training, finished or failed. What a failed one did not get to know keeps its default.
 
@@ -79,6 +102,7 @@ class Run:
         metrics: Names of the metrics whose mean is the score of the task.
         scores: Per test domain and metric, in the order of the task: the first domain is the one trained on. Empty in
             phase "tune".
+        retention: Per probe, what was measured before and after training; empty in phase "tune".
         validation: Per metric, on the validation split at the end.
         candidates: The learning rates tried on the validation split before this run; empty in phase "tune".
         config: The method's configuration, ready for JSON.
@@ -109,6 +133,7 @@ class Run:
     error: str = ""
     metrics: list[str] = field(default_factory=list)
     scores: dict[str, Scores] = field(default_factory=dict)
+    retention: list[Retention] = field(default_factory=list)
     validation: Scores = field(default_factory=dict)
     candidates: list[Candidate] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
@@ -168,6 +193,7 @@ class Timing:
         protocol: Version of the protocol.
         versions: As in `Run`.
         hardware: As in `Run`.
+        loading: Seconds of loading the model and tokenizing, as before each run.
     """
 
     model: str
@@ -181,6 +207,7 @@ class Timing:
     protocol: int = PROTOCOL
     versions: dict[str, str] = field(default_factory=dict)
     hardware: dict[str, Any] = field(default_factory=dict)
+    loading: float = 0.0
 
     def fits(self, plan: Plan) -> bool:
         """Tell whether runs of a plan took steps like those that were timed."""
@@ -199,7 +226,12 @@ def mean_score(values: Mapping[str, float], metrics: list[str]) -> float:
     return sum(values[name] for name in metrics) / len(metrics)
 
 
-_ROWS = {"candidates": Candidate, "evaluations": Evaluation, "selections": Selection}  # written as rows of values
+_ROWS = {  # written as rows of values
+    "candidates": Candidate,
+    "evaluations": Evaluation,
+    "selections": Selection,
+    "retention": Retention,
+}
 
 
 def to_json(record: Run | Timing) -> str:

@@ -6,7 +6,7 @@ import importlib
 import logging
 import math
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -17,19 +17,22 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from peft_dps.compare.data.assets import fetch_assets
+from peft_dps.compare.data.probes import load_probes, probed
 from peft_dps.compare.data.task import Task
 from peft_dps.compare.data.tasks import load_task
 from peft_dps.compare.methods.choice import Choice
 from peft_dps.compare.runs.comparison import EMBEDDED, Comparison
+from peft_dps.compare.runs.forecast import forecast
 from peft_dps.compare.runs.machine import hardware, versions
 from peft_dps.compare.runs.observer import Observer
 from peft_dps.compare.runs.plan import Plan
-from peft_dps.compare.runs.pretrained import check_model, longest_input
+from peft_dps.compare.runs.pretrained import check_model, longest_input, quieten
 from peft_dps.compare.runs.processes import Processes, Slot, WorkError, slots
 from peft_dps.compare.runs.results import Results, append, read
+from peft_dps.compare.runs.retention import asked_before
 from peft_dps.compare.runs.run import Candidate, Run, Timing
 from peft_dps.compare.runs.timing import time_steps
-from peft_dps.compare.runs.training import quieten, train
+from peft_dps.compare.runs.training import train
 from peft_dps.compare.runs.tuning import beyond, choose
 
 _logger = logging.getLogger(__name__)
@@ -82,13 +85,19 @@ def compare(comparison: Comparison, observer: Observer) -> Results:
         importlib.import_module(module)
     comparison.check()
     choices = [choice.checked() for choice in comparison.methods]
+    settings = comparison.settings.holding_out([choice.method for choice in choices if choice.is_tuned])
     quieten()
-    model_path = find_model(comparison)
+    is_embedded = comparison.model == EMBEDDED
+    model_path = str(fetch_assets(comparison.place.cache).model) if is_embedded else comparison.model
     check_model(model_path)
-    longest = longest_input(model_path, comparison.settings.max_length)
-    comparison = replace(comparison, settings=replace(comparison.settings, max_length=longest))
+    longest = longest_input(model_path, settings.max_length)
+    comparison = replace(comparison, settings=replace(settings, max_length=longest))
     own = {data.title: data for data in comparison.own}
     tasks = {name: load_task(name, comparison.settings, comparison.place, own) for name in comparison.task_names}
+    probes = load_probes(comparison.probes, comparison.settings, comparison.place)
+    for probe in probes:
+        probe.check(model_path)
+    tasks = {name: probed(task, probes) for name, task in tasks.items()}
     for task in tasks.values():
         for size in comparison.train_sizes:
             task.draw(size, comparison.seeds[0])
@@ -98,13 +107,6 @@ def compare(comparison: Comparison, observer: Observer) -> Results:
             return _Runner(comparison, choices, tasks, model_path, observer).run()
     except Timeout as error:
         raise ValueError(f"`output` {str(comparison.output)!r} is being written by another comparison.") from error
-
-
-def find_model(comparison: Comparison) -> str:
-    """Return where the model of a comparison is loaded from."""
-    if comparison.model == EMBEDDED:
-        return str(fetch_assets(comparison.place.cache).model)
-    return comparison.model
 
 
 class _Runner:
@@ -131,26 +133,69 @@ class _Runner:
         self.tuning_seeds = comparison.seeds[: comparison.tuning_seeds]
 
     def run(self) -> Results:
-        tries = sum(len(choice.rates) for choice in self.choices if choice.is_tuned) * len(self.tuning_seeds)
-        groups = len(self.tasks) * len(self.comparison.train_sizes)
-        self.observer.add(groups * (tries + len(self.choices) * len(self.comparison.seeds)))
+        asked = partial(asked_before, self.comparison, self.model_path, self.results, self.processes, self.observer)
+        self.tasks = {name: asked(task) for name, task in self.tasks.items()}
+        if self.comparison.timing:
+            self._time()
+        groups = []
         for task in self.tasks.values():
             for size in self.comparison.train_sizes:
                 drawn = {seed: task.draw(size, seed) for seed in self.comparison.seeds}
-                assign = partial(
-                    self._assign, size, {seed: (part, part.fingerprint()) for seed, part in drawn.items()}
+                groups.append(
+                    partial(self._assign, size, {seed: (part, part.fingerprint()) for seed, part in drawn.items()})
                 )
-                self._test(assign, self._tune(assign))
-        if self.comparison.timing:
-            self._time()
+        self._announce(groups)
+        for assign in groups:
+            self._test(assign, self._tune(assign))
         runs = {key: self.results.runs[key] for key in self.planned}
         return Results(runs, self.timed, self.results.damaged)
+
+    def _announce(self, groups: Sequence[_Assign]) -> None:
+        """Say how many runs there will be; of a rate that is yet to be chosen, any one stands for the run."""
+        wanted = []
+        for assign in groups:
+            wanted += self._tries(assign, {choice.variant: choice.rates for choice in self.choices if choice.is_tuned})
+            wanted += [
+                assign(choice, choice.rates[0], seed) for choice in self.choices for seed in self.comparison.seeds
+            ]
+        any_rate = {replace(self.results.runs[key].plan, learning_rate=0.0).key for key in self.finished}
+        left = [
+            each.plan
+            for each in wanted
+            if each.plan.key not in self.finished
+            and not (
+                each.choice.is_tuned
+                and each.plan.phase == "test"
+                and replace(each.plan, learning_rate=0.0).key in any_rate
+            )
+        ]
+        timings = {timing.task: timing for timing in self.timed}
+        sizes = {(each.plan.task, each.plan.train_size): each.task.sizes for each in wanted}
+        devices = 1 if self.gpu is None else len({slot.device for slot in slots(self.comparison.jobs)})
+
+        def cost(plan: Plan) -> float:
+            return forecast(plan, sizes[plan.task, plan.train_size], timings[plan.task]) / devices
+
+        known = timings.keys() >= self.tasks.keys()
+        self.observer.expect([each.plan for each in wanted], left, cost if known else None)
+
+    def _tries(self, assign: _Assign, rates: Mapping[str, Sequence[float]]) -> list[_Assignment]:
+        """Return the runs that try learning rates, which are given by variant."""
+        assignments = [
+            assign(choice, rate, seed)
+            for choice in self.choices
+            for seed in self.tuning_seeds
+            for rate in rates.get(choice.variant, ())
+        ]
+        return [replace(each, plan=replace(each.plan, phase="tune", probes={})) for each in assignments]
 
     def _assign(
         self, size: int | None, drawn: dict[int, tuple[Task, str]], choice: Choice, rate: float, seed: int
     ) -> _Assignment:
         task, data = drawn[seed]
-        return _Assignment(replace(self._plan(choice, rate, task.name, size, seed), data=data), choice, task)
+        probes = {probe.name: probe.fingerprint() for probe in task.probes}
+        plan = replace(self._plan(choice, rate, task.name, size, seed), data=data, probes=probes)
+        return _Assignment(plan, choice, task)
 
     def _plan(self, choice: Choice, rate: float, task: str, size: int | None, seed: int) -> Plan:
         return Plan(
@@ -170,15 +215,9 @@ class _Runner:
         wanted = {choice.variant: choice.rates for choice in self.choices if choice.is_tuned}
         tried: dict[str, list[Run]] = {variant: [] for variant in wanted}
         for round_ in range(1 + EXTENSIONS):
-            assignments = [
-                assign(choice, rate, seed)
-                for choice in self.choices
-                for seed in self.tuning_seeds
-                for rate in wanted.get(choice.variant, ())
-            ]
-            assignments = [replace(each, plan=replace(each.plan, phase="tune")) for each in assignments]
+            assignments = self._tries(assign, wanted)
             if round_:
-                self.observer.add(len(assignments))
+                self.observer.add([each.plan for each in assignments if each.plan.key not in self.finished])
             self._run_all(assignments)
             for each in assignments:
                 tried[each.choice.variant].append(self.results.runs[each.plan.key])
@@ -208,8 +247,6 @@ class _Runner:
     def _run_all(self, wanted: Sequence[_Assignment]) -> None:
         self.planned += [assignment.plan.key for assignment in wanted]
         missing = [assignment for assignment in wanted if assignment.plan.key not in self.finished]
-        if len(missing) < len(wanted):
-            self.observer.skip(len(wanted) - len(missing))
         with ThreadPoolExecutor(self.comparison.jobs) as pool:
             try:
                 for future in as_completed([pool.submit(self._run, assignment) for assignment in missing]):
@@ -269,7 +306,7 @@ class _Runner:
         return None
 
     def _measure(self, plans: Sequence[Plan], task: Task) -> Timing | None:
-        self.observer.say(f"Timing steps side by side on {task.name} ...")
+        self.observer.say(f"Measuring a step of each method on {task.name} ...")
         arguments = (plans, task, self.model_path, TIMED_STEPS)
         try:
             timing: Timing = self.processes.run(time_steps, arguments, Slot(slots(1)[0].device))

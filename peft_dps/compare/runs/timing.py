@@ -14,10 +14,9 @@ from peft_dps.compare.data.task import Task, tokenize
 from peft_dps.compare.methods.table import find_method
 from peft_dps.compare.runs.machine import hardware, synchronize, versions
 from peft_dps.compare.runs.plan import Plan
-from peft_dps.compare.runs.pretrained import load_model, load_tokenizer
+from peft_dps.compare.runs.pretrained import load_model, load_tokenizer, quieten
 from peft_dps.compare.runs.recorder import Report
 from peft_dps.compare.runs.run import Timing
-from peft_dps.compare.runs.training import quieten
 
 WARM_UP = 2
 
@@ -33,19 +32,20 @@ def time_steps(plans: Sequence[Plan], task: Task, model_path: str, steps: int, r
         report: Told of every round.
     """
     quieten()
-    plan = plans[0]
+    plan, started = plans[0], time.perf_counter()
     tokenizer = load_tokenizer(model_path)
     data = tokenize(task.train, tokenizer, plan.settings.max_length)
     size = min(plan.settings.batch_size, len(data))
     batch = DataCollatorWithPadding(tokenizer)([data[index] for index in range(size)])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    steppers = {}
+    tokenized, steppers = time.perf_counter(), {}
     for each in plans:
         base = load_model(task, model_path, plan.seed, tokenizer, plan.settings.attention)
         switch = WARM_UP + steps // 2  # one, in the middle of the timed steps
         model, _ = find_method(each.method).apply(base, each.options, stage_steps=switch)
         steppers[each.variant] = _Stepper(model, device, plan.settings.precision)
+    loading = tokenized - started + (time.perf_counter() - tokenized) / len(plans)
     seconds: dict[str, list[float]] = {name: [] for name in steppers}
     for number in range(WARM_UP + steps):
         for name, stepper in steppers.items():
@@ -64,6 +64,7 @@ def time_steps(plans: Sequence[Plan], task: Task, model_path: str, steps: int, r
         max_length=plan.settings.max_length,
         versions=versions(),
         hardware=hardware(),
+        loading=round(loading, 3),
     )
 
 

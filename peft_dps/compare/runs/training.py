@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets.arrow_dataset import Dataset
-from datasets.utils.logging import disable_progress_bar
 from torch import nn
 from transformers import (
     DataCollatorWithPadding,
@@ -25,7 +24,6 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.utils import logging as transformers_logging
 
 from peft_dps.compare.data.metrics import measure
 from peft_dps.compare.data.task import Task, tokenize
@@ -34,8 +32,9 @@ from peft_dps.compare.runs.dps import score_before_training
 from peft_dps.compare.runs.machine import hardware, versions
 from peft_dps.compare.runs.memory import PeakMemory
 from peft_dps.compare.runs.plan import Plan
-from peft_dps.compare.runs.pretrained import load_model, load_tokenizer
+from peft_dps.compare.runs.pretrained import load_model, load_tokenizer, quieten
 from peft_dps.compare.runs.recorder import Recorder, Report, thinned
+from peft_dps.compare.runs.retention import retention
 from peft_dps.compare.runs.run import Candidate, Run
 from peft_dps.compare.settings import Settings
 
@@ -62,14 +61,20 @@ def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[
     data = tokenize(task.train, tokenizer, plan.settings.max_length)
     memory = PeakMemory()
     base = load_model(task, model_path, plan.seed, tokenizer, plan.settings.attention)
-    model, config = find_method(plan.method).apply(base, plan.options, plan.seed)
+    method = find_method(plan.method)
+    model, config = method.apply(base, plan.options, plan.seed)
     is_test = plan.phase == "test"
-    recorder = Recorder(task.metrics, plan.settings.evaluations if is_test else 1, report)
+    looks = (plan.settings.evaluations if is_test else 1) if len(task.validation) else 0
+    recorder = Recorder(task.metrics, looks, report)
     collator = _Collator(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(plan, task, tokenizer, model, data, collator, recorder, folder)
         score_before_training(model, data.select(range(min(SCORED, len(data)))), DataCollatorWithPadding(tokenizer))
         trainer.train()
+        peak = memory.peak  # before anything else is held
+        pretrained = partial(load_model, task, model_path, plan.seed, tokenizer, plan.settings.attention)
+        if method.end(model, pretrained, plan.options) and recorder.looks:
+            trainer.evaluate()
         run = Run(
             plan=plan,
             title=title,
@@ -81,19 +86,12 @@ def train(plan: Plan, title: str, task: Task, model_path: str, candidates: list[
         )
         if not is_test:
             return run
-        run = replace(run, peak_memory=memory.peak, memory_kind=memory.kind)  # before anything else is held
+        run = replace(run, peak_memory=peak, memory_kind=memory.kind, order=collator.fingerprint())
         scores = _test(trainer, task, tokenizer, plan.settings)
-        run = replace(run, scores=scores, file_size=_saved_size(model, folder), order=collator.fingerprint())
+        kept = retention(model, task, tokenizer, model_path, plan.settings.max_length)
+        run = replace(run, scores=scores, retention=kept, file_size=_saved_size(model, folder))
     run = replace(run, candidates=candidates, config=config, examples=task.sizes)
     return replace(_recorded(run, recorder, model), versions=versions(), hardware=hardware())
-
-
-def quieten() -> None:
-    """Keep the libraries' progress bars and notices out of ours."""
-    disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|accelerate|datasets)\.")
 
 
 class _Trainer(Trainer):
@@ -137,7 +135,9 @@ def _trainer(
         model=model,
         args=_arguments(plan, folder),
         train_dataset=data.add_column("row", list(range(len(data)))),
-        eval_dataset=_by_length(tokenize(task.validation, tokenizer, plan.settings.max_length)),
+        eval_dataset=(
+            _by_length(tokenize(task.validation, tokenizer, plan.settings.max_length)) if recorder.looks else None
+        ),
         data_collator=collator,
         compute_metrics=_metrics(task),
         callbacks=[recorder],

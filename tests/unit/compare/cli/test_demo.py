@@ -22,7 +22,7 @@ def test_demo_on_the_users_model_and_data(model_folder, data_files, tmp_path, ca
     status = main(arguments)
     shown = " ".join(capsys.readouterr().out.split())
     assert status == 0, shown
-    for text in ("full fine-tuning", "LoRA", "BitFit", "DPS Dense", "DPS Mix", "elsewhere", "step time"):
+    for text in ("full FT", "LoRA", "BitFit", "DPS Dense", "DPS Mix", "elsewhere", "step time"):
         assert text in shown
     assert "Proof that DPS Dense; DPS Mix engaged, at the end of their last SUBNETWORK: " in shown
     assert "each accuracy is uncertain by up to" in shown
@@ -39,7 +39,7 @@ def test_demo_on_the_users_model_and_data(model_folder, data_files, tmp_path, ca
         "dps-mix",
     ]
     assert len({run.order for run in results.reported}) == 1
-    assert set(dense.scores) == {"train", "elsewhere"}
+    assert set(dense.scores) == {"test", "elsewhere"}
     assert dense.trainable == mix.trainable == full.trainable > bitfit.trainable
     assert dense.frozen_moved is mix.frozen_moved is False
     assert "subnetwork 1/1" in dense.status

@@ -21,14 +21,14 @@ def make(data_files, monkeypatch):
 def test_a_fifth_is_tested_on_where_there_is_no_test(make, data_files):
     task = make(others={"far": str(data_files / "elsewhere.csv")}).task(Settings())
     assert task.name == "train"
-    assert task.sizes == {"train": 39, "validation": 9, "test/train": 12, "test/far": 60}
-    assert not set(task.train.texts) & set(task.tests["train"].texts)
+    assert task.sizes == {"train": 39, "validation": 9, "test/test": 12, "test/far": 60}
+    assert not set(task.train.texts) & set(task.tests["test"].texts)
 
 
 def test_the_test_data_given_is_tested_on(make, data_files):
     task = make(test=str(data_files / "elsewhere.csv"), name="mood", metrics=["accuracy", "f1"]).task(Settings())
     assert task.name == "mood"
-    assert task.sizes == {"train": 48, "validation": 12, "test/mood": 60}
+    assert task.sizes == {"train": 48, "validation": 12, "test/elsewhere": 60}
     assert task.metrics == ("accuracy", "f1")
 
 
@@ -38,7 +38,7 @@ def test_a_test_that_lacks_a_class_keeps_the_numbers_of_the_others(make, data_fi
     (data_files / "three.csv").write_text("\n".join(three))
     task = make(source=str(data_files / "three.csv"), test=str(data_files / "elsewhere.csv")).task(Settings())
     assert task.train.label_names == ("down", "level", "up")
-    assert set(task.tests["three"].labels) == {0, 2}
+    assert set(task.tests["elsewhere"].labels) == {0, 2}
 
 
 def test_a_test_may_have_one_class_alone(make, data_files):
@@ -47,9 +47,9 @@ def test_a_test_may_have_one_class_alone(make, data_files):
     assert set(task.tests["far"].labels) == {1}
 
 
-def test_a_further_domain_does_not_replace_the_task_itself(make, data_files):
-    with pytest.raises(ValueError, match="`other` must not have the name of the data itself, got 'train'"):
-        make(others={"train": str(data_files / "elsewhere.csv")}).task(Settings())
+def test_a_further_domain_does_not_replace_the_test(make, data_files):
+    with pytest.raises(ValueError, match="`other` must not have the name of the test data, got 'test'"):
+        make(others={"test": str(data_files / "elsewhere.csv")}).task(Settings())
 
 
 def test_labels_that_do_not_fit_are_named(make, data_files):

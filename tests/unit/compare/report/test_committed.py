@@ -11,6 +11,7 @@ import pytest
 
 from peft_dps.compare.cli.specification import read_specification, to_comparison
 from peft_dps.compare.report import report
+from peft_dps.compare.report.csv_files import FILES
 
 FOLDER = Path(__file__).parents[4] / "docs" / "results"
 COMPARISONS = sorted(path for path in FOLDER.glob("*.toml") if path.with_suffix(".jsonl").exists())
@@ -22,7 +23,7 @@ def test_results_give_their_report(path, tmp_path, monkeypatch):
     committed = FOLDER / path.stem
     monkeypatch.setattr(report, "save", lambda figure, path: path.touch())  # pictures take long
     report.write_report(FOLDER / comparison.output.name, tmp_path, comparison.reference)
-    for name in ("report.md", "scores.csv", "costs.csv", "overall.csv", "runs.csv"):
+    for name in ("report.md", *FILES):
         assert (tmp_path / name).read_bytes() == (committed / name).read_bytes(), name
     drawn, kept = ({path.name for path in (folder / "figures").iterdir()} for folder in (tmp_path, committed))
     assert drawn == kept

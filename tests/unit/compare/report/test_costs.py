@@ -31,21 +31,6 @@ def test_steps_to_the_score_of_the_reference_are_paired_by_seed():
         (None, 0, 0),
         (math.inf, 1, 2),
     ]
-    assert {each.time_to_reference for each in costs} == {None}  # no step was timed
-
-
-def test_time_to_the_score_of_the_reference_is_that_of_its_steps():
-    full = MethodRuns("full", "full", {0: run("full", 0, [0.2, 0.4, 0.6, 0.5])})
-    fast = MethodRuns("lora", "LoRA", {0: run("lora", 0, [0.5, 0.5, 0.5, 0.5])})
-    slow = MethodRuns("slow", "slow", {0: run("slow", 0, [0.1, 0.1, 0.1, 0.1])})
-    untimed = MethodRuns("late", "late", {0: run("late", 0, [0.5, 0.5, 0.5, 0.5])})
-    methods = full, fast, slow, untimed
-    seconds = {"full": [2.0], "lora": [1.0], "slow": [4.0]}
-    timed = costs_of(experiment(*methods, timing=Timing("tiny", "cola", 16, 32, seconds)))
-    assert [each.time_to_reference for each in timed] == [0.75, 0.125, math.inf, None]
-    without = costs_of(experiment(*methods, timing=Timing("tiny", "cola", 16, 32, {"lora": [1.0], "slow": [4.0]})))
-    assert {each.time_to_reference for each in without} == {None}
-    assert without[1].steps_to_reference == 1
 
 
 def test_costs_are_medians_of_the_finished_runs():

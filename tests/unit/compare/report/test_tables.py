@@ -34,13 +34,12 @@ def test_scores():
     lora = [run("lora", seed, 0.6 + 0.01 * seed if seed else None) for seed in range(4)]
     (experiment,) = experiments(*full, *lora)
     table = score_table(experiment, "cola")
-    assert table.title == "cola (in domain), 100 x m"
+    assert table.title == "cola: 100 x m"
     assert cells(table, "full") == {
         "method": "full",
         "seeds": "5",
         "mean": "52.00",
         "std": "1.58",
-        "max": "54.00",
         "95% interval": "50.80 to 53.20",
         "vs full": "-",
         "p": "-",
@@ -52,10 +51,9 @@ def test_scores():
     assert (own["p"], own["p (Holm)"]) == ("0.2500", "0.2500")
     assert table.best == {1}
     assert table.notes == (
-        "Highest mean: lora, 62.00.",
         (
-            "With 3 pairs p is at best 0.2500, and 0.2500 after correction over 1 comparison: no difference, however "
-            "large, could be significant here. It takes 6 pairs."
+            "Highest mean: lora, 62.00. No method differs from full beyond chance, which 3 pairs of runs could not "
+            "show: it takes 6."
         ),
     )
 
@@ -63,9 +61,9 @@ def test_scores():
 @pytest.mark.parametrize(
     ("gain", "verdict"),
     [
-        (0.1, "Significantly different from full: lora (+10.00)."),
-        (-0.1, "Significantly different from full: lora (-10.00)."),
-        (0.0, "Nothing differs significantly from full."),
+        (0.1, "Beyond chance, lora (+10.0) differs from full."),
+        (-0.1, "Beyond chance, lora (-10.0) differs from full."),
+        (0.0, "No method differs from full beyond chance."),
     ],
 )
 def test_what_seven_seeds_tell(gain, verdict):
@@ -74,19 +72,17 @@ def test_what_seven_seeds_tell(gain, verdict):
     ]
     table = score_table(experiments(*runs)[0], "cola")
     assert verdict in table.notes[0]
-    assert table.notes[1] == "With 7 pairs p is at best 0.0156, and 0.0156 after correction over 1 comparison."
 
 
 def test_equal_means_are_named_together():
     table = score_table(experiments(run("full", 0, 0.5), run("lora", 0, 0.5))[0], "cola")
-    assert table.notes[0] == "Highest mean: full and lora, 50.00."
+    assert table.notes[0] == "Highest mean: full and lora, 50.00. One seed cannot tell a method from full."
     assert table.best == {0, 1}
 
 
-def test_one_seed_is_enough_for_a_table():
+def test_one_seed_has_no_columns_of_what_it_cannot_tell():
     (experiment,) = experiments(run("full", 0, 0.5), run("lora", 0, 0.6))
-    own = cells(score_table(experiment, "cola"), "lora")
-    assert (own["std"], own["95% interval"], own["p"]) == ("-", "-", "1.0000")
+    assert score_table(experiment, "cola").header == ("method", "seeds", "mean", "vs full", "mean rank")
 
 
 def test_costs():
@@ -97,17 +93,14 @@ def test_costs():
     assert cells(table, "lora") == {
         "method": "lora",
         "learning rate": "0.0001",
-        "entries trained": "1,234,567",
-        "of them in SUBNETWORK": "-",
+        "entries trained": "1.23M",
         "steps to score of full": "never (0 of 1)",
         "step time": "0.50 x",
-        "time to score of full": "never",
         "training time": "12 s",
         "peak memory (cuda)": "300 MiB",
         "file size": "0.50 MiB",
     }
-    own = cells(table, "full")
-    assert (own["steps to score of full"], own["time to score of full"]) == ("1 (1 of 1)", "1.00 x")
+    assert cells(table, "full")["steps to score of full"] == "1 (1 of 1)"
     assert table.notes[0] == "Trained in fp32, 16 examples a step, 3 epochs."
     assert (
         "median of 2 rounds in which each method took one step in turn, of 16 examples of 32 tokens" in table.notes[1]
@@ -120,7 +113,7 @@ def test_costs_without_timed_steps_are_in_steps():
     (experiment,) = experiments(Run(plan, "full", "", ["m"], {"cola": {"m": 0.5}}, evaluations=looks))
     table = cost_table(experiment)
     assert cells(table, "full")["steps to score of full"] == "1 (1 of 1)"
-    assert not {"step time", "time to score of full"} & set(table.header)
+    assert "step time" not in table.header
     assert table.notes[0] == "Trained in bf16 (mixed precision), 16 examples a step, 3 epochs."
 
 
@@ -150,11 +143,10 @@ def test_methods_without_dropout_are_set_beside_full_fine_tuning_without_it():
         "Like for like, beside full-nodropout: lora-nodropout +2.00 (p {0}, Holm {1}); "
         "dps-dense-nodropout -5.00 (p {0}, Holm {1})."
     )
-    assert score_table(found[0], "a").notes[-2] == expected.format("0.5000", "1.0000")
-    assert score_table(found[0], "a").notes[-1].startswith("With 2 pairs p is at best 0.5000, and 1.0000 after")
-    assert overall_table(found).notes[-2] == expected.format("0.1250", "0.2500")
+    assert score_table(found[0], "a").notes[-1] == expected.format("0.5000", "1.0000")
+    assert overall_table(found).notes[-1] == expected.format("0.1250", "0.2500")
     partly = experiments(*(each for each in runs if (each.plan.task, each.plan.method) != ("b", "full-nodropout")))
-    assert "beside full-nodropout, on 1 of 2 tasks: " in overall_table(partly).notes[-2]
+    assert "beside full-nodropout, on 1 of 2 tasks: " in overall_table(partly).notes[-1]
     asked_for = experiments_of(Results({each.plan.key: each for each in runs}), "lora")
     assert "Like for like" not in " ".join(score_table(asked_for[0], "a").notes)
     by_option = [
@@ -163,7 +155,7 @@ def test_methods_without_dropout_are_set_beside_full_fine_tuning_without_it():
         if each.plan.method == "full-nodropout"
     ]
     others = [each for each in runs if each.plan.method != "full-nodropout"]
-    assert "Like for like, beside full" in score_table(experiments(*others, *by_option)[0], "a").notes[-2]
+    assert "Like for like, beside full" in score_table(experiments(*others, *by_option)[0], "a").notes[-1]
     alone = experiments(*others)
     assert "Like for like" not in " ".join(score_table(alone[0], "a").notes)
 

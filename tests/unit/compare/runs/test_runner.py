@@ -18,7 +18,8 @@ from peft_dps.compare.runs.comparison import Comparison
 from peft_dps.compare.runs.observer import Observer
 from peft_dps.compare.runs.processes import Processes, WorkError
 from peft_dps.compare.runs.results import read
-from peft_dps.compare.runs.run import Evaluation, Run, Timing
+from peft_dps.compare.runs.retention import measure_pretrained
+from peft_dps.compare.runs.run import Evaluation, Retention, Run, Timing
 from peft_dps.compare.runs.runner import compare
 from peft_dps.compare.settings import Settings
 
@@ -29,7 +30,7 @@ class Trainings:
     """Stands in for processes: remembers what was asked for, and fails as told."""
 
     def __init__(self):
-        self.plans, self.tasks, self.timed = [], [], []
+        self.plans, self.tasks, self.timed, self.asked = [], [], [], 0
         self.fails = lambda plan: ""
         self.scores = {1e-4: 0.6, 1e-3: 0.7}
 
@@ -38,6 +39,9 @@ class Trainings:
             self.timed.append([plan.variant for plan in arguments[0]])
             first, times = arguments[0][0], {plan.variant: [1.0] for plan in arguments[0]}
             return Timing(first.model, first.task, 16, 8, times, precision=first.settings.precision)
+        if function is measure_pretrained:
+            self.asked += 1
+            return dict.fromkeys((probe.name for probe in arguments[0].probes), 0.8)
         plan, title, task, _, candidates = arguments
         self.plans.append(plan)
         self.tasks.append(task)
@@ -53,6 +57,7 @@ class Trainings:
             validation=score,
             candidates=candidates,
             examples=task.sizes,
+            retention=[Retention(name, "spearman", before, 0.6) for name, before in task.pretrained.items()],
             evaluations=[Evaluation(2, 0.5, score["accuracy"])],
         )
 
@@ -153,6 +158,27 @@ def test_a_single_rate_is_not_tried(trainings, comparison, run):
     assert [one.chosen for one in results.reported[0].candidates] == [True]
 
 
+def test_nothing_is_held_out_where_every_rate_is_given(trainings, comparison, run):
+    one = [Choice("full", learning_rates=(1e-3,))]
+    asked = replace(comparison, methods=one, settings=Settings(), train_sizes=[None])
+    run(asked)
+    assert [(len(task.train), len(task.validation)) for task in trainings.tasks] == [(48, 0)] * 2
+    run(replace(asked, settings=Settings(validation_size=8)))
+    assert len(trainings.tasks[-1].validation) == 8
+    run(replace(asked, methods=comparison.methods, settings=Settings()))
+    assert len(trainings.tasks[-1].validation) == 9
+    with pytest.raises(ValueError, match="`validation_size` must be above 0 to choose a learning rate for full, lora"):
+        run(replace(asked, methods=comparison.methods, settings=Settings(validation_size=0)))
+
+
+def test_runs_and_their_time_are_said_before_they_begin(trainings, comparison, run, shown):
+    run(comparison)
+    lines = shown.getvalue().splitlines()
+    assert lines[0] == "Measuring a step of each method on train ..."
+    assert lines[1] == "4 runs to report, 4 to choose learning rates; about 56 s left."
+    assert lines[2].startswith("1/8 ")
+
+
 def test_finished_runs_are_not_repeated(trainings, comparison, run, shown):
     first = run(comparison)
     trainings.plans.clear()
@@ -162,7 +188,8 @@ def test_finished_runs_are_not_repeated(trainings, comparison, run, shown):
     more = run(replace(comparison, seeds=[0, 1, 2]))
     assert [(plan.method, plan.seed) for plan in trainings.plans] == [("full", 2), ("lora", 2)]
     assert len(more.reported) == 6
-    assert shown.getvalue().count("4 runs are finished already") == 4  # tries and tests, twice
+    assert "4 runs to report, 4 to choose learning rates; 8 are finished already" in shown.getvalue()
+    assert "6 runs to report, 4 to choose learning rates; 8 are finished already" in shown.getvalue()
 
 
 def test_steps_are_timed_again_in_another_precision(trainings, comparison, run):
@@ -216,7 +243,7 @@ def test_a_crash_is_recorded_and_the_others_go_on(trainings, comparison, run, sh
     assert [(item.plan.method, item.plan.seed, item.error) for item in failed] == [("lora", 1, "ValueError: no")]
     assert failed[0].versions
     assert len(results.reported) == 4
-    assert "LoRA, train, 20 examples, seed 1: failed: ValueError: no" in shown.getvalue()
+    assert "LoRA, seed 1: failed: ValueError: no" in shown.getvalue()
     log = comparison.output.with_name("runs.jsonl.failures.log").read_text()
     assert f"{failed[0].plan.key} lora train seed 1: ValueError: no\nTraceback ..." in log
     trainings.fails = lambda plan: ""
@@ -300,3 +327,24 @@ def test_what_cannot_work_is_named_before_anything_runs(fields, error, message, 
         run(replace(comparison, **fields))
     assert trainings.plans == []
     assert not comparison.output.exists()
+
+
+def test_probes_are_measured_once_before_training_and_in_no_trial(trainings, comparison, run, tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("\n".join(["sentence1,sentence2,score", *(f"one {i},two {i},{i}" for i in range(12))]))
+    results = run(replace(comparison, probes=[str(path)]))
+    tried = [plan.probes for plan in trainings.plans if plan.phase == "tune"]
+    assert tried == [{}] * 4
+    assert {tuple(plan.probes) for plan in trainings.plans if plan.phase == "test"} == {("pairs",)}
+    assert trainings.asked == 1
+    assert {run.retention[0].before for run in results.reported} == {0.8}
+    run(replace(comparison, probes=[str(path)], seeds=[0, 1, 2]))  # goes on with what is known
+    assert trainings.asked == 1
+    assert len(trainings.plans) == 4 + 6
+
+
+def test_a_probe_that_cannot_be_measured_stops_before_training(trainings, comparison, run, tmp_path):
+    (tmp_path / "plain.txt").write_text("some text")
+    with pytest.raises(ValueError, match="with the head that it was pretrained with"):
+        run(replace(comparison, probes=[str(tmp_path / "plain.txt")]))
+    assert trainings.plans == []

@@ -1,0 +1,123 @@
+"""What fine-tuning kept of what the pretrained model could do, beside what it gained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from peft_dps.compare.data.probe import LOSS
+from peft_dps.compare.report.experiment import OTHERS, PROBE, Experiment
+from peft_dps.compare.report.formatting import NONE, p_value, points
+from peft_dps.compare.report.scores import MethodScores, method_scores
+from peft_dps.compare.report.significance import LEVEL
+from peft_dps.compare.report.table import Table
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Something that fine-tuning may keep or destroy.
+
+    Attributes:
+        place: What `MethodRuns.scores` takes for it.
+        title: What tables and figures call it.
+        metric: What it measures.
+        before: Of the pretrained model; None where it cannot do it without training.
+    """
+
+    place: str
+    title: str
+    metric: str
+    before: float | None = None
+
+    def natural(self, merit: float) -> float:
+        """Return a value or a difference, of which higher is better, as the metric has it."""
+        return 0.0 - merit if self.metric == LOSS else merit
+
+    def show(self, merit: float | None, *, sign: bool = False) -> str:
+        """Write such a value or difference."""
+        if self.metric != LOSS:
+            return points(merit, sign=sign)
+        return NONE if merit is None or math.isnan(merit) else f"{self.natural(merit):{'+' if sign else ''}.3f}"
+
+    @property
+    def unit(self) -> str:
+        """The metric, as values are written in it."""
+        return "loss a token, lower is better" if self.metric == LOSS else f"100 x {self.metric}"
+
+
+def measures_of(experiment: Experiment) -> list[Measure]:
+    """Return the probes of an experiment, and its other test domains together if there are any."""
+    kept = {each.probe: each for run in experiment.runs for each in run.retention}
+    found = [
+        Measure(PROBE + name, name, each.metric, -each.before if each.metric == LOSS else each.before)
+        for name, each in kept.items()
+    ]
+    if found and len(experiment.domains) > 1:
+        found.append(Measure(OTHERS, "other domains", experiment.metric))
+    return found
+
+
+def retention_table(experiment: Experiment, measure: Measure) -> Table:
+    """Lay out what the methods kept of something, beside what they gained."""
+    found, base = method_scores(experiment, measure.place), experiment.reference_title
+    gained = {each.method.variant: each.mean for each in method_scores(experiment, experiment.domains[0])}
+    columns: dict[str, Callable[[MethodScores], str]] = {
+        "method": lambda each: each.method.title,
+        f"gained: {experiment.domains[0]}": lambda each: points(gained[each.method.variant]),
+        f"kept: {measure.title}": lambda each: measure.show(each.mean),
+        "std": lambda each: measure.show(each.deviation).lstrip("-") or NONE,
+        "95% interval": lambda each: _interval(measure, each),
+        "change": lambda each: measure.show(_change(measure, each), sign=True),
+        f"vs {base}": lambda each: measure.show(each.difference, sign=True),
+        "p": lambda each: p_value(each.p),
+        "p (Holm)": lambda each: p_value(each.corrected_p),
+    }
+    known = [each for each in found if each.values]
+    best = max((each.mean for each in known), default=math.nan)
+    said = _kept(experiment, measure, found)
+    notes = [f"{said[0].upper()}{said[1:]}."] if said else []
+    stressed = frozenset(index for index, each in enumerate(found) if measure.show(each.mean) == measure.show(best))
+    title = f"Kept: {measure.title}, {measure.unit}"
+    return Table.of(title, columns, found, notes=tuple(notes), best=stressed if known else frozenset())
+
+
+def kept(experiments: Sequence[Experiment]) -> str:
+    """Say of each probe of an experiment what the reference leaves of it, and which methods leave more or less.
+
+    Of several experiments nothing is said together: their probes are as different as their tasks.
+    """
+    if len(experiments) > 1:
+        return ""
+    (experiment,) = experiments
+    measures = [measure for measure in measures_of(experiment) if measure.before is not None]
+    said = (_kept(experiment, measure, method_scores(experiment, measure.place)) for measure in measures)
+    return "; ".join(filter(None, said))
+
+
+def _kept(experiment: Experiment, measure: Measure, found: Sequence[MethodScores]) -> str:
+    base = next((each for each in found if each.method is experiment.reference and each.values), None)
+    if base is None:
+        return ""
+    after = f"{measure.show(base.mean)} with {base.method.title}"
+    before = "is" if measure.before is None else f"goes from {measure.show(measure.before)} to"
+    said = f"{measure.title} ({measure.unit}) {before} {after}"
+    clear = [each for each in found if each.corrected_p is not None and each.corrected_p <= LEVEL]
+    for word, sign in (("more", 1), ("less", -1)):
+        names = [
+            f"{each.method.title} ({measure.show(each.difference, sign=True)})"
+            for each in clear
+            if sign * (each.difference or 0) > 0
+        ]
+        if names:
+            said += f", and beyond chance {', '.join(names)} keep{'s' * (len(names) == 1)} {word}"
+    return said
+
+
+def _interval(measure: Measure, scores: MethodScores) -> str:
+    ends = sorted(scores.interval or (), key=measure.natural)
+    return " to ".join(map(measure.show, ends)) or NONE
+
+
+def _change(measure: Measure, scores: MethodScores) -> float | None:
+    return scores.mean - measure.before if measure.before is not None and scores.values else None

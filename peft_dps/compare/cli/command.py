@@ -95,7 +95,7 @@ def _make_runs(comparison: Comparison, report: Path | None, console: Console) ->
         results = compare(comparison, observer)
     experiments = experiments_of(results, comparison.reference)
     for experiment in experiments:
-        _show([overview_table(experiment)], checks(experiment), console)
+        _show(overview_table(experiment), checks(experiment), console)
     console.print(Text(conclusion(experiments), style="bold"))
     console.print(f"Results: {comparison.output}", markup=False, soft_wrap=True)
     if report is not None:
@@ -117,16 +117,17 @@ def _leave_report(comparison: Comparison, folder: Path, console: Console) -> Non
 
 def _report(options: argparse.Namespace, console: Console) -> int:
     output = options.output or report_folder(options.results)
-    for section in write_report(options.results, output, Choice.parse(options.reference).variant):
-        _show(section.tables, section.checks, console)
+    page = write_report(options.results, output, Choice.parse(options.reference).variant)
+    for section in page.sections:
+        _show(section.tables[0], section.checks, console)
+    console.print(Text(page.conclusion, style="bold"))
     console.print(f"Report: {output / PAGE}", markup=False, soft_wrap=True)
     return 0
 
 
-def _show(tables: Iterable[Table], warnings: Iterable[str], console: Console) -> None:
-    for table in tables:
-        for part in table.to_rich(console.width):
-            console.print(part, highlight=False)
+def _show(table: Table, warnings: Iterable[str], console: Console) -> None:
+    for part in table.to_rich(console.width):
+        console.print(part, highlight=False)
     for warning in warnings:
         console.print(f"! {warning}", markup=False, highlight=False)
     console.print()

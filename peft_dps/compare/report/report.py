@@ -37,7 +37,7 @@ _CAPTIONS = {
 }
 
 
-def write_report(source: Path | Sequence[Path], output: Path, reference: str = REFERENCE) -> list[Section]:
+def write_report(source: Path | Sequence[Path], output: Path, reference: str = REFERENCE) -> Page:
     """Write tables, figures, a Markdown file and an HTML page. The same result files give the same tables.
 
     Args:
@@ -46,7 +46,7 @@ def write_report(source: Path | Sequence[Path], output: Path, reference: str = R
         reference: The method that the others are tested against, with its options if it has any.
 
     Returns:
-        The sections of the report.
+        What the report says.
 
     Raises:
         DataError: A file does not exist, or none holds a run to report.
@@ -80,7 +80,7 @@ def write_report(source: Path | Sequence[Path], output: Path, reference: str = R
     )
     (output / "report.md").write_text(to_markdown(page, output), encoding="utf-8")
     (output / PAGE).write_text(to_html(page), encoding="utf-8")
-    return sections
+    return page
 
 
 def report_folder(sources: Sequence[Path]) -> Path:

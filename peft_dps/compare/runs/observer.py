@@ -64,7 +64,7 @@ class Observer:
         tries = sum(plan.phase == "tune" for plan in plans)
         text = f"{len(plans) - tries} runs to report" + (f", {tries} to choose learning rates" if tries else "")
         if finished := len(plans) - len(left):
-            text += f"; {finished} are finished already and are not repeated"
+            text += f"; {finished} are finished already"
         self.say(f"{text}; {self._time_left()}." if cost and left else f"{text}.")
 
     def add(self, plans: Sequence[Plan]) -> None:

@@ -79,7 +79,7 @@ def test_a_comparison_that_is_killed_goes_on(command, data_files, my_methods, ca
     assert len({run.order for run in results.runs.values() if run.plan.seed == 0 and not run.failed}) == 1
     for text in (
         "failed: RuntimeError: it is broken",
-        "are not repeated",
+        "are finished already",
         "Proof that",
         "in 2 of 2 runs; with seed 0",
     ):

@@ -99,8 +99,8 @@ def test_a_model_and_data_sets_come_from_the_hub(hub, tmp_path):
     runs = {run.plan.task: run for run in read(output).runs.values()}
     assert set(runs) == {"glue/rte", "reviews"}
     assert {run.plan.model for run in runs.values()} == {"me/tiny"}
-    assert runs["glue/rte"].examples == {"train": 32, "validation": 8, "test/rte": 40}
-    assert runs["reviews"].examples == {"train": 48, "validation": 12, "test/reviews": 60}
+    assert runs["glue/rte"].examples == {"train": 40, "validation": 0, "test/rte": 40}
+    assert runs["reviews"].examples == {"train": 60, "validation": 0, "test/test": 60}
 
 
 def test_a_converted_data_set_comes_from_its_revision(hub, tmp_path):

@@ -80,7 +80,7 @@ def test_the_page_needs_nothing_but_itself(report):
     assert "url(" not in text
     assert "@import" not in text
     images = [target for target in page.targets if not target.startswith("#") and target not in FILES]
-    assert len(images) == len(list((report / "figures").glob("*.png"))) == 15
+    assert len(images) == len(list((report / "figures").glob("*.png"))) == 18
     assert all(target.startswith("data:image/png;base64,") for target in images)
     assert {target[1:] for target in page.targets if target.startswith("#")} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
@@ -154,7 +154,7 @@ def test_figures_are_pictures(report):
 def test_markdown_refers_to_figures_that_are_there(report):
     text = (report / "report.md").read_text(encoding="utf-8")
     links = [line.rpartition("](")[2].rstrip(")") for line in text.splitlines() if line.startswith("![")]
-    assert len(links) == 15
+    assert len(links) == 18
     assert all((report / link).is_file() for link in links)
 
 
@@ -162,7 +162,7 @@ def test_a_file_cut_in_the_middle_of_a_line_is_reported(results, tmp_path):
     whole = results.read_bytes().splitlines(keepends=True)
     cut = tmp_path / "runs.jsonl"
     cut.write_bytes(b"".join([*whole[:2], whole[5]])[:-100])
-    (section,) = write_report(cut, tmp_path / "out")
+    (section,) = write_report(cut, tmp_path / "out").sections
     assert "full FT, no dropout" not in str(section.tables)
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Lines of runs.jsonl that hold no record were left out: 3." in text
@@ -172,7 +172,7 @@ def test_a_file_cut_in_the_middle_of_a_line_is_reported(results, tmp_path):
 def test_failures_alone_give_a_report(tmp_path):
     source = tmp_path / "runs.jsonl"
     append(Run(Plan("full", 1e-4, "cola", 0, "tiny"), "full", "OSError: no space left"), source)
-    (section,) = write_report(source, tmp_path / "out")
+    (section,) = write_report(source, tmp_path / "out").sections
     assert "full failed with seed 0: OSError: no space left" in section.checks
     assert section.pictures == []
 
@@ -186,7 +186,9 @@ def test_the_command_line_makes_a_report(tmp_path, capsys):
     source = tmp_path / "runs.jsonl"
     append(Run(Plan("full", 1e-4, "cola", 0, "tiny"), "full", "", ["m"], {"cola": {"m": 0.5}}), source)
     assert main(["report", str(source)]) == 0
-    assert "cola: 100 x m" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "cola, all training examples: 100 x m" in shown
+    assert "Nothing was compared with full." in shown
     assert (tmp_path / "runs" / "report.html").is_file()
     assert main(["report", str(tmp_path / "none.jsonl")]) == 1
     assert "does not exist" in capsys.readouterr().out.replace("\n", " ")

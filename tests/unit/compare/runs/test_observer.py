@@ -36,8 +36,8 @@ def test_without_a_terminal_the_time_is_said_first_and_after_every_run(clock):
         observer.finish(finished(PLANS[1]))
         observer.finish(finished(PLANS[2], error="OSError: no"))
         observer.finish(finished(PLANS[3]))
-    assert shown.getvalue().splitlines() == [
-        "4 runs to report; 1 are finished already and are not repeated; about 10 min left.",
+    assert shown.getvalue().rstrip().splitlines() == [
+        "4 runs to report; 1 are finished already; about 10 min left.",
         "1/3 DPS Dense, seed 1: 62.5, about 2 min left",
         "2/3 DPS Dense, seed 2: failed: OSError: no",
         "3/3 DPS Dense, seed 3: 62.5",

@@ -278,12 +278,12 @@ def test_what_is_finished_survives_a_stop(error, trainings, comparison, run, mon
     monkeypatch.setattr(module, "append", append)
     with pytest.raises(type(error)):
         run(comparison)
-    assert len(read(comparison.output).runs) == 5
+    assert len(read(comparison.output).runs) == 4  # and step times
     monkeypatch.undo()
     stand_in = Trainings()
     monkeypatch.setattr(Processes, "run", stand_in)
     assert len(run(comparison).runs) == 8
-    assert len(stand_in.plans) == 3
+    assert len(stand_in.plans) == 4
 
 
 def test_runs_at_the_same_time(trainings, comparison, run):

@@ -41,7 +41,7 @@ test-device: $(VENV)/.installed-test ## Run the tests that tell something of a G
 	$(RUN) pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal -m device $(ARGS)
 
 # It makes an environment of its own for each row (about 6 GB where torch comes with CUDA).
-versions: ## Run the tests on the versions of docs/support.md, and write them down there (a part, on the lowest: ARGS="--fast lowest")
+versions: ## Run the tests on the versions of docs/support.md (a part, on the lowest: ARGS="--fast lowest")
 	$(PYTHON) -m tests.versions $(ARGS)
 
 quality: $(VENV)/.installed-dev ## Check style, formatting, types and layering

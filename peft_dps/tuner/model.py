@@ -27,7 +27,7 @@ from peft_dps.tuner.offload import offload_bases, offload_originals
 from peft_dps.tuner.peft_interface import BaseTuner, PeftConfig, PeftModel
 from peft_dps.tuner.removal import remove_adapter
 from peft_dps.tuner.running_statistics import warn_of_statistics
-from peft_dps.tuner.targets import expand_all_linear, is_target, save_remaining
+from peft_dps.tuner.targets import expand_all_linear, is_target, refuse_separate_experts, save_remaining
 from peft_dps.tuner.tied_targets import check_ties, tie_saved_modules
 from peft_dps.tuner.trained_tensors import Besides
 from peft_dps.tuner.weighted_adapter import combined_config, fill, make_terms
@@ -248,6 +248,7 @@ class DPSModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         config = _as_dps(peft_config)
         expand_all_linear(config, model)
+        refuse_separate_experts(config, model)
         check_reach(config, model)
         if config.train_remaining:
             save_remaining(config, model)

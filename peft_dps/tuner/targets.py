@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -69,6 +70,19 @@ def is_target(config: DPSConfig, key: str) -> Any:
         return found
     # PEFT forgets `layers_to_transform` for modules named in full, which is what "all-linear" becomes.
     return _layer_index(key, config.layers_pattern) in _as_list(config.layers_to_transform)
+
+
+def refuse_separate_experts(config: DPSConfig, model: nn.Module) -> None:
+    """Refuse parameters of experts where each expert is a module of its own."""
+    for name in config.target_parameters or ():
+        parent = name.rpartition(".")[0]
+        for key, module in model.named_modules():
+            if parent and isinstance(module, nn.ModuleList) and is_named(key, [parent]):
+                raise TargetError(
+                    f"`target_parameters` has {name!r}, but {key!r} is a list of {len(module)} modules: transformers "
+                    f"{transformers.__version__} keeps experts of this model apart. Experts in one parameter need "
+                    "transformers 5; or name their linear layers in `target_modules`."
+                )
 
 
 def is_named(key: str, names: Iterable[str]) -> bool:

@@ -89,7 +89,7 @@ class StandIn(TorchDispatchMode):
         )
         if (placed and self._asks(name, args)) or crosses:
             self._note(name)
-        if placed and not is_copy:
+        if placed and not is_copy and not name.startswith("_foreach"):  # which take a list by device
             self._refuse_to_mix(name, leaves)
         made = function(*tree_map(_held, args), **tree_map(_held, kwargs))
         if not to_place:

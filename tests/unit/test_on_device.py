@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from peft_dps.masking.compact.linear import add_columns, add_rows
 from peft_dps.masking.frozen_bits import (
     frozen_checksum,
     hold_frozen,
@@ -17,8 +18,10 @@ from peft_dps.masking.frozen_bits import (
 from peft_dps.masking.mask import Mask
 from peft_dps.masking.noise import ColumnNoise
 from peft_dps.selection.evidence import AbsoluteGradients, SquaredGradients, are_finite
+from peft_dps.selection.granularity import GRANULARITIES
 from peft_dps.selection.topk import SortableScores, select, select_within
-from peft_dps.tensors.layout import Units
+from peft_dps.selection.unit_sums import UnitSums
+from peft_dps.tensors.layout import Units, out_in
 from tests.device import DEVICE
 
 pytestmark = pytest.mark.device
@@ -147,3 +150,31 @@ def test_gradients_that_are_not_finite_are_found_on_any_device(dtype):
             bad = [each.clone() for each in gradients]
             bad[index][1] = float(value)
             assert not are_finite(bad)
+
+
+@pytest.mark.parametrize("granularity", ["row", "column", "submatrix"])
+def test_scores_of_units_do_not_differ_from_run_to_run(granularity):
+    """Masks are made from them: nothing may be added up in the order in which it happens to come."""
+    units, gradient = GRANULARITIES.find(granularity)().units(out_in((768, 512))), torch.randn(768, 512).to(DEVICE)
+    found = []
+    for _ in range(4):
+        sums = UnitSums(units, 2)
+        for _ in range(2):
+            sums.add(gradient)
+        found.append((sums.pending, units.sums(gradient.square())))
+    assert all(torch.equal(*pair) for run in found[1:] for pair in zip(run, found[0], strict=True))
+
+
+@pytest.mark.parametrize("add", [add_columns, add_rows])
+def test_layers_of_compact_storage_do_not_differ_from_run_to_run(add):
+    torch.manual_seed(0)
+    base = torch.nn.Linear(256, 384).to(DEVICE, torch.bfloat16)
+    index = torch.randperm(256)[:40].sort().values.int().to(DEVICE)
+    delta = torch.randn((384, 40) if add is add_columns else (40, 256)).to(DEVICE).requires_grad_()
+    x, found = torch.randn(2, 64, 256).to(DEVICE, torch.bfloat16).requires_grad_(), []
+    for _ in range(4):
+        delta.grad = x.grad = None
+        y = add(base, x, delta, index)
+        y.square().sum().backward()
+        found.append((y.detach(), delta.grad, x.grad))
+    assert all(torch.equal(*pair) for run in found[1:] for pair in zip(run, found[0], strict=True))

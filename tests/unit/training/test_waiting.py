@@ -19,7 +19,7 @@ from tests.compact import Tile
 from tests.stand_in import PLACE, stand_in
 from tests.unit.conftest import trainable
 
-LAYERS, STAGE, STEPS = (2, 5), 3, 9
+LAYERS, STAGE, STEPS = (2, 4), 3, 6
 COMPACT = {"storage": "compact", "schedule": "every", "score_steps": STAGE, "stage_steps": 2 * STAGE}
 METHODS = {
     "dense": {},

@@ -87,8 +87,9 @@ def to_comparison(content: Mapping[str, Any]) -> Comparison:
         ]
     if "reference" in content:
         values["reference"] = Choice.parse(_text("reference", content["reference"])).variant
-    if "seeds" in content:
-        values["seeds"] = _seed_list(_listed("seeds", content["seeds"]))
+    for name in ("seeds", "tuning_seeds"):
+        if name in content and not isinstance(content[name], int):
+            values[name] = _seed_list(_listed(name, content[name]))
     if isinstance(rates, Mapping) and (unknown := set(rates) - {choice.method for choice in methods}):
         raise ValueError(f"`learning_rates` must be of methods that are compared, got {', '.join(sorted(unknown))}.")
     return Comparison(**values)

@@ -19,7 +19,7 @@ def overview_table(experiment: Experiment) -> Table:
         found = {each.method.variant: _mean_and_spread(each) for each in method_scores(experiment, domain)}
         place = domain if index or len(experiment.domains) == 1 else f"{domain} (in domain)"
         columns[place] = lambda each, found=found: found[each.method.variant]  # type: ignore[misc]
-    for measure in measures_of(experiment):
+    for measure in (each for each in measures_of(experiment) if each.before is not None):
         kept = {each.method.variant: measure.show(each.mean) for each in method_scores(experiment, measure.place)}
         columns[f"kept: {measure.title}"] = lambda each, kept=kept: kept[each.method.variant]  # type: ignore[misc]
     columns["entries trained"] = lambda each: entries(each.trainable)

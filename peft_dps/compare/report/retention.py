@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from peft_dps.compare.data.probe import LOSS
@@ -34,11 +34,13 @@ class Measure:
         """Return a value or a difference, of which higher is better, as the metric has it."""
         return 0.0 - merit if self.metric == LOSS else merit
 
-    def show(self, merit: float | None, *, sign: bool = False) -> str:
-        """Write such a value or difference."""
+    def show(self, merit: float | None, *, sign: bool = False, digits: int = 2) -> str:
+        """Write such a value or difference; a loss with a digit more."""
         if self.metric != LOSS:
-            return points(merit, sign=sign)
-        return NONE if merit is None or math.isnan(merit) else f"{self.natural(merit):{'+' if sign else ''}.3f}"
+            return points(merit, sign=sign, digits=digits)
+        if merit is None or math.isnan(merit):
+            return NONE
+        return f"{self.natural(merit):{'+' if sign else ''}.{digits + 1}f}"
 
     @property
     def unit(self) -> str:
@@ -75,43 +77,46 @@ def retention_table(experiment: Experiment, measure: Measure) -> Table:
     }
     known = [each for each in found if each.values]
     best = max((each.mean for each in known), default=math.nan)
-    said = _kept(experiment, measure, found)
-    notes = [f"{said[0].upper()}{said[1:]}."] if said else []
+    before = [] if measure.before is None else [f"Before training: {measure.show(measure.before)}."]
+    notes = [*before, *(f"{said[0].upper()}{said[1:]}." for said in _clear(experiment, measure, found))]
     stressed = frozenset(index for index, each in enumerate(found) if measure.show(each.mean) == measure.show(best))
     title = f"Kept: {measure.title}, {measure.unit}"
     return Table.of(title, columns, found, notes=tuple(notes), best=stressed if known else frozenset())
 
 
 def kept(experiments: Sequence[Experiment]) -> str:
-    """Say of each probe of an experiment what the reference leaves of it, and which methods leave more or less.
+    """Say of the probes of an experiment what the reference leaves of them, and which methods leave more or less.
 
     Of several experiments nothing is said together: their probes are as different as their tasks.
     """
     if len(experiments) > 1:
         return ""
     (experiment,) = experiments
-    measures = [measure for measure in measures_of(experiment) if measure.before is not None]
-    said = (_kept(experiment, measure, method_scores(experiment, measure.place)) for measure in measures)
-    return "; ".join(filter(None, said))
-
-
-def _kept(experiment: Experiment, measure: Measure, found: Sequence[MethodScores]) -> str:
-    base = next((each for each in found if each.method is experiment.reference and each.values), None)
-    if base is None:
+    ways, clear = [], []
+    for measure in measures_of(experiment):
+        found = method_scores(experiment, measure.place)
+        base = next((each for each in found if each.method is experiment.reference and each.values), None)
+        if measure.before is not None and base is not None:
+            values = (measure.show(value, digits=1) for value in (measure.before, base.mean))
+            ways.append(f"from {' to '.join(values)} on {measure.title}{' (loss)' * (measure.metric == LOSS)}")
+            clear += _clear(experiment, measure, found)
+    if not ways:
         return ""
-    after = f"{measure.show(base.mean)} with {base.method.title}"
-    before = "is" if measure.before is None else f"goes from {measure.show(measure.before)} to"
-    said = f"{measure.title} ({measure.unit}) {before} {after}"
-    clear = [each for each in found if each.corrected_p is not None and each.corrected_p <= LEVEL]
+    said = f"what it was not trained for goes with {experiment.reference_title} {' and '.join(ways)}"
+    return "; ".join([said, *clear])
+
+
+def _clear(experiment: Experiment, measure: Measure, found: Sequence[MethodScores]) -> Iterator[str]:
+    """Say which methods keep more or less of something than the reference, beyond chance."""
+    differing = [each for each in found if each.corrected_p is not None and each.corrected_p <= LEVEL]
     for word, sign in (("more", 1), ("less", -1)):
         names = [
-            f"{each.method.title} ({measure.show(each.difference, sign=True)})"
-            for each in clear
+            f"{each.method.title} ({measure.show(each.difference, sign=True, digits=1)})"
+            for each in differing
             if sign * (each.difference or 0) > 0
         ]
         if names:
-            said += f", and beyond chance {', '.join(names)} keep{'s' * (len(names) == 1)} {word}"
-    return said
+            yield f"beyond chance, {', '.join(names)} keep{'s' * (len(names) == 1)} {word} of {measure.title}"
 
 
 def _interval(measure: Measure, scores: MethodScores) -> str:

@@ -45,7 +45,8 @@ class Comparison:
         model: Path or Hub id of the pretrained model, or `EMBEDDED`.
         train_sizes: Training examples to draw; None for all.
         seeds: One run for each.
-        tuning_seeds: With how many of the seeds, from the first on, a learning rate is tried before one is chosen.
+        tuning_seeds: With which seeds a learning rate is tried before one is chosen; a number for so many of the
+            seeds, from the first on.
         settings: The budget.
         jobs: Runs at the same time, each in a process of its own.
         timing: Whether to measure step times interleaved in the end.
@@ -62,7 +63,7 @@ class Comparison:
     model: str = EMBEDDED
     train_sizes: Sequence[int | None] = (None,)
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
-    tuning_seeds: int = 1
+    tuning_seeds: int | Sequence[int] = 1
     settings: Settings = field(default_factory=Settings)
     jobs: int = 1
     timing: bool = True
@@ -74,6 +75,11 @@ class Comparison:
     def task_names(self) -> list[str]:
         """All tasks, the user's own included."""
         return [*self.tasks, *(data.title for data in self.own if data.title not in self.tasks)]
+
+    @property
+    def trying(self) -> Sequence[int]:
+        """The seeds that learning rates are tried with."""
+        return self.seeds[: self.tuning_seeds] if isinstance(self.tuning_seeds, int) else self.tuning_seeds
 
     def check(self) -> None:
         """Check what needs no data.
@@ -97,8 +103,10 @@ class Comparison:
         if self.reference not in (REFERENCE, *variants):
             raise ValueError(f"`reference` must be among the methods, {', '.join(variants)}, got {self.reference!r}.")
         require_int("jobs", self.jobs, 1)
-        require_int("tuning_seeds", self.tuning_seeds, 1)
-        for seed in self.seeds:
+        _require_different("tuning_seeds", self.trying)
+        is_number = isinstance(self.tuning_seeds, int)
+        require_int("tuning_seeds", self.tuning_seeds if is_number else len(self.trying), 1)
+        for seed in (*self.seeds, *self.trying):
             require_int("seeds", seed, 0)
         for size in self.train_sizes:
             if size is not None:

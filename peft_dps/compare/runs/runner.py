@@ -130,7 +130,7 @@ class _Runner:
         self.planned: list[str] = []
         self.timed: list[Timing] = []
         self.finished = {key for key, run in self.results.runs.items() if not run.failed}
-        self.tuning_seeds = comparison.seeds[: comparison.tuning_seeds]
+        self.tuning_seeds = comparison.trying
 
     def run(self) -> Results:
         asked = partial(asked_before, self.comparison, self.model_path, self.results, self.processes, self.observer)
@@ -140,7 +140,7 @@ class _Runner:
         groups = []
         for task in self.tasks.values():
             for size in self.comparison.train_sizes:
-                drawn = {seed: task.draw(size, seed) for seed in self.comparison.seeds}
+                drawn = {seed: task.draw(size, seed) for seed in {*self.comparison.seeds, *self.tuning_seeds}}
                 groups.append(
                     partial(self._assign, size, {seed: (part, part.fingerprint()) for seed, part in drawn.items()})
                 )

@@ -180,13 +180,14 @@ def _recorded(run: Run, recorder: Recorder, model: nn.Module) -> Run:
     status = recorder.status
     if status is None:
         return run
+    of_all = None if run.config.get("storage") == "compact" else status.selected  # what is compact has nothing frozen
     return replace(
         run,
         selections=recorder.selections,
         fractions=recorder.fractions,
         status=str(status),
         frozen_moved=status.frozen_moved,
-        selected=None if status.selected is None else trainable - status.entries + status.selected,
+        selected=None if of_all is None else trainable - status.entries + of_all,
     )
 
 

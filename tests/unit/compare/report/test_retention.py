@@ -61,15 +61,15 @@ def test_a_table_says_what_was_kept_beside_what_was_gained(six_seeds):
     assert (own["kept: text"], own["95% interval"]) == ("2.525", "2.512 to 2.538")
     assert (own["vs full"], own["std"]) == ("-0.475", "0.019")
     assert text.best == {1}
+    assert text.notes == ("Before training: 2.000.", "Beyond chance, lora (-0.48) keeps more of text.")
     assert cells(others, "full")["kept: other domains"] == "75.25"
     assert "change" not in others.header
 
 
 def test_the_conclusion_says_what_is_kept(six_seeds):
     said = (
-        "pairs (100 x spearman) goes from 80.00 to 52.50 with full, and beyond chance lora (+20.00) keeps more; "
-        "text (loss a token, lower is better) goes from 2.000 to 3.000 with full, and beyond chance lora (-0.475) "
-        "keeps more"
+        "what it was not trained for goes with full from 80.0 to 52.5 on pairs and from 2.00 to 3.00 on text (loss); "
+        "beyond chance, lora (+20.0) keeps more of pairs; beyond chance, lora (-0.48) keeps more of text"
     )
     assert kept([six_seeds]) == said
     assert f"; {said}" in conclusion([six_seeds])

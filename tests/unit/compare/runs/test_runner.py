@@ -136,6 +136,13 @@ def test_several_seeds_may_choose_the_rate(trainings, comparison, run):
     assert results.reported[0].candidates[0].seeds == [0, 1]
 
 
+def test_a_rate_may_be_chosen_with_seeds_of_its_own(trainings, comparison, run):
+    results = run(replace(comparison, tuning_seeds=[7, 8]))
+    assert {plan.seed for plan in trainings.plans if plan.phase == "tune"} == {7, 8}
+    assert {plan.seed for plan in trainings.plans if plan.phase == "test"} == {0, 1}
+    assert results.reported[0].candidates[0].seeds == [7, 8]
+
+
 def test_the_methods_own_rates_are_extended_while_the_best_is_the_last_one(trainings, comparison, run, shown):
     trainings.scores = {1e-4: 0.55, 3e-4: 0.6, 1e-3: 0.7, 3e-3: 0.8}
     results = run(replace(comparison, methods=[Choice("full"), Choice("lora")], seeds=[0]))

@@ -105,6 +105,12 @@ def test_dps_tells_subnetworks_and_their_overlap(run):
     assert record.trainable - record.selected == sum(n - math.ceil(0.3 * n) for n in weights)
 
 
+def test_what_is_compact_has_no_frozen_entries_among_those_it_trains(run):
+    record = run("recipe:paca", options={"units": 4})
+    assert (record.selected, record.frozen_moved) == (None, False)
+    assert record.selections
+
+
 def test_random_masks_overlap_as_chance_has_it(run):
     record = run("random-mask", options={"density": 0.3, "stage_steps": 3})
     assert record.selections[1].overlap == pytest.approx([0.3 / 1.7] * 3, abs=0.04)

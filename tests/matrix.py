@@ -121,7 +121,9 @@ def page(entries: list[Entry]) -> str:
 
 def _versions() -> list[str]:
     """A line per row of the versions that the tests have run with, from the newest run of each."""
-    results = json.loads(versions.RESULTS.read_text()) if versions.RESULTS.exists() else {}
+    if not versions.RESULTS.exists():
+        return []
+    results = json.loads(versions.RESULTS.read_text())
     lines = [_row(["", "Python", *versions.PACKAGES, "passed", "failed", "skipped"])]
     lines.append(_row(["---"] * (5 + len(versions.PACKAGES))))
     skipped: dict[str, list[str]] = {}

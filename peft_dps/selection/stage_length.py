@@ -85,7 +85,7 @@ class StageLength:
         if steps == exact:
             return None
         bound = (
-            f"the fewest that a fraction stands for, since a mask from {exact} says little"
+            "the fewest that a fraction stands for: a mask from fewer says little"
             if exact < steps
             else f"so that {total_steps - steps} are left after it"
         )

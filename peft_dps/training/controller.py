@@ -348,7 +348,7 @@ class Controller:
             logger.warning("Adapter %r: training ended before a subnetwork was selected.", self.adapter)
 
     def see_saving(self, how: str = "saved") -> None:
-        """Warn of what is missing in an adapter that is being saved or merged, if nobody knew how long it is trained."""
+        """Warn of what is missing in what is saved or merged, if nobody knew how long it would be trained."""
         clock = self.clock
         if clock.total_steps is not None or not clock.step:
             return

@@ -12,8 +12,8 @@ from peft_dps.compare.runs.comparison import EMBEDDED, Comparison
 from peft_dps.compare.settings import Settings
 
 # One rate each, from the middle of the method's grid: choosing would take longer than all the rest. The best entries
-# are sought over the whole model, so that the report can show which layers they fall on. 5% of its 114 steps would be too
-# few for a stage.
+# are sought over the whole model, so that the report can show which layers they fall on. 5% of its
+# 114 steps are too few for a stage.
 _DPS: dict[str, Any] = {"scope": "model", "stage_steps": 0.1}
 METHODS = (
     Choice("full", learning_rates=(1e-4,)),

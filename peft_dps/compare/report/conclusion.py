@@ -85,8 +85,8 @@ def cheapest(experiments: Sequence[Experiment]) -> str:
     if memory[best.variant] >= 1:
         return f"none {within} of {_reference_title(experiments)} takes less memory"
     steps = [each.step_ratio for each in costs[best.variant] if each.step_ratio is not None]
-    and_time = f", {statistics.fmean(steps):.2f} times the step time" if steps else ""
-    return f"the cheapest in memory {within} is {best.title} ({memory[best.variant]:.2f} times{and_time})"
+    and_time = f", {statistics.fmean(steps):.2f} of the step time" if steps else ""
+    return f"the cheapest in memory {within} is {best.title} ({memory[best.variant]:.2f} of the memory{and_time})"
 
 
 FINDINGS: tuple[Finding, ...] = (difference, like_for_like, kept, cheapest)

@@ -40,7 +40,7 @@ def draw_costs(experiment: Experiment, styles: Styles) -> Figure:
                     top = 100 * own.mean
                     within = f"within {100 * MARGIN:.0f} points below\n{label(own.method.title)}"
                     axes.axhspan(top - 100 * MARGIN, top, color="0.5", alpha=0.15, linewidth=0, label=within)
-            axes.set(xlabel=name, ylabel=f"100 x {experiment.metric}")
+            axes.set(xlabel=name, ylabel=label(f"100 x {experiment.metric}", 18))
         headline(figure, f"{experiment.name}, tested on {experiment.domains[0]}: better is up and to the left")
         legend(figure, panels[0])
     return figure

@@ -103,7 +103,7 @@ def overall_table(experiments: Sequence[Experiment]) -> Table:
         "p": lambda each: p_value(each.p),
         "p (Holm)": lambda each: p_value(each.corrected_p),
         "runs": lambda each: str(each.finished),
-        "failed": lambda each: str(each.failed),
+        "failed": lambda each: str(each.failed or NONE),
     }
     notes = (*_chosen_once(experiments), *_like_for_like(experiments, overall_scores))
     return Table.of("All tasks together, each in its own domain", columns, found, notes=notes)

@@ -27,7 +27,7 @@ def experiments(seeds, scores=SCORES, tasks=("cola",), memory=MEMORY, domains=("
 
 def test_one_seed_tells_nothing_but_costs():
     assert conclusion(experiments(1)) == (
-        "One seed cannot tell a method from full; the cheapest in memory within 2 points is lora (0.50 times)."
+        "One seed cannot tell a method from full; the cheapest in memory within 2 points is lora (0.50 of the memory)."
     )
 
 
@@ -50,7 +50,7 @@ def test_several_tasks_are_put_together():
     said = conclusion(experiments(4, {"full": 0.5, "lora": 0.5}, tasks=("a", "b"), timings=timings))
     assert said == (
         "Over 2 tasks, no method differs from full beyond chance; the cheapest in memory within 2 points is lora "
-        "(0.50 times, 0.50 times the step time)."
+        "(0.50 of the memory, 0.50 of the step time)."
     )
 
 

@@ -137,7 +137,7 @@ def axes_of(config: DPSConfig) -> dict[str, str]:
 def draw(found: list[Recipe]) -> Figure:
     """Draw recipes against axes: cells of an axis with the same value have the same colour."""
     axes = list(found[0].axes)
-    with canvas(1.75 * len(axes) + 1.6, 0.3 * len(found) + 0.7) as figure:
+    with canvas(0.3 * len(found) + 0.7, 1.75 * len(axes) + 1.6) as figure:
         panel = figure.subplots()
         for column, axis in enumerate(axes):
             values = list(dict.fromkeys(each.axes[axis] for each in found))

@@ -56,7 +56,7 @@ def draw_memory(results: Findings) -> Figure:
     entries = [entry for entry in results.models if entry.footprints]
     columns = min(3, len(entries))
     rows = math.ceil(len(entries) / columns)
-    with canvas(3.6 * columns + 1.6, 3.6 * rows + 0.4) as figure:
+    with canvas(3.6 * rows + 0.4, 3.6 * columns + 1.6) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat[len(entries) :]:
             axes.set_visible(False)
@@ -122,7 +122,7 @@ def draw_sweep(results: Findings, field: str) -> Figure:
         (figure, lambda entry, variant, f=figure: entry.step(variant, f)) for figure in FIGURES
     ]
     panels.append(("memory", lambda entry, variant: entry.memory(variant)))
-    with canvas(11, 3.1) as figure:
+    with canvas(3.1, 11) as figure:
         grid = figure.subplots(1, len(panels))
         lines = results.sweeps()[field]
         for place, (name, entries) in enumerate(lines.items()):

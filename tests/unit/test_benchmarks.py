@@ -22,7 +22,7 @@ from benchmarks.variant import VARIANTS
 pytestmark = pytest.mark.slow  # it starts a process for each variant
 _TINY = "--batch 2 --tokens 8 --stage-steps 2 --cycles 2 --warmup 1 --threads 1 --optimizer adamw-foreach"
 _LINEAR = ["lora", "dps-exact", "dps-gradient"]
-COMPACT = ("columns", "rows")
+COMPACT = ("columns", "columns-units", "rows")
 
 
 @pytest.fixture(scope="module")
@@ -230,10 +230,13 @@ def test_methods_on_a_device(tmp_path):
     for name, method in METHODS.items():
         assert "error" not in found[name]
         assert set(found[name]["figures"]) == (set(FIGURES) if method.stages else {"step"})
-        assert (found[name]["engaged"], found[name]["frozen_moved"]) == (
-            (True, False) if method.stages or name in COMPACT else (None,) * 2
-        )
-    linear = {found[name]["trained_entries"] for name in METHODS if name not in (FULL, "lora", "shira", *COMPACT)}
+        selects = True if method.stages or name in COMPACT else False if name == "scoring" else None
+        assert (found[name]["engaged"], found[name]["frozen_moved"]) == (selects, None if selects is None else False)
+    linear = {
+        found[name]["trained_entries"]
+        for name in METHODS
+        if name not in (FULL, "lora", "lora-fa", "shira", "scoring", *COMPACT)
+    }
     assert len(linear) == 1
     assert found["shira"]["trained_entries"] == pytest.approx(0.05 * linear.pop(), rel=0.5)  # one rank for all layers
     table = out.with_suffix(".md").read_text()

@@ -110,10 +110,10 @@ def styles_of(experiments: Sequence[Experiment]) -> dict[str, Style]:
 
 
 @contextmanager
-def canvas(height: float) -> Iterator[Figure]:
+def canvas(height: float, width: float = WIDTH) -> Iterator[Figure]:
     """Make a figure that looks the same whatever the user's settings of matplotlib."""
     with matplotlib.style.context("default"), mpl.rc_context(_RC):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained", dpi=DPI)
+        figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
         FigureCanvasAgg(figure)
         yield figure
 

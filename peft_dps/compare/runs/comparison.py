@@ -106,8 +106,9 @@ class Comparison:
         _require_different("tuning_seeds", self.trying)
         is_number = isinstance(self.tuning_seeds, int)
         require_int("tuning_seeds", self.tuning_seeds if is_number else len(self.trying), 1)
-        for seed in (*self.seeds, *self.trying):
-            require_int("seeds", seed, 0)
+        for name, seeds in (("seeds", self.seeds), ("tuning_seeds", self.trying)):
+            for seed in seeds:
+                require_int(name, seed, 0)
         for size in self.train_sizes:
             if size is not None:
                 require_int("train_sizes", size, 2)

@@ -402,7 +402,7 @@ def test_an_adapter_that_is_saved_before_its_selection_is_reported(make, data, c
         assert "None have been selected by step 1." in caplog.text
         assert "`score_steps`" in caplog.text
         caplog.clear()
-        for batch in data(STEPS):
+        for batch in data(2 * STEPS):
             step(model, optimizer, [batch])
         model.save_pretrained(tmp_path)
         assert not caplog.records

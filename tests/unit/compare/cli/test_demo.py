@@ -42,7 +42,7 @@ def test_demo_on_the_users_model_and_data(model_folder, data_files, tmp_path, ca
     assert set(dense.scores) == {"test", "elsewhere"}
     assert dense.trainable == mix.trainable == full.trainable > bitfit.trainable
     assert dense.frozen_moved is mix.frozen_moved is False
-    assert "subnetwork 1/1" in dense.status
+    assert "subnetwork 10/10" in dense.status
     assert 0 < dense.selected < full.trainable
     assert (full.selections, full.status) == ([], "")
     (timing,) = results.timings

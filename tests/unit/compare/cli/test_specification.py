@@ -120,7 +120,7 @@ def test_what_cannot_be_understood_is_named(content, message):
         ({"jobs": 0}, "`jobs` must be an integer of at least 1, got 0"),
         ({"tuning_seeds": 0}, "`tuning_seeds` must be"),
         ({"tuning_seeds": []}, "`tuning_seeds` must be"),
-        ({"tuning_seeds": ["7", 7]}, "`tuning_seeds` must all be different, got 7 more than once"),
+        ({"tuning_seeds": [7, 7]}, "`tuning_seeds` must all be different, got 7 more than once"),
         ({"probes": ["stsb", "stsb"]}, "`probes` must all be different, got 'stsb' more than once"),
         ({"own": [OwnData("sentiment.csv")]}, "`data` 'sentiment.csv' must not be called as the task 'sentiment'"),
         ({"settings": Settings(epochs=0)}, "`epochs` must be a number in"),

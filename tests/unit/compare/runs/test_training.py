@@ -156,9 +156,10 @@ def test_bf16_is_mixed_precision(method, run, monkeypatch):
             return loss
 
     seen_weights = set()
-    plain = run(method)
+    options = {"stage_steps": 3} if method == "dps-mix" else {}
+    plain = run(method, options=options)
     monkeypatch.setattr(module, "_Trainer", Watching)
-    mixed = run(method, settings=replace(SETTINGS, precision="bf16"))
+    mixed = run(method, options=options, settings=replace(SETTINGS, precision="bf16"))
     assert seen == {torch.bfloat16}
     assert seen_weights == {torch.float32}
     assert not mixed.failed

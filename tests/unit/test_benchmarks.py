@@ -232,7 +232,7 @@ def test_methods_on_a_device(tmp_path):
         assert set(found[name]["figures"]) == (set(FIGURES) if method.stages else {"step"})
         selects = True if method.stages or name in COMPACT else False if name == "scoring" else None
         assert (found[name]["engaged"], found[name]["frozen_moved"]) == (selects, None if selects is None else False)
-    linear = {
+    linear = {  # noqa: E501
         found[name]["trained_entries"]
         for name in METHODS
         if name not in (FULL, "lora", "lora-fa", "shira", "scoring", *COMPACT)

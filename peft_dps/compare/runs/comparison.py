@@ -81,7 +81,7 @@ class Comparison:
         """The seeds that learning rates are tried with."""
         return self.seeds[: self.tuning_seeds] if isinstance(self.tuning_seeds, int) else self.tuning_seeds
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: C901
         """Check what needs no data.
 
         Raises:

@@ -63,7 +63,8 @@ class Probe:
             DataError: Too little is left.
         """
         rows = zip(self.examples.texts, self.examples.pairs or self.examples.texts, strict=True)
-        kept = self.examples.take([i for i, row in enumerate(rows) if not set(row) & set(texts)])
+        trained = set(texts)
+        kept = self.examples.take([i for i, row in enumerate(rows) if trained.isdisjoint(row)])
         if len(kept) < _LEAST or (kept.pairs and len(set(kept.labels)) < 2):
             raise DataError(
                 f"The probe {self.name!r} must have {_LEAST} passages, or as many pairs with different ratings, whose "

@@ -232,7 +232,7 @@ def test_methods_on_a_device(tmp_path):
         assert set(found[name]["figures"]) == (set(FIGURES) if method.stages else {"step"})
         selects = True if method.stages or name in COMPACT else False if name == "scoring" else None
         assert (found[name]["engaged"], found[name]["frozen_moved"]) == (selects, None if selects is None else False)
-    linear = {  # noqa: E501
+    linear = {
         found[name]["trained_entries"]
         for name in METHODS
         if name not in (FULL, "lora", "lora-fa", "shira", "scoring", *COMPACT)
@@ -241,4 +241,4 @@ def test_methods_on_a_device(tmp_path):
     assert found["shira"]["trained_entries"] == pytest.approx(0.05 * linear.pop(), rel=0.5)  # one rank for all layers
     table = out.with_suffix(".md").read_text()
     assert all(f"| {name} |" in table for name in METHODS)
-    assert "selecting" in (tmp_path / "device_decoder-toy_kernels.txt").read_text()
+    assert "selecting" in (tmp_path / "device_kernels.txt").read_text()

@@ -71,8 +71,8 @@ def cheapest(experiments: Sequence[Experiment]) -> str:
     for each in (each for experiment in experiments for each in costs_of(experiment)):
         if each.memory_ratio is not None:
             costs.setdefault(each.method.variant, []).append(each)
-    known = [each for each in overall_scores(experiments) if each.difference is not None]
-    near = [each.method for each in known if each.difference >= -MARGIN and each.method.variant in costs]
+    known = [(each.method, each.difference) for each in overall_scores(experiments) if each.difference is not None]
+    near = [method for method, difference in known if difference >= -MARGIN and method.variant in costs]
     within = f"within {points(MARGIN, digits=0)} points"
     if not costs or not known:
         return ""

@@ -61,8 +61,9 @@ def draw_seeds(experiment: Experiment, domain: str, styles: Styles) -> Figure:
                 axes.plot([100 * low, 100 * high], [row + 0.3] * 2, color=style.color, linewidth=2)
                 axes.plot(100 * own.mean, row + 0.3, marker="|", color=style.color, markersize=8, markeredgewidth=2)
             if own.failed:
-                place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
-                axes.annotate(f"{own.failed} failed", (0.98, row), fontsize=8, color="0.3", **place)
+                at_edge = axes.get_yaxis_transform()
+                said = f"{own.failed} failed"
+                axes.text(0.98, row, said, transform=at_edge, ha="right", va="center", fontsize=8, color="0.3")
         axes.set_yticks(range(len(found)), names, fontsize=8)
         axes.set_ylim(len(found) - 0.4, -0.6)
         axes.xaxis.set_major_locator(MaxNLocator(5))

@@ -92,7 +92,8 @@ def kept(experiments: Sequence[Experiment]) -> str:
     if len(experiments) > 1:
         return ""
     (experiment,) = experiments
-    ways, clear = [], []
+    ways: list[str] = []
+    clear: list[str] = []
     for measure in measures_of(experiment):
         found = method_scores(experiment, measure.place)
         base = next((each for each in found if each.method is experiment.reference and each.values), None)

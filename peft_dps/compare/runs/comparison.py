@@ -81,7 +81,7 @@ class Comparison:
         """The seeds that learning rates are tried with."""
         return self.seeds[: self.tuning_seeds] if isinstance(self.tuning_seeds, int) else self.tuning_seeds
 
-    def check(self) -> None:  # noqa: C901
+    def check(self) -> None:
         """Check what needs no data.
 
         Raises:
@@ -89,30 +89,30 @@ class Comparison:
         """
         if not self.task_names:
             raise ValueError("`tasks` must name a task, got none: give one, or your own `data`.")
-        if not self.methods:
-            raise ValueError("`methods` must name a method, got none.")
         _require_different("data", [data.title for data in self.own])
         _require_own_names(self.own, self.tasks)
+        for name in ("methods", "train_sizes", "seeds"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` must name at least one, got none.")
         for name in ("tasks", "train_sizes", "seeds", "probes"):
             _require_different(name, getattr(self, name))
         _require_different("methods", [(choice.method, sorted(choice.options.items())) for choice in self.methods])
-        for name in ("train_sizes", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"`{name}` must name at least one, got none.")
         variants = [choice.variant for choice in self.methods]
         if self.reference not in (REFERENCE, *variants):
             raise ValueError(f"`reference` must be among the methods, {', '.join(variants)}, got {self.reference!r}.")
+        self._check_numbers()
+        self.settings.check()
+
+    def _check_numbers(self) -> None:
         require_int("jobs", self.jobs, 1)
-        _require_different("tuning_seeds", self.trying)
         is_number = isinstance(self.tuning_seeds, int)
         require_int("tuning_seeds", self.tuning_seeds if is_number else len(self.trying), 1)
+        _require_different("tuning_seeds", self.trying)
         for name, seeds in (("seeds", self.seeds), ("tuning_seeds", self.trying)):
             for seed in seeds:
                 require_int(name, seed, 0)
-        for size in self.train_sizes:
-            if size is not None:
-                require_int("train_sizes", size, 2)
-        self.settings.check()
+        for size in (each for each in self.train_sizes if each is not None):
+            require_int("train_sizes", size, 2)
 
 
 def _require_own_names(own: Sequence[OwnData], tasks: Sequence[str]) -> None:

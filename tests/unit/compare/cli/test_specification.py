@@ -111,7 +111,7 @@ def test_what_cannot_be_understood_is_named(content, message):
     ("fields", "message"),
     [
         ({"tasks": []}, "`tasks` must name a task"),
-        ({"methods": []}, "`methods` must name a method"),
+        ({"methods": []}, "`methods` must name at least one"),
         ({"seeds": []}, "`seeds` must name at least one"),
         ({"seeds": [1, 1]}, "`seeds` must all be different, got 1 more than once"),
         ({"seeds": [-1]}, "`seeds` must be an integer of at least 0, got -1"),

@@ -266,3 +266,12 @@ register_method("pfeiffer", "Pfeiffer adapters", FEW_ENTRIES_RATES)(add_pfeiffer
 def dps(model: PreTrainedModel, **fields: Any) -> PeftConfig:
     """Train every parameter, the weights of linear layers in turns: all entries, then a subnetwork."""
     return DPSConfig(**{"task_type": "SEQ_CLS", "train_remaining": True, **fields})
+
+
+@register_method("random-columns", "random columns", ADAPTER_RATES, only_config=True, takes_seed=True, score="random")
+@register_method("dps-columns", "DPS columns", ADAPTER_RATES, only_config=True, takes_seed=True)
+def columns(model: PreTrainedModel | None, **fields: Any) -> PeftConfig:
+    """Train some columns of all linear layers, chosen once, and the head."""
+    if model is not None:
+        fields["modules_to_save"] = sorted({*head_modules(model), *(fields.get("modules_to_save") or ())})
+    return DPSConfig.compact(**{"task_type": "SEQ_CLS", **fields})

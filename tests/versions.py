@@ -25,11 +25,10 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "numpy")
 FAST = (
     "tests/contract/test_peft.py",
     "tests/contract/test_saving.py",
-    "tests/contract/test_merging.py",
     "tests/contract/test_transformers.py",
     "tests/contract/test_training.py",
-    "tests/contract/test_models.py",
-    "tests/unit/tuner",
+    "tests/unit/tuner/test_registration.py",
+    "tests/unit/tuner/test_model.py",
     "tests/unit/integrations",
     "tests/unit/test_golden.py",
     "tests/unit/test_versions.py",

@@ -70,8 +70,8 @@ def _method(config: DPSConfig) -> str:
         return (
             f"By DPS {config.variant.capitalize()} (Zhang et al., NeurIPS 2022, "
             "[arXiv:2211.01642](https://arxiv.org/abs/2211.01642)), with the package `peft_dps`. In turns, an "
-            "ACCUMULATE stage trains all entries of the targeted weights and scores them, and a SUBNETWORK stage trains "
-            "only the best-scored ones."
+            "ACCUMULATE stage trains all entries of the targeted weights and scores them, and a SUBNETWORK stage "
+            "trains only the best-scored ones."
         )
     return "With the package `peft_dps`, which scores the parts of the targeted weights and trains those selected."
 

@@ -81,8 +81,10 @@ class DPSStatus:
 
     def __str__(self) -> str:
         if self.stage is None:
-            trains = "" if self.selected is None else f", selected {self.selected} of {self.entries} entries"
-            return f"DPS adapter {self.adapter!r}: no optimizer step seen yet{trains}"
+            trains = f"{self.entries} entries targeted"
+            if self.selected is not None:
+                trains = f"selected {self.selected} of {self.entries} entries"
+            return f"DPS adapter {self.adapter!r}: no optimizer step seen yet, {trains}"
         selected = "none yet" if self.selected_fraction is None else f"{self.selected_fraction:.1%}"
         if self.stage is Stage.SUBNETWORK:
             moved = "moved" if self.frozen_moved else "unmoved"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from peft_dps.selection.phase import Position
 from peft_dps.training.controller import Controller
 from peft_dps.tuner.config import DPSConfig
 
@@ -18,56 +19,72 @@ _SCOPES = {
 _BUDGETS = {"entries": "", "units": " of the weights", "flops": " of the FLOPs of the backward pass"}
 _POLICIES = {"exact": "keep their bits", "gradient": "have no gradient; momentum and weight decay move them"}
 _SHOWN = 6  # names of modules
+_TOP = re.compile(r"(---\n.*?\n---\n)?(\s*# [^\n]*\n)?", re.DOTALL)  # the metadata and the title
 
 
 def write_section(section: str, path: Path) -> None:
-    """Put the section into a model card, in place of an earlier one."""
+    """Put the section into a model card: in place of an earlier one, or below the title, where it is read."""
     if not path.is_file():
         return
     section = f"{_BEGIN}\n{section}\n{_END}"
     text = path.read_text(encoding="utf-8")
     earlier = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
     replaced, found = earlier.subn(lambda _: section, text, count=1)
-    path.write_text(replaced if found else f"{text.rstrip()}\n\n{section}\n", encoding="utf-8")
+    if not found:
+        place = _TOP.match(text)
+        end = place.end() if place else 0
+        replaced = f"{text[:end].rstrip()}\n\n{section}\n\n{text[end:].lstrip()}".lstrip()
+    path.write_text(replaced, encoding="utf-8")
 
 
 def make_section(config: DPSConfig, controller: Controller) -> str:
     """Make the section, in Markdown."""
     table = "\n".join(f"| {name} | {value} |" for name, value in _rows(config, controller))
     return f"""\
-## Dynamic Parameter Selection
+## Load this adapter
 
-This adapter was made by DPS {config.variant.capitalize()} (Zhang et al., NeurIPS 2022, \
-[arXiv:2211.01642](https://arxiv.org/abs/2211.01642)), with the package `peft_dps`. In turns, an ACCUMULATE stage \
-trains all entries of the targeted weights and scores them, and a SUBNETWORK stage trains only the best-scored ones.
-
-| | |
-|---|---|
-{table}
-
-Loading it takes one more line, which makes PEFT know DPS:
+Import `peft_dps` before PEFT or transformers load this adapter. Without it they raise `KeyError: 'DPS'`.
 
 ```python
 import peft_dps
 from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "<this folder or repository>")
-```"""
+```
+
+## How it was trained
+
+{_method(config)}
+
+| | |
+|---|---|
+{table}"""
+
+
+def _is_dps(config: DPSConfig) -> bool:
+    return config.schedule == "cycle" and config.storage == "copy" and config.granularity == "entry"
+
+
+def _method(config: DPSConfig) -> str:
+    if _is_dps(config):
+        return (
+            f"By DPS {config.variant.capitalize()} (Zhang et al., NeurIPS 2022, "
+            "[arXiv:2211.01642](https://arxiv.org/abs/2211.01642)), with the package `peft_dps`. In turns, an "
+            "ACCUMULATE stage trains all entries of the targeted weights and scores them, and a SUBNETWORK stage "
+            "trains only the best-scored ones."
+        )
+    return "With the package `peft_dps`, which scores the parts of the targeted weights and trains those selected."
 
 
 def _rows(config: DPSConfig, controller: Controller) -> list[tuple[str, str]]:
     weights, step, position = controller.weights, controller.clock.step, controller.clock.position
     entries = sum(weight.layer.entries for weight in weights)
     selected = [weight.selected for weight in weights if weight.selected is not None]
-    length = f"{config.stage_steps} steps"
-    if not isinstance(config.stage_steps, int):
-        fraction = "" if config.stage_steps is None else f"{config.stage_steps:g} of all steps"
-        known = "" if position is None else f"{position.length} steps"
-        length = ": ".join(filter(None, [fraction, known])) or "known when training begins"
     rows = [
-        ("variant", f"`{config.variant}`"),
+        *([("variant", f"`{config.variant}`")] if _is_dps(config) else []),
+        ("selected as a whole", f"`{config.granularity}`"),
         ("density of the subnetwork", f"{_amount(config)}, {_SCOPES.get(str(config.scope), f'`{config.scope}`')}"),
-        ("length of a stage", length),
+        _length(config, position),
         ("score", f"`{config.score}`"),
         ("frozen entries in SUBNETWORK", _POLICIES.get(config.frozen, f"`{config.frozen}`")),
         ("targeted weights", f"{len(weights)}, of {entries} entries"),
@@ -86,6 +103,16 @@ def _rows(config: DPSConfig, controller: Controller) -> list[tuple[str, str]]:
     if controller.loaded_after == step:
         rows.append(("weights", "loaded after the last of these steps, as those of a better checkpoint are"))
     return rows
+
+
+def _length(config: DPSConfig, position: Position | None) -> tuple[str, str]:
+    if config.schedule == "once":
+        return "steps of scoring", str(config.score_steps) if config.score_steps else "none: scored before training"
+    if isinstance(config.stage_steps, int):
+        return "length of a stage", f"{config.stage_steps} steps"
+    fraction = "" if config.stage_steps is None else f"{config.stage_steps:g} of all steps"
+    known = "" if position is None or position.length is None else f"{position.length} steps"
+    return "length of a stage", ": ".join(filter(None, [fraction, known])) or "known when training begins"
 
 
 def _amount(config: DPSConfig) -> str:

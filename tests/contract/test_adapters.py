@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import get_layer_status, get_model_status, get_peft_model, get_peft_model_state_dict
 
-from peft_dps import DPSLayer
+from peft_dps import DPSLayer, Stage
 from peft_dps.errors import ConfigError
 from tests.device import DEVICE
 
@@ -183,6 +183,26 @@ def test_print_trainable_parameters(case, capsys):
     assert total == trainable + sum(p.numel() for p in base.parameters())
     model.print_trainable_parameters()
     assert f"trainable params: {trainable:,}" in capsys.readouterr().out
+
+
+def test_trainable_parameters_of_columns_are_those_selected_and_of_copies_those_scored(mlp):
+    columns = {
+        "storage": "compact",
+        "granularity": "column",
+        "schedule": "once",
+        "score_steps": 1,
+        "train_bias": False,
+    }
+    for fields, selects in (({"units": 2, **columns}, True), ({"train_bias": False}, False)):
+        model = mlp.model(**fields)
+        head = sum(p.numel() for name, p in model.named_parameters() if "modules_to_save" in name)
+        before = model.get_nb_trainable_parameters()
+        assert f"{model.dps_status().entries} entries targeted" in str(model.dps_status())
+        mlp.train(model, steps=3)
+        status = model.dps_status()
+        assert status.stage is Stage.SUBNETWORK
+        assert model.get_nb_trainable_parameters() == before
+        assert before[0] - head == (status.selected if selects else status.entries)
 
 
 @pytest.mark.refuses(

@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from peft_dps import export_adapter
+from peft_dps.tuner.model_card import write_section
 
 
 def card(path):
@@ -40,6 +41,34 @@ def test_the_card_tells_of_the_training(case, tmp_path, save):
     assert "library_name: peft" in card(tmp_path)
 
 
+def test_the_card_says_below_its_title_what_loading_takes(mlp, tmp_path):
+    model = mlp.model(
+        storage="compact", granularity="column", schedule="once", score_steps=1, units=2, train_bias=False
+    )
+    mlp.train(model, steps=2)
+    model.save_pretrained(tmp_path)
+    title, what_comes_next = [line for line in card(tmp_path).split("\n---\n", 1)[1].splitlines() if line][:2]
+    assert title.startswith("# ")
+    assert what_comes_next.startswith("<!-- peft_dps")
+    assert "Without it they raise `KeyError: 'DPS'`" in card(tmp_path)
+    assert "DPS Dense" not in card(tmp_path)  # columns that are selected once are another method
+    told = rows(tmp_path)
+    assert told["selected as a whole"] == "`column`"
+    assert told["steps of scoring"] == "1"
+    assert not {"variant", "length of a stage"} & told.keys()
+
+
+@pytest.mark.parametrize("written", ["", "My words.\n", "# Mine\n\nMy words.\n", "---\ntags: [a]\n---\nMy words.\n"])
+def test_the_section_finds_its_place_in_any_card(tmp_path, written):
+    (tmp_path / "README.md").write_text(written)
+    for section in ("one", "two"):
+        write_section(section, tmp_path / "README.md")
+    assert card(tmp_path).index("\ntwo\n") < card(tmp_path).find("My words.") or not written
+    assert [line for line in card(tmp_path).splitlines() if line and line[0] != "<" and line != "two"] == [
+        line for line in written.splitlines() if line
+    ]
+
+
 @pytest.mark.parametrize(
     ("fields", "before", "after"),
     [
@@ -68,7 +97,7 @@ def test_saving_again_replaces_the_section_and_keeps_what_others_wrote(mlp, tmp_
     (tmp_path / "README.md").write_text(card(tmp_path) + "\nMy own words, with a \\1 and a backslash.\n")
     mlp.train(model, steps=1)
     model.save_pretrained(tmp_path)
-    assert card(tmp_path).count("## Dynamic Parameter Selection") == 1
+    assert card(tmp_path).count("## How it was trained") == 1
     assert "My own words, with a \\1 and a backslash." in card(tmp_path)
     assert "training" not in rows(tmp_path)
     assert rows(tmp_path)["selected at the latest selection"] == "none before the first SUBNETWORK stage"
@@ -79,17 +108,17 @@ def test_a_card_that_the_trainer_writes_anew_has_the_section_when_the_adapter_is
     trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), report_to="none"))
     bert.train(model, steps=1)
     trainer.create_model_card(model_name="mine")
-    assert "Dynamic Parameter Selection" not in card(tmp_path)
+    assert "How it was trained" not in card(tmp_path)
     trainer.save_model()
     assert "# mine" in card(tmp_path)
-    assert card(tmp_path).count("## Dynamic Parameter Selection") == 1
+    assert card(tmp_path).count("## How it was trained") == 1
     assert rows(tmp_path)["optimizer steps"] == "1"
 
 
 def test_a_card_of_another_tuner_has_none(mlp, tmp_path):
     model = get_peft_model(mlp.base(), LoraConfig(target_modules=["fc"]))
     model.save_pretrained(tmp_path)
-    assert "Dynamic Parameter Selection" not in card(tmp_path)
+    assert "How it was trained" not in card(tmp_path)
 
 
 def test_weights_that_were_loaded_in_the_end_are_told(mlp, tmp_path):

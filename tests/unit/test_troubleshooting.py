@@ -8,7 +8,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 QUOTED = re.compile(r"\*\*(`+) ?([^*]+?) ?\1\*\*")
-OF_OTHERS = {"KeyError: 'DPS'", "`is_gradient_checkpointing` is deprecated"}
+OF_OTHERS = {
+    "KeyError: 'DPS'",
+    "`is_gradient_checkpointing` is deprecated",
+    "those params were newly initialized",
+}
 
 
 def texts():

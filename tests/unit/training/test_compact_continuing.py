@@ -188,7 +188,7 @@ def test_saving_tells_why_nothing_was_selected(tmp_path, caplog, mode):
 
 def test_the_status_tells_which_units_an_adapter_has(tmp_path):
     model = make_model(**ONCE, score_steps=0)
-    assert str(model.base_model.dps_status()).endswith("no optimizer step seen yet")
+    assert str(model.base_model.dps_status()).endswith("no optimizer step seen yet, 580 entries targeted")
     model.base_model.score(make_batches(2), loss_of)
     scored = model.base_model.dps_status()
     assert f"no optimizer step seen yet, selected {scored.selected} of {scored.entries} entries" in str(scored)

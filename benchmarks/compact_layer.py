@@ -28,27 +28,23 @@ RESULTS = Path(__file__).parent / "results" / "layer_cpu.json"
 _HEAD = """\
 ### What is in the way
 
-Two thirds of a layer's work stay whatever is trained: y = x W^T and dL/dx. With 5% of the columns, a square layer of
-width 768 trains 39 of them. Their three products take 7.6% of that work, and those of a LoRA of rank 16 take 6.3%,
-for 0.8 times as many entries (0.6 over the whole model). So columns at 0.05 cannot be a tenth faster than this LoRA
-by arithmetic; `columns-units`, with as many columns as the LoRA has ranks, trains half as many entries as it does.
+**Time.** y = x W^T and dL/dx are two thirds of a layer's work, whatever is trained. 5% of the columns of a square
+layer of width 768 are 39: their products add 7.6% to these two, and those of a LoRA of rank 16 add 6.3%, with 0.8
+times as many entries. So they cannot be a tenth faster than the LoRA. `columns-units`, with half its entries, is.
 
-The extra peak beside LoRA-FA is what 5% of the columns are more than half a LoRA of rank 16: 3 million entries, of 16
-bytes each with gradient and AdamW. In the process's peak beside SHiRA's, W0 is in both.
+**Memory.** LoRA-FA trains 3 million entries less than 5% of the columns, and each takes 16 bytes with its gradient and
+AdamW. W0 is part of the peak of SHiRA's process and of ours.
 
-The decoder has four times the weights and a quarter of the tokens, so that most of its memory is W0: 1,475 of a LoRA's
-2,260 MiB. Another 466 MiB are kept by attention, norms and the head, whatever is trained. 0.85 of the LoRA's peak is
-less than the two together, and 0.66 of what it keeps is less than 466 MiB. 5% of the columns are twice the LoRA's
-entries there, which AdamW updates in each step; `columns-units` has 0.55 of them, and takes 0.95 of its step and 0.91
-of its memory. In `scoring` torch allocates less than the LoRA's training does; the process holds more, since the C
-library keeps what a layer's gradient took. In 18 GiB `scoring` and `blocks` fit beside `full` alone; SHiRA and
-`entries` were left out.
+**Decoder.** W0 takes 1,475 of the LoRA's 2,260 MiB; attention, norms and the head keep another 466 whatever is
+trained. The aims of 0.85 of its peak and 0.66 of what it keeps are below these. 5% of the columns are twice its
+entries; `columns-units` has 0.55 of them, 0.95 of its step and 0.91 of its memory. While it scores, torch's peak is
+0.96 of the LoRA's and the process's 1.17: the C library keeps the memory of each layer's gradient. In 18 GiB
+`scoring` and `blocks` could be timed beside `full` alone, SHiRA and `entries` not at all.
 
-Ways to compute the layer, `python -m benchmarks.compact_layer`: processor seconds of one thread for a forward and a
-backward pass of {rows} tokens, over those of the frozen layer alone in the same round; medians of {rounds} rounds with
-quartiles. Columns that stand in the weight itself, as in PaCA, spare two of three products. They would save about 0.1
-of a layer's passes, and cost a base that is quantized, shared or restored to the bit. Columns padded to a multiple of
-eight, or products turned around, save less than the noise.
+**Other ways to compute a layer** (`python -m benchmarks.compact_layer`): a thread's processor seconds for forward and
+backward passes of {rows} tokens, over those of the frozen layer; medians of {rounds} rounds with quartiles. Columns in
+the weight itself, as in PaCA, would save about 0.1, and cost a base that can be quantized, shared or restored to the
+bit. Padding columns to a multiple of eight, or turning products around, saves less than the noise.
 
 """
 _MULTIPLE = 8  # columns that padding fills up to
@@ -188,10 +184,10 @@ def section(document: dict[str, Any]) -> str:
     Args:
         document: Content of the results file.
     """
-    rows = [("way", "", *(f"{inputs} to {outputs}" for inputs, outputs in document["shapes"]))]
+    rows = [("way", *(f"{inputs} to {outputs}" for inputs, outputs in document["shapes"]))]
     for name, ratios in document["ratios"].items():
-        rows.append((name, "", *(f"{median:.3f} ({lower:.3f} to {upper:.3f})" for median, lower, upper in ratios)))
-    return _HEAD.format(**document) + table(rows)
+        rows.append((name, *(f"{median:.3f} ({lower:.3f} to {upper:.3f})" for median, lower, upper in ratios)))
+    return _HEAD.format(**document) + table(rows, words=1)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,53 +36,49 @@ from peft_dps import recipes
 model = get_peft_model(model, recipes.paca(units=16, task_type="SEQ_CLS"))
 ```
 
-Every field of [`DPSConfig`](api.md) can be set as well, so that axes combine:
-`recipes.paca(score="squared_gradient", score_steps=8)` chooses the columns by their gradients. Whatever makes no sense
-is refused by the names of its fields.
+Axes combine: every field of [`DPSConfig`](api.md#peft_dps.DPSConfig) can be set as well.
+`recipes.paca(score="squared_gradient", score_steps=8)` chooses the columns by their gradients. What makes no sense is
+an error that names the fields.
 
-This page is made by `python -m benchmarks.family_page` from the recipes themselves; do not edit it.
+`python -m benchmarks.family_page` writes this page from the recipes; do not edit it.
 
 ![Recipes against axes](images/family.png)
-
-## What each is made of
 """
 _COSTS = """\
 ## What each costs
 
-`python -m benchmarks.family`: {kind} of {layers} layers and width {width}, {batch} sequences of {tokens} tokens, fp32,
-{optimizer}, {threads} threads; {machine}. Each method has a process of its own, and they take their steps in turn; a
-ratio is taken between two steps of the same round, and the table has the median of {rounds} rounds with its quartiles.
-Steps are those after the first selection. "Memory" is the most that was allocated in a step, the model included;
-"file" is the adapter's file.
+{least}Recipes with copies of whole weights train all linear layers and their biases, and cost more than full
+fine-tuning.
 
-Recipes with copies of whole weights train all linear layers and their biases, and cost more than full fine-tuning.
-Compact ones train what is selected alone.
+{kind} of {layers} layers and width {width}, {batch} sequences of {tokens} tokens, fp32, {optimizer}, {threads}
+threads; {machine} (`python -m benchmarks.family`). The methods take their steps in turn, each in a process of its own:
+medians of {rounds} ratios within a round, with quartiles, after the first selection. "Memory" is the peak of a step,
+the model included; sizes are in MiB.
 """
 _NEIGHBOURS = """\
 ## Neighbours
 
-Some methods near this family are another kind of thing. They go together with it.
+These are no recipes, and go together with every recipe:
 
-**Losses.** LNSR ([NAACL 2021](https://arxiv.org/abs/2107.04835)), R3F ([ICLR
-2021](https://arxiv.org/abs/2008.03156)) and SMART ([ACL 2020](https://arxiv.org/abs/1911.03437)) add a term to the
-loss that asks for similar outputs on inputs or hidden states that differ by noise. They call the model twice in a
-step. That works with every recipe: a step is an optimizer step, however many forwards it has.
+- **Losses** that ask for similar outputs under noise: LNSR ([2107.04835](https://arxiv.org/abs/2107.04835)), R3F
+  ([2008.03156](https://arxiv.org/abs/2008.03156)), SMART ([1911.03437](https://arxiv.org/abs/1911.03437)). They call
+  the model twice in a step; a step is an optimizer step, however many forwards it has.
+- **Weight averages**: WiSE-FT ([2109.01903](https://arxiv.org/abs/2109.01903)) with factor 0.5 is
+  `model.add_weighted_adapter(["default"], [0.5], "halfway")`. LEVI ([2402.04644](https://arxiv.org/abs/2402.04644))
+  joins several views.
+- **Self-training**: UPET ([Findings of EMNLP 2023](https://aclanthology.org/2023.findings-emnlp.528)) trains few
+  parameters on labels of a teacher.
 
-**Ensembles and weight averages.** WiSE-FT ([CVPR 2022](https://arxiv.org/abs/2109.01903)) averages pretrained and
-fine-tuned weights after training; LEVI ([ICML 2024](https://arxiv.org/abs/2402.04644)) joins several views. Of an
-adapter of ours, `model.add_weighted_adapter(["default"], [0.5], "halfway")` is the WiSE-FT average with factor 0.5.
+Not here: LoFiT ([2406.01563](https://arxiv.org/abs/2406.01563)) and prompt tuning such as EPT
+([2405.11464](https://arxiv.org/abs/2405.11464)), which train new parameters; SPT
+([2303.08566](https://arxiv.org/abs/2303.08566)), which places LoRAs by gradients; RoSTE
+([2502.09003](https://arxiv.org/abs/2502.09003)), which trains for quantization; DRPruning
+([2411.14055](https://arxiv.org/abs/2411.14055)), which removes weights.
+"""
+_WORDS = """\
+## What each is for
 
-**Self-training.** UPET ([Findings of EMNLP 2023](https://aclanthology.org/2023.findings-emnlp.528)) labels examples
-by a teacher whose uncertainty it measures, and trains few parameters on them. Any recipe can be those parameters.
-
-**Choices inside of attention.** LoFiT ([NeurIPS 2024](https://arxiv.org/abs/2406.01563)) chooses attention heads and
-trains vectors that it adds to their outputs. These vectors are new parameters, not a part of the weights.
-
-**Other tuners.** SPT ([ICCV 2023](https://arxiv.org/abs/2303.08566)) lets gradients decide where to put LoRAs.
-RoSTE ([2025](https://arxiv.org/abs/2502.09003)) trains for quantization. EPT ([AAAI
-2025](https://arxiv.org/abs/2405.11464)) and other prompt tuning train inputs. DRPruning ([ACL
-2025](https://arxiv.org/abs/2411.14055)) removes weights and chooses what to train on; what is frozen here stays in
-use.
+The [API](api.md#methods) tells where each differs from its paper and its code.
 """
 
 
@@ -93,7 +88,7 @@ class Recipe:
 
     Attributes:
         name: Its name.
-        text: Its docstring, without the arguments.
+        text: The first two paragraphs of its docstring: what it is, and what for.
         axes: Per axis, what it is.
     """
 
@@ -108,7 +103,7 @@ def read() -> list[Recipe]:
     for name in recipes.__all__:
         function: Callable[..., DPSConfig] = getattr(recipes, name)
         text = inspect.cleandoc(function.__doc__ or "").partition("\nArgs:")[0].strip()
-        found.append(Recipe(name, text, axes_of(function())))
+        found.append(Recipe(name, "\n\n".join(text.split("\n\n")[:2]), axes_of(function())))
     return found
 
 
@@ -163,32 +158,36 @@ def make_page(found: list[Recipe], document: dict[str, Any] | None) -> str:
         found: The recipes.
         document: Content of the results file; None if there is none.
     """
-    axes = list(found[0].axes)
-    rows = [("recipe", "", *axes), *((f"`{each.name}`", "", *each.axes.values()) for each in found)]
-    parts = [_HEAD, table(rows), *map(_described, found)]
+    parts = [_HEAD]
     if document is not None:
         settings, machine = document["settings"], document["machine"]
         rounds = len(next(iter(document["seconds"][0].values())))
-        shape = _shape(settings["size"])
-        parts.append(
-            _COSTS.format(**shape, **settings, machine=f"{machine['cpu']}, {machine['cores']} cores", rounds=rounds)
-        )
-        parts.append(table(list(_costs(document))))
-    parts.append(_NEIGHBOURS)
+        where = {"machine": f"{machine['cpu']}, {machine['cores']} cores", "rounds": rounds, "least": _least(document)}
+        parts.append(_COSTS.format(**_shape(settings["size"]), **settings, **where))
+        parts.append(table(list(_costs(document)), words=1))
+    parts += [_WORDS, *(f"### {each.name}\n\n{each.text}\n" for each in found), _NEIGHBOURS]
     return "\n".join(parts)
 
 
-def _described(recipe: Recipe) -> str:
-    return f"### {recipe.name}\n\n{textwrap.dedent(recipe.text)}\n"
+def _least(document: dict[str, Any]) -> str:
+    """Name the recipes that take less time than the LoRA and less memory."""
+    steps = {each["method"]: each["median"] for each in document["ratios"] if each["against"] == "lora"}
+    held = document["held"]
+    names = [name for name in steps if steps[name] < 1 and held[name]["peak"] < held["lora"]["peak"]]
+    names = [name.removeprefix("recipe:") for name in names if name.startswith("recipe:")]
+    if not names:
+        return ""
+    listed = ", ".join(f"`{name}`" for name in names)
+    return f"**{listed} take less time, in the median, and less memory than a LoRA of rank 16.**\n\n"
 
 
 def _shape(size: str) -> dict[str, Any]:
     fields = SIZES[size]
-    return {"kind": "a BERT", "layers": fields["num_hidden_layers"], "width": fields["hidden_size"]}
+    return {"kind": "A BERT", "layers": fields["num_hidden_layers"], "width": fields["hidden_size"]}
 
 
 def _costs(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    yield "method", "trained entries", "step / full", "step / LoRA r16", "memory, MiB", "kept for backward", "file"
+    yield "method", "trained entries", "step / full", "step / LoRA r16", "memory", "file"
     for name, held in document["held"].items():
         found = {each["against"]: each for each in document["ratios"] if each["method"] == name}
         ratios = [
@@ -197,9 +196,8 @@ def _costs(document: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             else "-"
             for each in ("full", "lora")
         ]
-        sizes = [f"{held[each] / _MIB:.1f}" for each in ("peak", "kept")]
         file = "-" if held["file"] is None else f"{held['file'] / _MIB:.2f}"
-        yield f"`{name.removeprefix('recipe:')}`", f"{held['trained']:,}", *ratios, *sizes, file
+        yield f"`{name.removeprefix('recipe:')}`", f"{held['trained']:,}", *ratios, f"{held['peak'] / _MIB:.1f}", file
 
 
 def main() -> None:

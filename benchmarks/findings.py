@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,12 +80,6 @@ class Entry:
         """Return the median step-time ratio."""
         spread = self.spread(variant, figure)
         return None if spread is None else spread["median"]
-
-    def seconds(self, variant: str, figure: str) -> float | None:
-        """Return the median seconds of a step, over all runs of the case."""
-        runs = self._found("steps", {}).get("runs", [])
-        values = [value for run in runs if variant in run for value in run[variant]["seconds"][figure]]
-        return statistics.median(values) if values else None
 
     def memory(self, variant: str) -> float | None:
         """Return the ratio of peaks at torch's allocator."""

@@ -7,18 +7,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks import compact_layer, device_page
 from benchmarks.compact_page import section
-from benchmarks.findings import Entry, Findings
+from benchmarks.findings import SIZE, Entry, Findings
 from benchmarks.memory import KINDS
 from benchmarks.plots import SWEEPS, draw_memory, draw_sweep
 from benchmarks.ratio import LOADING, MEMORY, target
-from benchmarks.rounds import FIGURES
+from benchmarks.rounds import ACCUMULATE, FIGURES, SUBNETWORK
 from benchmarks.settings import Settings
 from benchmarks.tables import table
-from benchmarks.variant import VARIANTS
+from benchmarks.variant import DENSE, MIX, VARIANTS
 from peft_dps.compare.report.style import save
 
 ROOT = Path(__file__).parents[1]
@@ -27,31 +28,26 @@ _MIB = 2**20
 _HEAD = """\
 # Benchmarks
 
-What DPS costs in time and memory beside full fine-tuning of the same parameters. This page is made by
-`python -m benchmarks.page` from results of `python -m benchmarks.suite` and `python -m benchmarks.compact`; do not
-edit it.
+Time and memory of peft_dps beside full fine-tuning and LoRA, measured by the programs in `benchmarks/`. Models have
+the shape of the real ones and random weights. `python -m benchmarks.page` writes this page from the files in
+`benchmarks/results/`, which hold every number; do not edit it.
+"""
+_COPIES = """\
+## Copies of whole weights, {where}
 
-In the tables a figure has its aim in brackets, and **bold** means that it misses it. LoRA has no aims; it is there to
-compare.
+A copy (`storage="copy"`, the default) trains every targeted weight beside its frozen original. It costs more than
+full fine-tuning; `lean=True` takes most of that memory back. Ratios are to full fine-tuning of the same parameters,
+the aim in brackets, **bold** where it is missed. LoRA (rank 8) has no aim.
 
-- **accumulate**, **selecting**, **subnetwork**: time of a step over that of full fine-tuning, the median. Each method
-  trains in a process of its own; they take their steps in turn, and a ratio is taken between two steps of the same
-  round. "Selecting" is the first step of SUBNETWORK, one in a cycle.
-- **memory**: most bytes that torch's allocator had handed out at a time, over that of full fine-tuning; gradients,
-  activations and temporary tensors included. On a CPU every tensor is counted that an operator makes or takes, which
-  leaves out buffers inside of kernels. **process**: the same ratio of the peak memory of a process that trains nothing
-  else, above its state before the model was built; with what the system's malloc keeps for itself, and with pages of
-  W0 that are in memory although a file stands behind them.
-- **load + first step**: `PeftModel.from_pretrained(base, folder, is_trainable=True)`, the optimizer and one step, over
-  `from_pretrained` of a fully fine-tuned checkpoint, the optimizer and one step. The second number includes loading
-  the pretrained model that the adapter goes onto.
+- **accumulate**, **selecting**, **subnetwork**: a step's time, the median of ratios within a round in which each
+  method takes one step; a process for each. "Selecting" is one step in a cycle.
+- **memory**: the most bytes that tensors held at a time. **process**: the peak of a process that trains by that method
+  alone, above its state before the model was built; with what malloc keeps and pages of mapped files.
+- **load + first step**: `PeftModel.from_pretrained`, the optimizer and one step, over the same from a checkpoint of
+  full fine-tuning; the second number includes loading the pretrained model.
 
-"Lean" is `lean=True`, and "bf16" is `score_dtype="bfloat16"` with `frozen="gradient"`. Everything else has
-`frozen="exact"`.
-
-Models are built from configurations with random weights. The aims: a step 1.02 for Dense and 1.05 for Mix, 1.3 where
-it selects, peak memory 1.30 and 1.45 (in lean mode 1.03 and 1.15), loading with the first step 1.05. Everything is in
-fp32, with fused AdamW, density {density} and dropout {dropout}, unless a row says otherwise.
+"Lean" is `lean=True`, "bf16" is `score_dtype="bfloat16"` with `frozen="gradient"`; the others have `frozen="exact"`.
+fp32, fused AdamW, density {density} and dropout {dropout}, unless a row says otherwise.
 """
 _NONE = "There are no results yet: `python -m benchmarks.suite` makes them.\n"
 
@@ -93,9 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def result_files() -> list[Path]:
     """Return the files of the repository that the page is made of."""
     return [
-        *sorted(_RESULTS.glob("suite_*.json")),
         *sorted(_RESULTS.glob("compact_*.json")),
         *_RESULTS.glob("layer_cpu.json"),
+        *sorted(_RESULTS.glob("suite_*.json")),
         *sorted(_RESULTS.glob("device_*.json")),
     ]
 
@@ -107,8 +103,7 @@ def make_page(documents: dict[str, dict[str, Any]]) -> Page:
         documents: Per name of a file, its content.
     """
     usual = Settings()
-    head = _HEAD.format(density=usual.density, dropout=usual.dropout)
-    parts, images = [head if documents else f"{head}\n{_NONE}"], {}
+    parts, images = [_HEAD if documents else f"{_HEAD}\n{_NONE}"], {}
     for name, document in documents.items():
         if "device" in document:
             parts.append(f"## {document['device']}\n\n{device_page.page(document)}")
@@ -120,16 +115,18 @@ def make_page(documents: dict[str, dict[str, Any]]) -> Page:
             parts.append(compact_layer.section(document))
             continue
         results = Findings(document)
-        parts.append(f"## {name.removeprefix('suite_').upper()}\n\n{_machine(results)}")
-        parts.append(f"### Beside full fine-tuning\n\n{_summary(results)}")
-        parts.append(f"### Time of a step\n\n{_times(results)}")
+        where = name.removeprefix("suite_").upper()
+        parts.append(_COPIES.format(where=where, density=usual.density, dropout=usual.dropout))
+        parts.append(f"{_machine(results)}\n\n{_summary(results)}")
         if any(entry.footprints for entry in results.models):
             images[f"{name}_memory.png"] = lambda results=results: draw_memory(results)
             parts.append(f"### Memory by kind\n\n{_memory(results, name)}")
-        for field, sizes in results.sweeps().items():
-            image = f"{name}_sweep_{field}.png"
-            images[image] = lambda results=results, field=field: draw_sweep(results, field)
-            parts.append(_sweep(results, field, sizes, image))
+        if sweeps := results.sweeps():
+            drawn = {field: f"{name}_sweep_{field}.png" for field in sweeps}
+            images |= {
+                drawn[field]: lambda results=results, field=field: draw_sweep(results, field) for field in sweeps
+            }
+            parts.append(f"### By size, batch, length and density\n\n{_sweeps(sweeps, drawn)}")
     return Page("\n".join(part.rstrip() + "\n" for part in parts), images)
 
 
@@ -142,8 +139,21 @@ def _machine(results: Findings) -> str:
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "peft_dps"))
     loads = [load for entry in results.entries for load in entry.loads]
     return (
-        f"{where}; {packages}.\nLoad of the machine, the benchmark's own included, while this was measured: "
-        f"{min(loads):.1f} to {max(loads):.1f}."
+        f"{where}; {packages}. Load of the machine, the benchmark's own included: {min(loads):.1f} to "
+        f"{max(loads):.1f}.\n"
+        f"{_spread(results)}"
+    )
+
+
+def _spread(results: Findings) -> str:
+    found = [
+        entry.spread(variant, figure) for entry in results.models for variant in entry.compared for figure in FIGURES
+    ]
+    widths = [each["upper"] - each["lower"] for each in found if each is not None]
+    return (
+        f"Quartiles of a ratio are {median(widths):.2f} apart in the median, {max(widths):.2f} at most."
+        if widths
+        else ""
     )
 
 
@@ -162,46 +172,43 @@ def _summary(results: Findings) -> str:
     return table(rows)
 
 
-def _times(results: Findings) -> str:
-    rows = [
-        ("model", "method", *(f"{figure}: seconds" for figure in FIGURES), *(f"{each}: quartiles" for each in FIGURES))
-    ]
-    for entry in results.models:
-        for variant in entry.variants:
-            seconds = [_number(entry.seconds(variant, figure), 3) for figure in FIGURES]
-            quartiles = [_quartiles(entry.spread(variant, figure)) for figure in FIGURES]
-            rows.append((entry.title, _title(variant), *seconds, *quartiles))
-    return table(rows)
-
-
 def _memory(results: Findings, name: str) -> str:
+    """Return the figure of all models, and a table of the first."""
+    entry = next(entry for entry in results.models if entry.footprints)
+    shown = (*KINDS, "activations")
     text = (
         f"![Stacked bars: bytes by kind, per model, method and stage](images/{name}_memory.png)\n\n"
         "*Bytes by kind at the end of a step of each stage, and the activations that the forward leaves for the "
         "backward pass. The mark is the peak of such a step: most activations are gone before the last gradients are "
-        "made, so it may lie below the sum. The table is in MiB.*\n\n"
+        f"made, so it may lie below the sum.*\n\n{entry.title}, in MiB, in the stage with the highest peak:\n\n"
     )
-    shown = (*KINDS, "activations")
-    rows = [("model", "method", "step", *shown, "peak")]
-    for entry in results.models:
-        for variant, footprint in entry.footprints.items():
-            for figure in FIGURES if VARIANTS[variant].method else FIGURES[:1]:
-                kinds = [f"{footprint['kinds'][figure][kind] / _MIB:.0f}" for kind in shown]
-                rows.append((entry.title, _title(variant), figure, *kinds, f"{footprint['peaks'][figure] / _MIB:.0f}"))
-    return text + table(rows)
+    rows = [("method", *shown, "peak")]
+    for variant, footprint in entry.footprints.items():
+        figure = max(FIGURES if VARIANTS[variant].method else FIGURES[:1], key=footprint["peaks"].__getitem__)
+        kinds = [f"{footprint['kinds'][figure][kind] / _MIB:.0f}" for kind in shown]
+        rows.append((_title(variant), *kinds, f"{footprint['peaks'][figure] / _MIB:.0f}"))
+    return text + table(rows, words=1)
 
 
-def _sweep(results: Findings, field: str, sizes: dict[str, list[Entry]], image: str) -> str:
-    title, unit = SWEEPS[field]
-    rows = [("model", unit, "method", *FIGURES, "memory")]
-    for entries in sizes.values():
-        for entry in entries:
-            for variant in entry.compared:
-                if VARIANTS[variant].method:
-                    cells = [_number(entry.step(variant, figure)) for figure in FIGURES]
-                    value = f"{entry.value(field):,}"
-                    rows.append((entry.size, value, _title(variant), *cells, _number(entry.memory(variant))))
-    return f"### By {title}\n\n![Ratios by {title}](images/{image})\n\n{table(rows)}"
+def _sweeps(sweeps: dict[str, dict[str, list[Entry]]], images: dict[str, str]) -> str:
+    """Return a table of Dense and Mix over all sweeps, and a figure of each with all methods."""
+    shown = [(method, figure) for method in (DENSE, MIX) for figure in (ACCUMULATE, SUBNETWORK, MEMORY)]
+    rows = [("", "", *(f"{method.removeprefix('DPS ')}: {figure}" for method, figure in shown))]
+    for field, lines in sweeps.items():
+        for name, entries in lines.items():
+            for entry in entries:
+                variants = {VARIANTS[variant].method: variant for variant in entry.compared}
+                cells = [_number(_swept(entry, variants.get(method), figure)) for method, figure in shown]
+                value = entry.size if field == SIZE else f"{entry.value(field):,}"
+                rows.append((f"{SWEEPS[field][0]}, {name}", value, *cells))
+    figures = [f"![Ratios by {SWEEPS[field][0]}](images/{image})" for field, image in images.items()]
+    return "\n\n".join((table(rows).rstrip(), *figures))
+
+
+def _swept(entry: Entry, variant: str | None, figure: str) -> float | None:
+    if variant is None:
+        return None
+    return entry.memory(variant) if figure == MEMORY else entry.step(variant, figure)
 
 
 def _title(variant: str) -> str:
@@ -215,12 +222,8 @@ def _aimed(value: float | None, aim: float | None) -> str:
     return f"{shown} ({aim:.2f})"
 
 
-def _quartiles(spread: dict[str, float] | None) -> str:
-    return "-" if spread is None else f"{spread['lower']:.2f} to {spread['upper']:.2f}"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Write a table whose first two columns are words and the others numbers.
+def table(rows: Sequence[Sequence[str]], words: int = 2) -> str:
+    """Write a table whose first columns are words and the others numbers.
 
     Args:
         rows: The head, and what is below it.
+        words: Number of columns that are words.
     """
     head, *body = rows
-    aligned = ["---", "---", *("---:" for _ in head[2:])]
+    aligned = ["---" if column < words else "---:" for column in range(len(head))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, aligned, *body)) + "\n"

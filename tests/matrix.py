@@ -28,14 +28,13 @@ HEAD = """# What is supported
 
 <!-- Written by `python -m tests.matrix` from the marks of the tests. Change the marks, not this file. -->
 
-Every "yes" and every "refused" is what a test shows; the tests run with every change. They run on the CPU with small,
-randomly initialised models, and show that things work as promised, not how well a model learns. "Refused" means an
-error that names the cause, or a warning where it says so; a dash means that there is no such test, for instance
-generation with a classifier. Tests are named below `tests/`. What does not name compact storage is about copies of
-whole weights (`storage="copy"`, the default).
+Every line is what a test shows, with every change: on the CPU, with small models of random weights. "Refused" is an
+error that names the cause, or a warning where it says so; a dash means that there is no such test. Each section names
+its files below `tests/`; a line's words are in the mark of its test. What does not name compact storage is about
+copies of whole weights (`storage="copy"`, the default).
 
-Layers of GPTQ, AWQ, HQQ, compressed-tensors, AQLM, EETQ and FP8, whose kernels need an accelerator, are stood in for
-by modules that have their attributes and a backward pass of their own; those of bitsandbytes and torchao are real.
+Layers of bitsandbytes and torchao are real. Those of GPTQ, AWQ, HQQ, compressed-tensors, AQLM, EETQ and FP8, whose
+kernels need an accelerator, are modules with their attributes and a backward pass of their own.
 """
 VERSIONS = """## Versions
 
@@ -115,7 +114,9 @@ def page(entries: list[Entry]) -> str:
     for section in SECTIONS:
         mine = [entry for entry in entries if entry.section == section]
         if mine:
-            parts += [f"## {section}\n", *_grid([e for e in mine if e.row]), *_list([e for e in mine if not e.row])]
+            files = ", ".join(_unique(f"`{entry.test.partition('::')[0]}`" for entry in mine))
+            grid, listed = _grid([e for e in mine if e.row]), _list([e for e in mine if not e.row])
+            parts += [f"## {section}\n", *grid, *listed, f"Tests: {files}\n"]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -141,39 +142,30 @@ def _versions() -> list[str]:
 
 
 def _grid(entries: list[Entry]) -> list[str]:
-    """Rows by features, with the reasons and the tests below."""
+    """Rows by features, with the reasons below; rows with the same cells are one."""
     if not entries:
         return []
     rows, features = _unique(entry.row for entry in entries), _unique(entry.feature for entry in entries)
     cells = {(entry.row, entry.feature): "yes" if entry.because is None else "refused" for entry in entries}
     lines = [_row(["", *features]), _row(["---"] * (len(features) + 1))]
-    lines += [_row([row, *(cells.get((row, feature), "-") for feature in features)]) for row in rows]
-    tests: dict[str, list[str]] = {}
-    for feature in features:
-        tests.setdefault(_tests(entry for entry in entries if entry.feature == feature), []).append(feature)
-    reasons = _unique(entry.because for entry in entries)
-    notes = [f"- refused: {reason}" for reason in reasons]
-    notes += [f"- {'; '.join(shown)}: {names}" for names, shown in tests.items()]
-    return [*lines, "", *notes, ""]
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        alike.setdefault(tuple(cells.get((row, feature), "-") for feature in features), []).append(row)
+    lines += [_row(["; ".join(names), *values]) for values, names in alike.items()]
+    reasons = [f"- refused: {reason}" for reason in _unique(entry.because for entry in entries)]
+    return [*lines, "", *reasons, *([""] if reasons else [])]
 
 
 def _list(entries: list[Entry]) -> list[str]:
-    """One line per feature."""
-    if not entries:
-        return []
-    lines = [_row(["feature", "", "tests"]), _row(["---"] * 3)]
+    """A line for each feature that works, and a table of those that are refused."""
+    works, refused = [], [_row(["refused", "why"]), _row(["---"] * 2)]
     for feature in _unique(entry.feature for entry in entries):
-        mine = [entry for entry in entries if entry.feature == feature]
-        reasons = _unique(entry.because for entry in mine)
-        lines.append(_row([feature, f"refused: {'; '.join(reasons)}" if reasons else "yes", _tests(mine)]))
-    return [*lines, ""]
-
-
-def _tests(entries: Iterable[Entry]) -> str:
-    """Name a test, or the file if there are several in it."""
-    tests = _unique(entry.test for entry in entries)
-    files = _unique(test.partition("::")[0] for test in tests)
-    return ", ".join(f"`{tests[0] if len(tests) == 1 else file}`" for file in files)
+        reasons = _unique(entry.because for entry in entries if entry.feature == feature)
+        if reasons:
+            refused.append(_row([feature, "; ".join(reasons)]))
+        else:
+            works.append(f"- {feature}")
+    return [line for lines in (works, refused if len(refused) > 2 else []) if lines for line in (*lines, "")]
 
 
 def _row(cells: Iterable[str]) -> str:

@@ -32,86 +32,80 @@ class DPSConfig(PeftConfig):
     freezes the rest. Then scores and masks are thrown away and the next cycle begins.
 
     Args:
-        target_modules (`list[str] | str`, defaults to `"all-linear"`): Names of the modules to train, a regular
-            expression, or `"all-linear"`.
-        target_parameters (`list[str]`, *optional*): Names of single parameters to train besides, such as the weights
-            of experts that models of transformers keep as one parameter (`["experts.gate_up_proj"]`). With
-            `target_modules=[]` nothing else is targeted.
-        exclude_modules (`list[str] | str`, *optional*): Names, or a regular expression, of modules to leave out.
-        variant (`"dense" | "mix"`, defaults to `"dense"`): `"dense"` trains as described; `"mix"` adds column noise
-            to ACCUMULATE, relaxes scores by how often a column took part, and trains SUBNETWORK on
-            W_eff = T + M * (W - T) / density, T being the weight when the stage began.
-        density (`float`, defaults to 0.7): Fraction of entries that the subnetwork holds, in (0, 1]. Where the units
-            are weights or blocks, chosen over the whole model, what is trained besides them counts too: biases under
-            `train_bias`, modules under `modules_to_save` and `train_remaining`. They are part of the entries that
-            could be trained, and of those that are, whatever is selected.
-        units (`int`, *optional*): Number of units that are trained of each weight, or of weights or blocks of the
-            model, in place of a density. As many rows or columns as a LoRA has ranks make half of its parameters.
-        budget (`str`, defaults to `"entries"`): What the density is a fraction of: `"entries"`; for weights and blocks
-            also `"units"`, their number, whatever their size, and `"flops"`, those of the backward pass, which has to
-            reach down to the lowest selected weight; or a registered name.
-        storage (`"copy" | "compact"`, defaults to `"copy"`): `"copy"`: parameters are copies of whole weights, which
-            masks are put on; `"compact"`: they hold the selected units alone, beside a base model that is never
-            written, so that frozen entries cost no gradient, no optimizer state and no memory.
-        max_density (`float`, *optional*): With `storage="compact"`, the fraction of units of a weight of which the
-            adapter may hold values, over all selections: units that are selected no more keep what they learned.
-        schedule (`str`, defaults to `"cycle"`): Which phases follow each other: `"cycle"`, the two stages in turns;
-            `"once"`, ACCUMULATE for `score_steps` steps and SUBNETWORK from then on; `"every"`, the same anew every
-            `stage_steps` steps; `"two-phase"`, ACCUMULATE for `stage_steps` steps, and SUBNETWORK from then on, which
-            begins with the pretrained weights and a new optimizer state; `"full"`, nothing is selected; or a
-            registered name.
-        stage_steps (`int | float`, *optional*): Length of a stage of `"cycle"`, or steps from one selection of
-            `"every"` to the next, or of the first phase of `"two-phase"`: optimizer steps if an int, a fraction of all
-            steps in (0, 1) if a float. By default 0.05, or 10 steps where the number of all is unknown. A fraction
-            stands for 10 steps or more (with `"every"` also for twice `score_steps` or more).
-        score_steps (`int`, defaults to 8): Steps of ACCUMULATE with `"once"` and `"every"`; 0 for scores that need no
-            evidence, and with `"once"` to score before training, from batches of yours (`model.score(batches)`).
-        granularity (`str`, defaults to `"entry"`): What is selected as a whole: `"entry"`; `"row"`, all that makes
-            one output; `"column"`, all that takes one input; `"submatrix"`, a tile of 256 rows and columns;
-            `"tensor"`, one weight; `"block"`, all targets of one layer of the model; or a registered name.
-        reduction (`"mean" | "sum"`, defaults to `"mean"`): How the scores of its entries make the score of a unit.
-        total_steps (`int`, *optional*): Number of optimizer steps of the whole training. Only a fractional
-            `stage_steps` needs it, and not with the HF Trainer, which knows it.
-        scope (`"tensor" | "category" | "model"`, *optional*): Whether the best units are chosen within each weight,
-            within the weights of attention and the other weights of each layer of the model, or over all weights
-            together. By default within each weight, and over all where units are weights or more.
-        frozen (`str`, defaults to `"exact"`): What frozen means in SUBNETWORK. With `"exact"` frozen entries keep
-            their bits whatever the optimizer does; `"exact_in_step"` does so with a copy of them only while the
-            optimizer steps; with `"gradient"` only their gradient is zeroed, and momentum and weight decay still move
-            them, as in the code released with the paper; `"scaled_gradient"` does so, and divides the gradient of the
-            others by their share; or a registered name.
-        score (`str`, defaults to `"squared_gradient"`): How entries are ranked: `"squared_gradient"`,
-            `"absolute_gradient"`, `"random"` (the baseline), `"magnitude"` of the pretrained weight,
-            `"low_rank_residual"` (what a matrix of rank 16 leaves of it), `"movement"` (abs(W - W0)),
-            `"in_turn"` (weights or blocks in ascending order), or a name given to `peft_dps.register_score`.
-        evidence (`str`, *optional*): What is gathered for the score: `"squared_gradient"`, `"absolute_gradient"`,
-            `"second_moment"` (of the optimizer), `"none"`, or a registered name. By default what the score is made of.
-        noise (`str`, *optional*): What training forwards compute with in place of the weight: `"none"`, `"columns"`
-            (of DPS Mix), `"mixout"` (columns that swap back to W0, in every step), `"mixconnect"` (the same with
-            entries), or a registered name; what takes part does so with probability `density`. By default what
-            `variant` says.
-        score_dtype (`"float32" | "bfloat16"`, defaults to `"float32"`): What evidence is added up in.
-            `"bfloat16"` halves the memory of the scores; entries whose scores are within 0.4% of each other may change
-            places, and once a sum is more than 256 times what a step adds to it, it stands still. `"float32"` means
-            fp64 for an fp64 weight.
-        participation_decay (`bool`, *optional*): Only for Mix: whether scores are multiplied by exp(-F / stage_steps),
-            F being how often a column took part. By default it is for stages of 50 steps or more.
-        train_bias (`bool`, defaults to `True`): Whether the biases of targeted modules are trained too. They are
-            never masked.
-        train_remaining (`bool`, defaults to `False`): Whether every other module with parameters is trained in full,
-            as in the paper, by adding it to `modules_to_save`.
-        modules_to_save (`list[str]`, *optional*): Modules trained in full and saved with the adapter.
-        layers_to_transform (`list[int] | int`, *optional*): Indices of the layers to train.
-        layers_pattern (`list[str] | str`, *optional*): Name of the module list that `layers_to_transform` counts in.
-        offload_base (`bool`, defaults to `False`): Whether the pretrained weights W0 of targeted modules are kept in a
-            temporary file (see `TMPDIR`) instead of memory, on the host or an accelerator. What needs them reads them
-            from there: disabling, merging and combining adapters, and each step of Mix in ACCUMULATE.
-        lean (`bool`, defaults to `False`): One name for three choices that save memory, at the price of somewhat
-            different scores and of time: `evidence="second_moment"` in place of squared gradients,
-            `frozen="exact_in_step"` in place of `"exact"`, and `offload_base=True`; on a CPU the originals of
-            `modules_to_save` are kept in files too.
-        seed (`int`, defaults to 0): Seed of the method's own random numbers.
-        init_weights (`bool`, defaults to `True`): `False` perturbs the trainable copies at random; only for tests.
+        target_modules: Names of the modules to train, a regular expression, or `"all-linear"`.
+        target_parameters: Names of single parameters to train besides, such as the weights of experts that models of
+            transformers keep as one parameter (`["experts.gate_up_proj"]`). With `target_modules=[]` nothing else is
+            targeted.
+        exclude_modules: Names, or a regular expression, of modules to leave out.
+        variant: `"dense"` trains as described; `"mix"` adds column noise to ACCUMULATE, relaxes scores by how often a
+            column took part, and trains SUBNETWORK on W_eff = T + M * (W - T) / density, T being the weight when the
+            stage began.
+        density: Fraction of entries that the subnetwork holds, in (0, 1]. Where the units are weights or blocks,
+            chosen over the whole model, what is trained besides them counts too: biases under `train_bias`, modules
+            under `modules_to_save` and `train_remaining`. They are part of the entries that could be trained, and of
+            those that are, whatever is selected.
+        units: Number of units that are trained of each weight, or of weights or blocks of the model, in place of a
+            density. As many rows or columns as a LoRA has ranks make half of its parameters.
+        budget: What the density is a fraction of: `"entries"`; for weights and blocks also `"units"`, their number,
+            whatever their size, and `"flops"`, those of the backward pass, which has to reach down to the lowest
+            selected weight; or a registered name.
+        storage: `"copy"`: parameters are copies of whole weights, which masks are put on; `"compact"`: they hold the
+            selected units alone, beside a base model that is never written, so that frozen entries cost no gradient,
+            no optimizer state and no memory.
+        max_density: With `storage="compact"`, the fraction of units of a weight of which the adapter may hold values,
+            over all selections: units that are selected no more keep what they learned.
+        schedule: Which phases follow each other: `"cycle"`, the two stages in turns; `"once"`, ACCUMULATE for
+            `score_steps` steps and SUBNETWORK from then on; `"every"`, the same anew every `stage_steps` steps;
+            `"two-phase"`, ACCUMULATE for `stage_steps` steps, and SUBNETWORK from then on, which begins with the
+            pretrained weights and a new optimizer state; `"full"`, nothing is selected; or a registered name.
+        stage_steps: Length of a stage of `"cycle"`, or steps from one selection of `"every"` to the next, or of the
+            first phase of `"two-phase"`: optimizer steps if an int, a fraction of all steps in (0, 1) if a float. By
+            default 0.05, or 10 steps where the number of all is unknown. A fraction stands for 10 steps or more (with
+            `"every"` also for twice `score_steps` or more).
+        score_steps: Steps of ACCUMULATE with `"once"` and `"every"`; 0 for scores that need no evidence, and with
+            `"once"` to score before training, from batches of yours (`model.score(batches)`).
+        granularity: What is selected as a whole: `"entry"`; `"row"`, all that makes one output; `"column"`, all that
+            takes one input; `"submatrix"`, a tile of 256 rows and columns; `"tensor"`, one weight; `"block"`, all
+            targets of one layer of the model; or a registered name.
+        reduction: How the scores of its entries make the score of a unit.
+        total_steps: Number of optimizer steps of the whole training. Only a fractional `stage_steps` needs it, and not
+            with the HF Trainer, which knows it.
+        scope: Whether the best units are chosen within each weight (`"tensor"`), within the weights of attention and
+            the other weights of each layer of the model (`"category"`), or over all weights together (`"model"`). By
+            default within each weight, and over all where units are weights or more.
+        frozen: What frozen means in SUBNETWORK. With `"exact"` frozen entries keep their bits whatever the optimizer
+            does; `"exact_in_step"` does so with a copy of them only while the optimizer steps; with `"gradient"` only
+            their gradient is zeroed, and momentum and weight decay still move them, as in the code released with the
+            paper; `"scaled_gradient"` does so, and divides the gradient of the others by their share; or a registered
+            name.
+        score: How entries are ranked: `"squared_gradient"`, `"absolute_gradient"`, `"random"` (the baseline),
+            `"magnitude"` of the pretrained weight, `"low_rank_residual"` (what a matrix of rank 16 leaves of it),
+            `"movement"` (abs(W - W0)), `"in_turn"` (weights or blocks in ascending order), or a name given to
+            `peft_dps.register_score`.
+        evidence: What is gathered for the score: `"squared_gradient"`, `"absolute_gradient"`, `"second_moment"` (of
+            the optimizer), `"none"`, or a registered name. By default what the score is made of.
+        noise: What training forwards compute with in place of the weight: `"none"`, `"columns"` (of DPS Mix),
+            `"mixout"` (columns that swap back to W0, in every step), `"mixconnect"` (the same with entries), or a
+            registered name; what takes part does so with probability `density`. By default what `variant` says.
+        score_dtype: What evidence is added up in. `"bfloat16"` halves the memory of the scores; entries whose scores
+            are within 0.4% of each other may change places, and once a sum is more than 256 times what a step adds to
+            it, it stands still. `"float32"` means fp64 for an fp64 weight.
+        participation_decay: Only for Mix: whether scores are multiplied by exp(-F / stage_steps), F being how often a
+            column took part. By default it is for stages of 50 steps or more.
+        train_bias: Whether the biases of targeted modules are trained too. They are never masked.
+        train_remaining: Whether every other module with parameters is trained in full, as in the paper, by adding it
+            to `modules_to_save`.
+        modules_to_save: Modules trained in full and saved with the adapter.
+        layers_to_transform: Indices of the layers to train.
+        layers_pattern: Name of the module list that `layers_to_transform` counts in.
+        offload_base: Whether the pretrained weights W0 of targeted modules are kept in a temporary file (see `TMPDIR`)
+            instead of memory, on the host or an accelerator. What needs them reads them from there: disabling, merging
+            and combining adapters, and each step of Mix in ACCUMULATE.
+        lean: One name for three choices that save memory, at the price of somewhat different scores and of time:
+            `evidence="second_moment"` in place of squared gradients, `frozen="exact_in_step"` in place of `"exact"`,
+            and `offload_base=True`; on a CPU the originals of `modules_to_save` are kept in files too.
+        seed: Seed of the method's own random numbers.
+        init_weights: `False` perturbs the trainable copies at random; only for tests.
 
     Raises:
         ConfigError: If a field has a value that cannot work.

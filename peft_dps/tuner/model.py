@@ -39,9 +39,9 @@ class DPSModel(BaseTuner):
     """Dynamic Parameter Selection model: `get_peft_model(model, DPSConfig(...))` makes one.
 
     Args:
-        model (`torch.nn.Module`): The model to train.
-        config (`DPSConfig`): Its configuration.
-        adapter_name (`str`): Name of the adapter.
+        model (torch.nn.Module): The model to train.
+        config (DPSConfig): Its configuration.
+        adapter_name (str): Name of the adapter.
 
     Example:
         ```py

@@ -142,8 +142,8 @@ def test_the_page_shows_every_model_and_the_sweep(document, tmp_path):
     text = (tmp_path / "page.md").read_text()
     assert "| toy, 2 x 8 | DPS Mix |" in text
     assert "| decoder-toy, linear layers, 2 x 8 | DPS Dense |" in text
-    assert "### By batch size" in text
-    assert "### By density" not in text
+    assert f"| batch size, {ENCODER} | 4 |" in text
+    assert "| density, " not in text
     named = {line.split("](images/")[1].split(")")[0] for line in text.splitlines() if line.startswith("![")}
     assert named == {file.name for file in (tmp_path / "images").iterdir()}
     assert named == {"suite_cpu_memory.png", "suite_cpu_sweep_batch.png"}

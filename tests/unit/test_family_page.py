@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -25,6 +26,11 @@ def test_every_recipe_is_on_the_page_and_in_the_picture():
     assert [each.name for each in found] == recipes.__all__
     labels = [label.get_text() for label in draw(found).axes[0].get_yticklabels()]
     assert labels == recipes.__all__
+
+
+def test_every_recipe_is_on_the_page_of_the_api():
+    text = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert re.findall(r"::: peft_dps\.recipes\.(\w+)\.\1\n", text) == recipes.__all__
 
 
 def test_axes_are_told_as_the_configuration_says_them():

@@ -25,14 +25,19 @@ def test_rows_and_lists():
             Entry("Models", "BERT", "merges", None, "a.py::two"),
             Entry("Models", "T5", "merges", "it is odd", "a.py::two"),
             Entry("Models", "T5", "floats", None, "a.py::two"),
+            Entry("Models", "BART", "merges", "it is odd", "a.py::two"),
+            Entry("Models", "BART", "floats", None, "a.py::two"),
+            Entry("Models", None, "swims", None, "b.py::three"),
             Entry("Models", None, "flies", "it is heavy", "b.py::three"),
         ]
     )
     assert "|  | saves | merges | floats |" in text
     assert "| BERT | yes | yes | - |" in text
-    assert "| T5 | - | refused | yes |" in text
-    assert "- refused: it is odd\n- saves: `a.py::one`\n- merges; floats: `a.py::two`\n" in text
-    assert "| flies | refused: it is heavy | `b.py::three` |" in text
+    assert "| T5; BART | - | refused | yes |" in text
+    assert "- refused: it is odd\n" in text
+    assert "| flies | it is heavy |" in text
+    assert "- swims\n" in text
+    assert "Tests: `a.py`, `b.py`\n" in text
 
 
 def test_an_unknown_section_is_an_error():

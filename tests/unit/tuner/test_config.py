@@ -144,7 +144,7 @@ def test_a_bad_value_is_refused_by_field_and_value(field, value, message):
 
 def test_every_field_of_ours_is_documented_in_the_docstring_and_in_its_help():
     ours = set(DPSConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
-    documented = set(re.findall(r"^ {8}(\w+) \(", DPSConfig.__doc__, re.MULTILINE))
+    documented = set(re.findall(r"^ {8}(\w+): ", DPSConfig.__doc__.partition("Raises:")[0], re.MULTILINE))
     assert documented == ours
     assert all(DPSConfig.__dataclass_fields__[name].metadata["help"] for name in ours)
 

@@ -28,7 +28,7 @@ class Ranks:
 
     def sum(self, counts: torch.Tensor) -> torch.Tensor:
         """Add up the counts of all processes."""
-        total = counts.to(self.device, copy=True)
+        total = counts.to(self.device, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self.group)
         return total.to(counts.device)
 

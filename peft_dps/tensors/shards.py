@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from peft_dps.errors import EngineError
@@ -68,15 +69,20 @@ def sharding_of(parameter: torch.Tensor, name: str) -> Sharding | None:
             f"The weight of {name!r} is spread over a mesh of {mesh.ndim} axes. DPS can train on one axis of shards, "
             "alone or with one axis of replicas."
         )
-    index = torch.accelerator.current_device_index() if mesh.device_type != "cpu" else None
-    device = torch.device(mesh.device_type) if index is None else torch.device(mesh.device_type, index)
-    sharding = Sharding(Ranks(mesh.get_group(axes[0]), device), parameter.shape)
+    sharding = Sharding(ranks_of(mesh, axes[0]), parameter.shape)
     if parameter.to_local().shape[0] != sharding.rows:
         raise EngineError(
             f"This process holds {parameter.to_local().shape[0]} rows of the weight of {name!r}, where "
             f"{sharding.rows} were expected. Shard the model with `fully_shard`."
         )
     return sharding
+
+
+def ranks_of(mesh: DeviceMesh, axis: int) -> Ranks:
+    """Return the processes along one axis of a mesh."""
+    index = torch.accelerator.current_device_index() if mesh.device_type != "cpu" else None
+    device = torch.device(mesh.device_type) if index is None else torch.device(mesh.device_type, index)
+    return Ranks(mesh.get_group(axis), device)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -230,7 +230,10 @@ class CompactController(Controller):
             weight.observed += int(weight.has_gradient)
         if not self.recipe.evidence.looks:
             return
-        seen = add_up([weight.sums for weight in every], world(every[0].delta.index.device))
+        # What is beside split layers and whole itself is the same on all processes that share these.
+        ranks = next((weight.split.ranks for weight in every if weight.split is not None), None)
+        counts = [weight.split is not None or ranks is None or ranks.rank == 0 for weight in every]
+        seen = add_up([weight.sums for weight in every], world(every[0].delta.index.device), counts)
         if not seen:
             return
         finite = are_finite([sums.pending for sums in seen if sums.pending is not None])

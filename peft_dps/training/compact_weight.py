@@ -20,6 +20,7 @@ from peft_dps.selection.unit_sums import UnitSums
 from peft_dps.tensors.layout import Units
 from peft_dps.tensors.processes import world
 from peft_dps.tensors.saved_state import SavedState, State
+from peft_dps.tensors.split import Split
 from peft_dps.training.guards import refuse_part_of_layer
 from peft_dps.training.optimizer_slots import move_slots, refuse_state
 from peft_dps.training.weight import TargetWeight
@@ -35,6 +36,7 @@ class CompactWeight(TargetWeight):
         forgotten: Times that what passes had added was forgotten since the latest optimizer step.
         optimizers: Those that have made a step with it.
         idle: Whether it has no units to train for the time being, and is frozen only until it has some.
+        split: How the processes had split the layer whose gradient was seen last, if they had.
         moved: Per slot, the one that its optimizer state is in, -1 for none; None where they are as they were.
     """
 
@@ -73,9 +75,13 @@ class CompactWeight(TargetWeight):
 
     def observe(self, gradient: torch.Tensor) -> torch.Tensor | None:
         """Look at the gradient of the whole weight, in the backward pass of its layer; see `UnitSums.add`."""
-        if gradient.shape != self.sums.units.shape:
-            refuse_part_of_layer(self.adapter)
-        return self.sums.add(gradient)
+        self.split = self.layer.split if gradient.shape != self.sums.units.shape else None
+        if self.split is None:
+            if gradient.shape != self.sums.units.shape:
+                refuse_part_of_layer(self.adapter)
+            return self.sums.add(gradient)
+        seen = self.sums.add(gradient, self.split)
+        return None if seen is None else self.split.sum(seen)  # NaN for all
 
     @property
     def hides_optimizer(self) -> bool:
@@ -149,12 +155,13 @@ class CompactWeight(TargetWeight):
         """Forget evidence, and begin a new training; units that have been selected stay until others are."""
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.moved: torch.Tensor | None = None
+        self.split: Split | None = None
         self.forgotten = 0
         self._shape_before = torch.Size()  # of the parameter at the latest step, where `moved` is not None
         super().restart()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "optimizers": None}
+        return {**super().__getstate__(), "optimizers": None, "split": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "optimizers": weakref.WeakSet()})

@@ -118,8 +118,20 @@ def refuse_capture(adapter: str) -> None:
 def refuse_part_of_layer(adapter: str) -> None:
     """Refuse a layer that computes with a part of its weight, of which nothing tells which units it has."""
     raise EngineError(
-        f"A layer of adapter {adapter!r} sees a part of its input, output or gradient. That is tensor parallelism, "
-        "which DPS does not support. Use DDP or FSDP2 (`fully_shard`), which compute with whole weights."
+        f"A layer of adapter {adapter!r} sees a part of its input, output or gradient, and not as ColwiseParallel or "
+        "RowwiseParallel leave an `nn.Linear`: with all inputs and a part of the outputs, or a part of the inputs and "
+        "all outputs, as plain tensors. DPS does not support other forms of tensor parallelism, such as sequence "
+        "parallelism or `use_local_output=False`. Choose one of these plans, or use DDP or FSDP2 (`fully_shard`)."
+    )
+
+
+def refuse_split(adapter: str, what: str) -> None:
+    """Refuse an adapter that cannot compute beside a weight of which its process has a part."""
+    raise EngineError(
+        f"A forward of adapter {adapter!r} computes with a part of a weight, which is tensor parallelism, and has "
+        f"{what}. DPS supports compact columns and rows of `nn.Linear` there (`storage='compact'`, "
+        "`granularity='column'` or 'row', `train_bias=False`). If `fully_shard` has cut the weight, call the module "
+        "that was sharded."
     )
 
 

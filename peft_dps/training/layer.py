@@ -12,6 +12,7 @@ from peft_dps.masking.compact.observing import Observe
 from peft_dps.masking.effective_weight import EffectiveWeight
 from peft_dps.masking.storage import Storage
 from peft_dps.tensors.layout import Layout
+from peft_dps.tensors.split import Split
 
 
 class TargetLayer(Protocol):
@@ -31,6 +32,10 @@ class TargetLayer(Protocol):
     @property
     def is_offloaded(self) -> bool:
         """Whether W0 is kept in a file."""
+
+    @property
+    def split(self) -> Split | None:
+        """How processes that compute a forward together have split W0; None where it is whole."""
 
     def pretrained_weight(self) -> torch.Tensor:
         """Return W0, on the device of the trained weight."""

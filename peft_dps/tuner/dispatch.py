@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from peft_dps.errors import ConfigError, TargetError
+from peft_dps.tensors.split import split_of
 from peft_dps.training.recipe import Recipe
 from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.layers.conv import Conv1d, Conv2d, Conv3d
@@ -30,9 +32,10 @@ LAYER_TYPES: dict[type[nn.Module], type[DPSLayer]] = {
 }
 
 
-def make_layer(target: nn.Module, key: str, recipe: Recipe) -> DPSLayer:
-    """Wrap a module in the layer of its kind."""
+def make_layer(target: nn.Module, key: str, recipe: Recipe, model: nn.Module) -> DPSLayer:
+    """Wrap a module of a model in the layer of its kind."""
     _check_unwrapped(target, key)
+    _check_parallel(target, key, recipe, model)
     base_cls = _base_class(target)
     if not recipe.reads_base:
         called_as = base_cls or (None if linear_shape(target) is None else nn.Linear)
@@ -61,6 +64,8 @@ def _why_unread(target: nn.Module, base_cls: type[nn.Module]) -> str | None:
         return "its weight is offloaded" if is_linear or computes else None
     if not is_linear:
         return None
+    if isinstance(target._parameters.get("weight"), DTensor):
+        return "its weight is split over processes (tensor parallelism)"
     if "weight" not in target._parameters:
         return "its weight is computed from other parameters"
     return None if computes else f"its forward is not that of {base_cls.__name__}"
@@ -69,7 +74,7 @@ def _why_unread(target: nn.Module, base_cls: type[nn.Module]) -> str | None:
 def _make_unread(target: nn.Module, base_cls: type[nn.Module], key: str, why: str) -> DPSLayer:
     """Wrap a module that can be called, whose weight nothing may read."""
     stored, weight = target._parameters.get("weight"), getattr(target, "weight", None)
-    if device_of(target).type == "meta" or isinstance(stored, (DTensor, nn.UninitializedParameter)):
+    if device_of(target).type == "meta" or isinstance(stored, nn.UninitializedParameter):
         raise _not_loaded(key)
     if isinstance(target, nn.Embedding):
         _check_embedding(target, key)
@@ -80,6 +85,27 @@ def _make_unread(target: nn.Module, base_cls: type[nn.Module], key: str, why: st
     if shape is None:
         raise _not_loaded(key)
     return LAYER_TYPES[base_cls](target, UnreadWeight(shape, dtype, why))
+
+
+def _check_parallel(target: nn.Module, key: str, recipe: Recipe, model: nn.Module) -> None:
+    """Check that a weight which is cut over processes is one beside which a method can train."""
+    weight = target._parameters.get("weight")
+    if not isinstance(weight, DTensor):
+        if getattr(target, "_hf_tp_plan", None) is not None:  # a plain tensor, which does not tell what it is part of
+            raise TargetError(
+                f"The target {key!r} was split by the tensor parallelism of an older transformers. DPS supports that "
+                "of transformers 5.17 and newer: upgrade it, or leave the module out with `exclude_modules`."
+            )
+        return
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise _not_loaded(key)
+    if recipe.reads_base or not isinstance(target, nn.Linear):
+        raise TargetError(
+            f"The weight of the target {key!r}, a {type(target).__name__}, is split over processes (tensor "
+            "parallelism). DPS supports compact columns and rows of `nn.Linear` there (`storage='compact'`, "
+            "`granularity='column'` or 'row'); leave other modules out with `exclude_modules`."
+        )
+    split_of(weight)
 
 
 def _base_class(target: nn.Module) -> type[nn.Module] | None:

@@ -296,7 +296,8 @@ class DPSModel(BaseTuner):
         if parameter_name is not None:
             layer = wrap_parameter(target, parameter_name, current_key, controller.recipe)
         else:
-            layer = target if isinstance(target, DPSLayer) else make_layer(target, current_key, controller.recipe)
+            recipe = controller.recipe
+            layer = target if isinstance(target, DPSLayer) else make_layer(target, current_key, recipe, self.model)
         check_layout(layer, controller.recipe, current_key)
         is_new = not layer.dps_controllers
         layer.update_layer(adapter_name, _as_dps(peft_config), controller, low_cpu_mem_usage)

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from peft_dps.errors import TargetError
@@ -16,6 +18,8 @@ from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import Observe, observed, observed_weight
 from peft_dps.masking.effective_weight import EffectiveWeight, materialize
 from peft_dps.tensors.layout import Layout
+from peft_dps.tensors.split import Split
+from peft_dps.training.guards import refuse_split
 from peft_dps.training.layer import Training
 from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.layers.pretrained import PretrainedWeight
@@ -82,6 +86,11 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         """Why nothing may read the pretrained weight W0, as in "it is quantized"; None if it may be read."""
         return self._base.unread
 
+    @property
+    def split(self) -> Split | None:
+        """How processes that compute a forward together have split the layer; None where it is whole."""
+        return None
+
     def offload_base(self) -> None:
         """Keep the pretrained weight W0 in a file; whatever needs it reads it from there."""
         self._base.offload(self.get_base_layer())
@@ -124,10 +133,11 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         else:
             self.dps_weight[adapter_name] = make(weight, on_meta=low_cpu_mem_usage, perturb=perturb)
         if bias is not None and config.train_bias:
-            if bias.is_meta and self.unread is not None:
+            split = isinstance(bias, DTensor)
+            if split or (bias.is_meta and self.unread is not None):
                 raise TargetError(
                     f"`train_bias=True` trains a copy of the bias of a {type(self.get_base_layer()).__name__}, and it "
-                    "is offloaded. Use `train_bias=False`."
+                    f"is {'split over processes' if split else 'offloaded'}. Use `train_bias=False`."
                 )
             self.dps_bias[adapter_name] = make(bias, on_meta=low_cpu_mem_usage, perturb=perturb)
         self.dps_controllers[adapter_name] = controller
@@ -207,9 +217,11 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             TargetError: If nothing may read or write the pretrained weight.
         """
         name = next((name for name in adapter_names if self.trained(name) is not None), None)
-        if name is not None and self.unread is not None:
+        split = isinstance(self.pretrained_parameter, DTensor)
+        why = "its weight is cut over processes" if split else self.unread
+        if name is not None and why is not None:
             raise TargetError(
-                f"The adapter {name!r} cannot be merged into a {type(self.get_base_layer()).__name__}: {self.unread}. "
+                f"The adapter {name!r} cannot be merged into a {type(self.get_base_layer()).__name__}: {why}. "
                 "Leave it beside the base model, export it as a LoRA (`export_adapter(form='lora')`), or load it onto "
                 "a base model whose weights are in memory in full precision, and merge there."
             )
@@ -263,6 +275,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = self._adapters_in_effect()
+        if isinstance(self.get_base_layer()._parameters.get(self.parameter_name), DTensor):
+            self._require_split_deltas(names)
         prepared = self._prepare_training(names)  # which may select units anew
         whole = [name for name in names if not self._adds_to_output(name)]
         compute: Callable[[torch.Tensor], torch.Tensor]
@@ -279,6 +293,19 @@ class DPSLayer(nn.Module, BaseTunerLayer):
                 add = partial(self._compute_with_delta, compute, name, prepared.get(name))
                 compute = partial(self._call_delta, name, add)
         return compute(x)
+
+    def _require_split_deltas(self, names: list[str]) -> None:
+        """Refuse adapters that cannot compute beside a weight that is split over processes."""
+        if isinstance(self.get_base_layer(), FSDPModule):  # which has it whole in its own forward
+            return
+        for name in names:
+            delta = self.delta(name)
+            if delta is None or not delta.is_slices:
+                refuse_split(name, "a copy of the whole weight" if delta is None else "units that are no slices of it")
+            elif self.split is None:
+                refuse_split(name, f"a {type(self.get_base_layer()).__name__} for a target")
+            elif name in self.dps_bias:
+                refuse_split(name, "a bias to train")
 
     def _compute(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None

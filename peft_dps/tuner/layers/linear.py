@@ -9,14 +9,18 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from peft_dps.masking.compact.delta import Delta, EntryDelta
 from peft_dps.masking.compact.entries import linear_with_entries
 from peft_dps.masking.compact.linear import add_columns, add_rows
+from peft_dps.masking.compact.split_linear import add_split_columns, add_split_rows
 from peft_dps.masking.compact.tiles import TileDelta, add_tiles
 from peft_dps.masking.effective_linear import effective_linear
 from peft_dps.masking.effective_weight import EffectiveWeight
 from peft_dps.tensors.layout import Layout, in_out, out_in
+from peft_dps.tensors.split import Split, split_of
 from peft_dps.training.guards import refuse_part_of_layer
 from peft_dps.tuner.layers.layer import DPSLayer, cast_to_activation
 from peft_dps.tuner.layers.pretrained import PretrainedWeight
@@ -39,6 +43,9 @@ class _AnyLinear(DPSLayer):
     def _add_delta(
         self, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, delta: Delta
     ) -> torch.Tensor:
+        split = self.split
+        if split is not None:
+            return self._add_in_parts(compute(x), x, delta, split)
         if self.unread is not None:
             # What an unknown module returns it may need for its backward pass.
             base, compute = compute, lambda x: base(x).clone()
@@ -48,6 +55,16 @@ class _AnyLinear(DPSLayer):
         kept = None if delta.kept is None else (self._out_in(delta.kept[0]), delta.kept[1])
         self._require_whole(x, self.in_features)
         return add(partial(self._compute_whole, compute), x, self._out_in(delta.weight), delta.index, kept)
+
+    def _add_in_parts(self, y: torch.Tensor, x: torch.Tensor, delta: Delta, split: Split) -> torch.Tensor:
+        """Add what units do to the outputs that this process has, to its inputs."""
+        features = y.shape[-1], x.shape[-1]
+        if features == split.shape:  # a plan may gather outputs, or cut inputs by itself
+            split = split.whole
+        if features != split.part_shape or x.shape[:-1] != y.shape[:-1] or DTensor in (type(x), type(y)):
+            refuse_part_of_layer(", ".join(self.active_adapters))
+        add = add_split_columns if delta.axis == self.input_axis else add_split_rows
+        return add(y, x, delta.parts(), split)
 
     def _add_tiles(
         self, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, delta: TileDelta
@@ -94,6 +111,13 @@ class Linear(_AnyLinear):
     def __init__(self, base_layer: nn.Module, base_weight: PretrainedWeight | None = None) -> None:
         super().__init__(base_layer, base_weight)
         self.out_features, self.in_features = self.pretrained_parameter.shape
+
+    @property
+    def split(self) -> Split | None:
+        """How processes that compute a forward together have split the layer; see `DPSLayer.split`."""
+        base = self.get_base_layer()
+        weight = base._parameters.get("weight")
+        return split_of(weight) if isinstance(weight, DTensor) and not isinstance(base, FSDPModule) else None
 
     @property
     def layout(self) -> Layout:

@@ -217,8 +217,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             TargetError: If nothing may read or write the pretrained weight.
         """
         name = next((name for name in adapter_names if self.trained(name) is not None), None)
-        split = isinstance(self.pretrained_parameter, DTensor)
-        why = "its weight is cut over processes" if split else self.unread
+        cut = "its weight is cut over processes" if isinstance(self.pretrained_parameter, DTensor) else None
+        why = self.unread or cut
         if name is not None and why is not None:
             raise TargetError(
                 f"The adapter {name!r} cannot be merged into a {type(self.get_base_layer()).__name__}: {why}. "
@@ -275,7 +275,8 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = self._adapters_in_effect()
-        if isinstance(self.get_base_layer()._parameters.get(self.parameter_name), DTensor):
+        is_split = isinstance(self.get_base_layer()._parameters.get(self.parameter_name), DTensor)
+        if is_split:
             self._require_split_deltas(names)
         prepared = self._prepare_training(names)  # which may select units anew
         whole = [name for name in names if not self._adds_to_output(name)]
@@ -288,6 +289,7 @@ class DPSLayer(nn.Module, BaseTunerLayer):
             compute = partial(self._compute, weight=weight, bias=bias, effective=one)
         else:
             compute = partial(self._call_base_on, args, kwargs)
+            compute = partial(self._compute_split, compute) if is_split and names else compute
         for name in names:
             if name not in whole:
                 add = partial(self._compute_with_delta, compute, name, prepared.get(name))
@@ -335,6 +337,10 @@ class DPSLayer(nn.Module, BaseTunerLayer):
         if observe is not None:
             y = observed(y, x, self._weight_gradient, observe, delta.waiting)
         return y
+
+    def _compute_split(self, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        """Compute with a base layer of which this process may have a part."""
+        return compute(x)
 
     def _adds_entries(self, name: str) -> bool:
         """Tell whether an adapter adds to single entries, and the layer can compute with these."""

@@ -45,7 +45,9 @@ class _AnyLinear(DPSLayer):
     ) -> torch.Tensor:
         split = self.split
         if split is not None:
-            return self._add_in_parts(compute(x), x, delta, split)
+            y = compute(x)
+            add_split = add_split_columns if delta.axis == self.input_axis else add_split_rows
+            return add_split(y, x, delta.parts(), split.whole if self._is_whole(x, y) else split)
         if self.unread is not None:
             # What an unknown module returns it may need for its backward pass.
             base, compute = compute, lambda x: base(x).clone()
@@ -56,15 +58,17 @@ class _AnyLinear(DPSLayer):
         self._require_whole(x, self.in_features)
         return add(partial(self._compute_whole, compute), x, self._out_in(delta.weight), delta.index, kept)
 
-    def _add_in_parts(self, y: torch.Tensor, x: torch.Tensor, delta: Delta, split: Split) -> torch.Tensor:
-        """Add what units do to the outputs that this process has, to its inputs."""
-        features = y.shape[-1], x.shape[-1]
-        if features == split.shape:  # a plan may gather outputs, or cut inputs by itself
-            split = split.whole
-        if features != split.part_shape or x.shape[:-1] != y.shape[:-1] or DTensor in (type(x), type(y)):
-            refuse_part_of_layer(", ".join(self.active_adapters))
-        add = add_split_columns if delta.axis == self.input_axis else add_split_rows
-        return add(y, x, delta.parts(), split)
+    def _compute_split(self, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        y, split = compute(x), self.split
+        if split is not None:
+            fits = self._is_whole(x, y) or (y.shape[-1], x.shape[-1]) == split.part_shape
+            if not fits or x.shape[:-1] != y.shape[:-1] or DTensor in (type(x), type(y)):
+                refuse_part_of_layer(", ".join(self.active_adapters))
+        return y
+
+    def _is_whole(self, x: torch.Tensor, y: torch.Tensor) -> bool:
+        """Tell whether every process has all inputs and outputs: a plan may gather outputs, or cut inputs itself."""
+        return (y.shape[-1], x.shape[-1]) == (self.out_features, self.in_features)
 
     def _add_tiles(
         self, compute: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, delta: TileDelta

@@ -1,4 +1,4 @@
-"""Linear layers that tensor parallelism splits: which outputs or inputs a process has, and what it tells the others."""
+"""Linear layers that tensor parallelism splits: what a process has of them, and what it tells the others."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def split_of(weight: DTensor) -> Split:
     if len(placements) != 1 or type(placements[0]) is not Shard:
         raise EngineError(
             f"A linear layer has a weight placed as {tuple(placements)}. DPS can train beside weights that "
-            "ColwiseParallel or RowwiseParallel has split over one axis of a mesh. Choose one of these plans, or leave "
-            "the layer out with `exclude_modules`; with `fully_shard` besides, call the module that was sharded."
+            "ColwiseParallel or RowwiseParallel has split over one axis of a mesh. Choose one of these plans, or "
+            "leave the layer out with `exclude_modules`; with `fully_shard` besides, call the module that was sharded."
         )
     axis, ranks = placements[0].dim % weight.dim(), ranks_of(mesh, 0)
     along = Sharding(ranks, torch.Size([weight.shape[axis]]))  # cut in the way of rows

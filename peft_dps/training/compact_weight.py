@@ -36,12 +36,13 @@ class CompactWeight(TargetWeight):
         forgotten: Times that what passes had added was forgotten since the latest optimizer step.
         optimizers: Those that have made a step with it.
         idle: Whether it has no units to train for the time being, and is frozen only until it has some.
-        split: How the processes had split the layer whose gradient was seen last, if they had.
+        split: How the layer was split over processes when its gradient was last seen; None if it was whole.
         moved: Per slot, the one that its optimizer state is in, -1 for none; None where they are as they were.
     """
 
     takes_masks = False
     idle = False
+    split: Split | None
 
     @property
     def delta(self) -> Delta:
@@ -155,7 +156,7 @@ class CompactWeight(TargetWeight):
         """Forget evidence, and begin a new training; units that have been selected stay until others are."""
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.moved: torch.Tensor | None = None
-        self.split: Split | None = None
+        self.split = None
         self.forgotten = 0
         self._shape_before = torch.Size()  # of the parameter at the latest step, where `moved` is not None
         super().restart()

@@ -14,7 +14,6 @@ from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_dps import dps_adapter
@@ -167,24 +166,6 @@ def fsdp1() -> None:
                     torch.testing.assert_close(ours.delta.weight, theirs.delta.weight, rtol=0, atol=1e-10)
         wrapped = flat(make_model(EVERY), original, by_module)
         assert "schedule='once'" in caught(partial(steps, wrapped, sgd(wrapped), 4))
-    tensor_parallelism_is_refused()
-
-
-def tensor_parallelism_is_refused() -> None:
-    """Whether the first that sees a part of a layer is a backward pass that scores, or a forward with units."""
-    for fields in (ONCE, {**ONCE, "score_steps": 0}, {**ONCE, **ROWS, "score_steps": 0}):
-        model = make_model(fields)
-        if not fields["score_steps"]:
-            model.score(batches(1), loss=lambda net, batch: loss_of(net, *batch))
-        layers = model.base_model.model
-        parallelize_module(layers[2], mesh_of(2), {"base_layer": ColwiseParallel()})
-        parallelize_module(layers[6], mesh_of(2), {"base_layer": RowwiseParallel()})
-        for place, width in ((2, 7), (6, 3)):  # all inputs and half of the outputs, and half of the inputs
-            assert "tensor parallelism" in caught(partial(run, layers[place], width))
-
-
-def run(layer: nn.Module, width: int) -> None:
-    layer(torch.randn(4, width).double().requires_grad_()).sum().backward()
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

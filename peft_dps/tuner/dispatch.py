@@ -89,7 +89,7 @@ def _make_unread(target: nn.Module, base_cls: type[nn.Module], key: str, why: st
 
 def _check_parallel(target: nn.Module, key: str, recipe: Recipe, model: nn.Module) -> None:
     """Check that a weight which is cut over processes is one beside which a method can train."""
-    weight = target._parameters.get("weight")
+    weight: torch.Tensor | None = target._parameters.get("weight")
     if not isinstance(weight, DTensor):
         if getattr(target, "_hf_tp_plan", None) is not None:  # a plain tensor, which does not tell what it is part of
             raise TargetError(

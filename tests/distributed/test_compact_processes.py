@@ -18,11 +18,4 @@ def test_compact_adapters_equal_one_process(engine):
     "Training", "tensor parallelism beside compact columns and rows (torch's and transformers' plans): as one process"
 )
 def test_tensor_parallelism_equals_one_process(tmp_path):
-    parts = ("equals_one_process", "files_are_those_of_one_process", "a_plan_of_transformers")
-    torchrun("tensor_parallel_worker.py", str(tmp_path), *parts, "others_are_refused_by_name")
-
-
-@pytest.mark.slow
-@pytest.mark.supports("Training", "tensor parallelism with DDP or FSDP2 over the other axis of a mesh: as one process")
-def test_tensor_parallelism_with_replicas_equals_one_process(tmp_path):
-    torchrun("tensor_parallel_worker.py", str(tmp_path), "replicas_equal_one_process_too", processes=4)
+    torchrun("tensor_parallel_worker.py", str(tmp_path))

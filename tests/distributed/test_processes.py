@@ -116,8 +116,9 @@ def test_ddp_resumes_bitwise(tmp_path):
                 {"fields": {"score": "random"}},
                 {"fields": {**MIX, "frozen": "gradient"}},
                 {"fields": {"scope": "model"}, "sharding": {"mesh": [2, 2], "names": ["replicate", "shard"]}},
+                {"worker": "tensor_parallel_worker", "part": "replicas_equal_one_process_too"},
             ],
-            id="4-empty-and-hybrid",
+            id="4-empty-hybrid-and-split",
         ),
     ],
 )
@@ -126,7 +127,9 @@ def test_fsdp2_equals_one_process(processes, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.refuses("Training", "FSDP1, tensor parallelism", "each process holds parts that are not rows of a weight")
+@pytest.mark.refuses(
+    "Training", "FSDP1, copies beside tensor parallelism", "processes hold parts that are not rows of a weight"
+)
 def test_an_error_of_one_rank_is_one_of_all_and_other_engines_are_refused_by_name():
     torchrun("failures_worker.py")
 

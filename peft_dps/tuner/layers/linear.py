@@ -120,7 +120,7 @@ class Linear(_AnyLinear):
     def split(self) -> Split | None:
         """How processes that compute a forward together have split the layer; see `DPSLayer.split`."""
         base = self.get_base_layer()
-        weight = base._parameters.get("weight")
+        weight: torch.Tensor | None = base._parameters.get("weight")
         return split_of(weight) if isinstance(weight, DTensor) and not isinstance(base, FSDPModule) else None
 
     @property

@@ -13,7 +13,15 @@ from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
 
 from peft_dps import DPSLayer, export_adapter
-from peft_dps.errors import ConfigError
+from peft_dps.errors import ConfigError, TargetError
+
+
+def test_tensor_parallelism_of_older_transformers(mlp):
+    """Its weights are plain tensors, of which nothing tells what they are a part of."""
+    base = mlp.base()
+    next(module for module in base.modules() if isinstance(module, torch.nn.Linear))._hf_tp_plan = "colwise"
+    with pytest.raises(TargetError, match=r"older transformers.*upgrade it"):
+        get_peft_model(base, mlp.config())
 
 
 @pytest.mark.refuses(

@@ -14,8 +14,8 @@ loader = DataLoader(texts.data, batch_size=8, shuffle=True)
 base = texts.base()
 disable_dropout(base)
 
-# A loop of our own tells DPS nothing about its length, so the stage is given in steps: here each epoch is a stage. What
-# is not said is as in the paper: a density of 0.7, for one.
+# A loop of our own tells DPS nothing about its length, so the stage is given in steps: here each epoch is a stage.
+# What is not said is as in the paper: a density of 0.7, for one.
 model = get_peft_model(base, DPSConfig(task_type="SEQ_CLS", stage_steps=len(loader)))
 
 # A learning rate for full fine-tuning, which this is; larger models take less (the paper's runs 2e-5).

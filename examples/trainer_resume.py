@@ -1,4 +1,4 @@
-"""A Trainer that is interrupted and resumes exactly, with DPS Mix, on your model and table or a tiny untrained BERT."""
+"""A Trainer with DPS Mix that is interrupted and resumes exactly, on your model and table or a tiny untrained BERT."""
 
 import tempfile
 

@@ -28,7 +28,15 @@ def test_a_row_has_all_domains_and_costs():
     timing = Timing("tiny", "near", 16, 32, {"full": [1.0], "dps": [1.1]})
     table = overview(run("full", 0, 0.8), run("full", 1, 0.9), dps(0), dps(1), timings=[timing])
     assert table.title == "near, all training examples: 100 x accuracy, mean \u00b1 std over 2 seeds"
-    assert table.header == ("method", "near (in domain)", "far", "entries trained", "step time", "peak memory", "file size")
+    assert table.header == (
+        "method",
+        "near (in domain)",
+        "far",
+        "entries trained",
+        "step time",
+        "peak memory",
+        "file size",
+    )
     assert table.rows[0][:3] == ("full", "85.0 \u00b1 7.1", "75.0 \u00b1 7.1")
     assert table.rows[1] == ("dps", "70.0 \u00b1 0.0", "60.0 \u00b1 0.0", "1k", "1.10 x", "20 MiB", "2.00 MiB")
 

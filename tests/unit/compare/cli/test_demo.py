@@ -26,7 +26,7 @@ def test_demo_on_the_users_model_and_data(model_folder, data_files, tmp_path, ca
     status = main(arguments)
     shown = " ".join(capsys.readouterr().out.split())
     assert status == 0, shown
-    for text in ("full FT", "DPS columns", "random columns", "DPS Dense", "LoRA", "elsewhere", "step time", "file"):
+    for text in ("full FT", "DPS columns", "random columns", "DPS Dense", "LoRA", "elsewhere", "1.00 x", "file"):
         assert text in shown
     proofs = "Proof that DPS columns; random columns engaged", "Proof that DPS Dense engaged"
     for text in proofs:

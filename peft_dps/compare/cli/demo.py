@@ -11,8 +11,8 @@ from peft_dps.compare.runs.comparison import EMBEDDED, Comparison
 from peft_dps.compare.runs.machine import usable_cores
 from peft_dps.compare.settings import Settings
 
-# One rate each: choosing would take longer than all the rest, and is what `compare` is for. A stage of Dense has a quarter
-# of the steps, two cycles in all. In this order two runs at a time end at about the same time.
+# One rate each: choosing would take longer than all the rest, and is what `compare` is for. A stage of Dense has a
+# quarter of the steps, two cycles in all. In this order two runs at a time end at about the same time.
 METHODS = (
     Choice("full", learning_rates=(1e-4,)),
     Choice("dps-columns", learning_rates=(3e-3,)),

@@ -31,7 +31,7 @@ def test_demo_on_the_users_model_and_data(model_folder, data_files, tmp_path, ca
     proofs = "Proof that DPS columns; random columns engaged", "Proof that DPS Dense engaged"
     for text in proofs:
         assert text in shown
-    assert "One seed cannot tell which method is more accurate. Report: " in shown
+    assert "One seed cannot tell which method is more accurate. Results: " in shown
     assert "each accuracy is uncertain by up to" in shown
     page = (output / "report.html").read_text(encoding="utf-8")
     assert all(text in page for text in proofs)

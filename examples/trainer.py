@@ -18,7 +18,7 @@ parser.add_argument(
     "--columns", type=int, help="train so many columns of each layer (default: DPS Dense, all entries)"
 )
 parser.add_argument("--epochs", type=float, default=4)
-parser.add_argument("--learning-rate", type=float, help="default: 3e-3 for columns, 1e-4 for DPS Dense")
+parser.add_argument("--learning-rate", type=float, help="default: 1e-3 for columns, 1e-4 for DPS Dense")
 parser.add_argument("--output", type=Path, help="folder for the adapter (default: it is not kept)")
 options = parser.parse_args()
 texts = load(options)
@@ -38,7 +38,7 @@ with tempfile.TemporaryDirectory() as folder:
         folder,
         per_device_train_batch_size=8,
         num_train_epochs=options.epochs,
-        learning_rate=options.learning_rate or (3e-3 if options.columns else 1e-4),
+        learning_rate=options.learning_rate or (1e-3 if options.columns else 1e-4),
         logging_steps=0.25,  # once a stage
         save_strategy="no",
         report_to="none",

@@ -15,8 +15,8 @@ from peft_dps.compare.settings import Settings
 # quarter of the steps, two cycles in all. In this order two runs at a time end at about the same time.
 METHODS = (
     Choice("full", learning_rates=(1e-4,)),
-    Choice("dps-columns", learning_rates=(3e-3,)),
-    Choice("random-columns", learning_rates=(3e-3,)),
+    Choice("dps-columns", learning_rates=(1e-3,)),
+    Choice("random-columns", learning_rates=(1e-3,)),
     Choice("dps-dense", {"stage_steps": 0.25}, (1e-4,), "DPS Dense"),
     Choice("lora", learning_rates=(1e-3,)),
 )

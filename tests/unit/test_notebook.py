@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -71,6 +72,11 @@ def run(monkeypatch, folder, capsys):
     return shown
 
 
+def assert_learned(shown):
+    before, after = map(float, re.findall(r"accuracy ([0-9.]+)%", shown))
+    assert after > before + 10
+
+
 @pytest.mark.usefixtures("_as_before", "_stand_in")
 def test_the_notebook_runs_on_a_stand_in(monkeypatch, tmp_path, capsys):
     run(monkeypatch, tmp_path, capsys)
@@ -79,7 +85,9 @@ def test_the_notebook_runs_on_a_stand_in(monkeypatch, tmp_path, capsys):
 @pytest.mark.network
 @pytest.mark.usefixtures("_as_before")
 def test_the_notebook_runs_on_the_embedded_model(monkeypatch, tmp_path, capsys):
-    assert "adapter 1." in run(monkeypatch, tmp_path, capsys)
+    shown = run(monkeypatch, tmp_path, capsys)
+    assert "adapter 1." in shown
+    assert_learned(shown)
 
 
 def test_its_outputs_are_those_of_one_run():
@@ -90,3 +98,4 @@ def test_its_outputs_are_those_of_one_run():
     shown = "".join(text for output in outputs for text in output["text"])
     assert "the same bits: True" in shown
     assert "Warning" not in shown
+    assert_learned(shown)

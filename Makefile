@@ -24,7 +24,7 @@ export HF_HUB_OFFLINE := 1
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.installed-compare ## Compare full fine-tuning, LoRA, BitFit, DPS Dense and DPS Mix on a small model
+demo: $(VENV)/.installed-compare ## Compare full fine-tuning, DPS columns, random columns, DPS Dense and LoRA
 	$(RUN) peft_dps.compare demo $(ARGS)
 
 # Each process computes on one thread: more threads than cores make every test slower.

@@ -1,5 +1,9 @@
-"""A compact adapter on a 4-bit model, with the Trainer and a resume, that leaves as a LoRA: no network, on a CPU."""
+"""A compact adapter on a 4-bit model, with the Trainer and a resume, that leaves as a LoRA: seconds on a CPU.
 
+It takes no data: README.md trains a decoder in 4 bits on a table; this shows that a resume is exact, and the LoRA too.
+"""
+
+import argparse
 import os
 import subprocess
 import sys
@@ -85,12 +89,15 @@ def train(folder: str) -> None:
 
     print(export_adapter(whole.model, Path(folder, "lora"), form="lora"))
     torch.save(answer(whole.model), Path(folder, "lora", "answer.pt"))
-    subprocess.run([sys.executable, __file__, str(Path(folder, "lora"))], check=True, env=os.environ)
+    subprocess.run([sys.executable, __file__, "--serve", str(Path(folder, "lora"))], check=True, env=os.environ)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        serve(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--serve", metavar="LORA", help="only load an exported LoRA; the program calls itself so")
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve)
     else:
         with tempfile.TemporaryDirectory() as folder:
             train(folder)

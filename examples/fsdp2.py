@@ -1,8 +1,11 @@
-"""DPS on weights that FSDP2 has cut over processes: no network, seconds on two CPU processes or two GPUs.
+"""DPS on weights that FSDP2 has cut over processes: seconds on two CPU processes or two GPUs.
 
 torchrun --nproc-per-node 2 examples/fsdp2.py
+
+It takes no data: which modules are sharded is a matter of the model, so put yours into `load_base` and the loop below.
 """
 
+import argparse
 import os
 import tempfile
 
@@ -14,6 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_dps import DPSConfig, disable_dropout, dps_adapter
+
+argparse.ArgumentParser(description=__doc__).parse_args()
 
 
 def load_base() -> BertForSequenceClassification:

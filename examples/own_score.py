@@ -1,10 +1,17 @@
-"""A score of your own in ten lines: how much of a weight would change, in relation to its size."""
+"""A score of your own in ten lines: how much of a weight would change, in relation to its size.
+
+It takes no data: copy the registered function into a training script of yours.
+"""
+
+import argparse
 
 import torch
 from peft import get_peft_model
 from torch import nn
 
 from peft_dps import DPSConfig, register_score
+
+argparse.ArgumentParser(description=__doc__).parse_args()
 
 
 @register_score("relative_gradient", evidence="absolute_gradient")

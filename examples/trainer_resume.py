@@ -1,43 +1,43 @@
-"""A Trainer that is interrupted and resumes exactly, on a tiny untrained BERT: no network, seconds on a CPU."""
+"""A Trainer with DPS Mix that is interrupted and resumes exactly, on your model and table or a tiny untrained BERT."""
 
 import tempfile
 
 import torch
 from peft import get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from texts import load, make_parser
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_dps import DPSConfig, disable_dropout
 
-ids = torch.randint(100, (64, 8), generator=torch.Generator().manual_seed(0))
-data = [{"input_ids": row, "labels": (row[0] >= 50).long()} for row in ids]
+BATCH, EPOCHS = 8, 4
+texts = load(make_parser(__doc__).parse_args())
+steps = EPOCHS * -(-len(texts.data) // BATCH)
 
 
 def make_trainer(folder: str) -> Trainer:
     """What a training script does from its start, in every run of it."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    # Put your own here: BertForSequenceClassification.from_pretrained(...).
-    base = BertForSequenceClassification(BertConfig(vocab_size=100, max_position_embeddings=8, **sizes))
+    base = texts.base()
     disable_dropout(base)  # Mix brings noise of its own
     model = get_peft_model(base, DPSConfig(task_type="SEQ_CLS", stage_steps=0.25, variant="mix"))
     arguments = TrainingArguments(
         folder,
-        per_device_train_batch_size=8,
-        num_train_epochs=5,
+        per_device_train_batch_size=BATCH,
+        num_train_epochs=EPOCHS,
         learning_rate=1e-4,
-        save_steps=5,
+        save_steps=max(1, steps // 8),
         disable_tqdm=True,
         report_to="none",
+        dataloader_pin_memory=torch.accelerator.is_available(),
     )
-    return Trainer(model=model, args=arguments, train_dataset=data)
+    return Trainer(model=model, args=arguments, train_dataset=texts.data)
 
 
 class Interruption(TrainerCallback):
-    """Stands in for a machine that fails in step 18, three steps after a checkpoint."""
+    """Stands in for a machine that fails some steps after a checkpoint."""
 
     def on_step_end(self, args, state, control, **kwargs):
         """Fail."""
-        if state.global_step == 18:
+        if state.global_step == int(0.45 * steps):
             raise KeyboardInterrupt
 
 
@@ -49,7 +49,7 @@ with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as o
     except KeyboardInterrupt:
         print("interrupted at", interrupted.model.dps_status())
 
-    # The checkpoint of step 15 lies in the middle of SUBNETWORK: its masks are in there, beside the adapter.
+    # The checkpoint lies in the middle of SUBNETWORK: its masks are in there, beside the adapter.
     resumed = make_trainer(folder)
     resumed.train(resume_from_checkpoint=True)
     print("resumed, ended at", resumed.model.dps_status())

@@ -1,4 +1,9 @@
-"""Two tasks by two sparse adapters of one model, added up (task arithmetic): no network, half a minute on a CPU."""
+"""Two tasks by two sparse adapters of one model, added up (task arithmetic): half a minute on a CPU.
+
+It takes no data: its point needs two tasks that one model can do, so it makes both up.
+"""
+
+import argparse
 
 import torch
 from peft import get_peft_model
@@ -7,6 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from peft_dps import recipes
 
+argparse.ArgumentParser(description=__doc__).parse_args()
 torch.manual_seed(1)
 WORDS, LENGTH = 20, 6
 # Whether most words of a sentence are of a kind; which kind is asked for, the first token says.

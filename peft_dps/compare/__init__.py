@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft_dps.compare.data.assets import fetch_assets
-    from peft_dps.compare.data.probes import register_probe
+    from peft_dps.compare.data.probes import load_probes, register_probe
     from peft_dps.compare.data.task import build_task
     from peft_dps.compare.data.tasks import register_task
     from peft_dps.compare.data.user_data import OwnData
@@ -30,6 +30,7 @@ _MODULES = {
     "build_task": "data.task",
     "compare": "runs.runner",
     "fetch_assets": "data.assets",
+    "load_probes": "data.probes",
     "read": "runs.results",
     "register_method": "methods.table",
     "register_probe": "data.probes",
@@ -46,6 +47,7 @@ __all__ = [
     "build_task",
     "compare",
     "fetch_assets",
+    "load_probes",
     "read",
     "register_method",
     "register_probe",

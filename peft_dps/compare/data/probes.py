@@ -41,19 +41,21 @@ def register_probe(name: str) -> Callable[[LoadProbe], LoadProbe]:
     return register
 
 
-def load_probes(names: Sequence[str], settings: Settings, place: Place) -> tuple[Probe, ...]:
+def load_probes(
+    names: Sequence[str], settings: Settings | None = None, place: Place | None = None
+) -> tuple[Probe, ...]:
     """Load probes.
 
     Args:
         names: Of each, its name in the registry, or the path of a file of rated pairs or of plain text (.txt).
-        settings: Longest sequence, and how many pairs are drawn at most.
-        place: Where to find the data.
+        settings: Longest sequence, and how many pairs are drawn at most; None for the defaults.
+        place: Where to find the data; None for the usual places.
 
     Raises:
         ValueError: There is no such probe, or two have one name.
         DataError: Its data cannot be loaded.
     """
-    probes = tuple(_load(name, settings, place) for name in names)
+    probes = tuple(_load(name, settings or Settings(), place or Place()) for name in names)
     titles = [probe.name for probe in probes]
     if twice := sorted({title for title in titles if titles.count(title) > 1}):
         raise ValueError(f"`probes` must have different names, got {', '.join(twice)} twice. Rename a file.")

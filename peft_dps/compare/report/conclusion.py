@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from peft_dps.compare.report.costs import Costs, costs_of
 from peft_dps.compare.report.experiment import Experiment, without_dropout
 from peft_dps.compare.report.formatting import points
+from peft_dps.compare.report.one_seed import one_seed
 from peft_dps.compare.report.retention import kept
 from peft_dps.compare.report.scores import MethodScores, OverallScores, overall_scores
 from peft_dps.compare.report.significance import LEVEL, least_p, pairs_needed
@@ -20,7 +21,9 @@ Finding = Callable[[Sequence[Experiment]], str]
 
 
 def conclusion(experiments: Sequence[Experiment]) -> str:
-    """Sum experiments up in one sentence, of a clause for each of `FINDINGS`."""
+    """Sum experiments up in one sentence: a clause for each of `FINDINGS`, of one seed that of `one_seed`."""
+    if len(experiments) == 1 and (said := one_seed(experiments[0])):
+        return said
     clauses = [clause for finding in FINDINGS if (clause := finding(experiments))]
     if len(experiments) > 1:
         clauses[0] = f"over {len(experiments)} tasks, {clauses[0]}"

@@ -28,6 +28,7 @@ def overview_table(experiment: Experiment) -> Table:
         columns["failed runs"] = lambda each: str(failed[each.method.variant])
     columns["step time"] = lambda each: ratio(each.step_ratio)
     columns["peak memory"] = lambda each: mebibytes(each.peak_memory)
+    columns["file size"] = lambda each: mebibytes(each.file_size)
     seeds = len(experiment.seeds)
     spread = f", mean ± std over {seeds} seeds" if seeds > 1 else ""
     notes = (*_uncertainty(experiment), *_proofs(experiment))

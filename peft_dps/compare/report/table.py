@@ -98,13 +98,20 @@ def _longest(texts: Iterable[str]) -> int:
     return max(map(len, texts), default=1)
 
 
-def _parts(widths: Sequence[int], width: int) -> Iterator[list[int]]:
-    """Split columns into parts that fit, each with the first column."""
-    part, taken = [0], widths[0]
+def _parts(widths: Sequence[int], width: int) -> list[list[int]]:
+    """Split columns into the fewest parts that fit, each with the first column, and all about equally wide."""
+    fewest = len(_filled(widths, width))
+    narrow = next(limit for limit in range(1, width + 1) if len(_filled(widths, limit)) <= fewest)
+    return _filled(widths, narrow)
+
+
+def _filled(widths: Sequence[int], width: int) -> list[list[int]]:
+    """Split columns into parts, each as full as it can be, and of two columns at least."""
+    parts, taken = [[0]], widths[0]
     for index in range(1, len(widths)):
-        if taken + _BETWEEN + widths[index] > width - 2 and len(part) > 1:  # the box has an edge
-            yield part
-            part, taken = [0], widths[0]
-        part.append(index)
+        if taken + _BETWEEN + widths[index] > width - 2 and len(parts[-1]) > 1:  # the box has an edge
+            parts.append([0])
+            taken = widths[0]
+        parts[-1].append(index)
         taken += _BETWEEN + widths[index]
-    yield part
+    return parts

@@ -16,7 +16,7 @@ def run(method, seed, score, metric="accuracy", **fields):
 
 def dps(seed, status="step 9, subnetwork 3/3"):
     parts = {"selections": [Selection(1, 4, 6)], "status": status}
-    return run("dps", seed, 0.7, trainable=1000, peak_memory=20 * 2**20, **parts)
+    return run("dps", seed, 0.7, trainable=1000, peak_memory=20 * 2**20, file_size=2**21, **parts)
 
 
 def overview(*runs, timings=()):
@@ -28,9 +28,17 @@ def test_a_row_has_all_domains_and_costs():
     timing = Timing("tiny", "near", 16, 32, {"full": [1.0], "dps": [1.1]})
     table = overview(run("full", 0, 0.8), run("full", 1, 0.9), dps(0), dps(1), timings=[timing])
     assert table.title == "near, all training examples: 100 x accuracy, mean \u00b1 std over 2 seeds"
-    assert table.header == ("method", "near (in domain)", "far", "entries trained", "step time", "peak memory")
+    assert table.header == (
+        "method",
+        "near (in domain)",
+        "far",
+        "entries trained",
+        "step time",
+        "peak memory",
+        "file size",
+    )
     assert table.rows[0][:3] == ("full", "85.0 \u00b1 7.1", "75.0 \u00b1 7.1")
-    assert table.rows[1] == ("dps", "70.0 \u00b1 0.0", "60.0 \u00b1 0.0", "1k", "1.10 x", "20 MiB")
+    assert table.rows[1] == ("dps", "70.0 \u00b1 0.0", "60.0 \u00b1 0.0", "1k", "1.10 x", "20 MiB", "2.00 MiB")
 
 
 def test_the_proof_that_dps_engaged_is_in_its_own_words():
@@ -60,7 +68,7 @@ def test_failures_are_counted():
     failed = Run(Plan("lora", 1e-4, "near", 0, "tiny"), "lora", "OSError: no", ["accuracy"])
     unnumbered = run("bitfit", 0, math.nan)
     table = overview(run("full", 0, 0.8), failed, unnumbered)
-    assert table.header[-3:] == ("entries trained", "failed runs", "peak memory")
-    assert table.rows[1] == ("lora", "-", "-", "-", "1", "-")
+    assert table.header[-4:] == ("entries trained", "failed runs", "peak memory", "file size")
+    assert table.rows[1] == ("lora", "-", "-", "-", "1", "-", "-")
     assert table.rows[2][:3] == ("bitfit", "-", "-")
     assert overview(failed).rows == (("lora", "1"),)

@@ -8,6 +8,8 @@ from operator import attrgetter
 
 from peft_dps.compare.report.experiment import Experiment, MethodRuns
 
+_MOVING = ("gradient", "scaled_gradient")  # under these momentum and weight decay go on moving frozen entries
+
 
 def checks(experiment: Experiment) -> list[str]:
     """Look for what makes numbers not comparable, incomplete or doubtful.
@@ -90,9 +92,10 @@ def _tried(experiment: Experiment, method: MethodRuns) -> frozenset[float]:
 
 def _selection(experiment: Experiment) -> Iterator[str]:
     for each in experiment.methods:
-        if any(run.status and not run.selections for run in each.finished):
+        selecting = (run for run in each.finished if run.status and run.config.get("schedule") != "full")
+        if any(not run.selections for run in selecting):
             yield f"{each.title}: training ended before a subnetwork was selected, so DPS did not happen."
-        if any(run.frozen_moved and run.config.get("frozen") != "gradient" for run in each.finished):
+        if any(run.frozen_moved and run.config.get("frozen") not in _MOVING for run in each.finished):
             yield f"{each.title}: frozen entries moved in SUBNETWORK, which must not happen."
 
 

@@ -85,8 +85,13 @@ def test_rates_that_were_tried_later_count():
     assert len(said(run(candidates=tried), tries[0])) == 1
 
 
-def test_frozen_entries_may_move_under_the_gradient_policy():
-    assert said(run(), run("other", frozen_moved=True, config={"frozen": "gradient"})) == []
+@pytest.mark.parametrize("policy", ["gradient", "scaled_gradient"])
+def test_frozen_entries_may_move_under_the_policies_of_gradients(policy):
+    assert said(run(), run("other", frozen_moved=True, config={"frozen": policy})) == []
+
+
+def test_a_schedule_that_trains_all_selects_nothing():
+    assert said(run(), run("other", status="full 24/-", selections=None, config={"schedule": "full"})) == []
 
 
 def test_a_missing_reference_is_said():

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from peft_dps import DPSConfig, disable_dropout
 
-EPOCHS, MICRO_BATCHES = 8, 2
+EPOCHS, MICRO_BATCHES = 16, 2
 texts = load(make_parser(__doc__).parse_args())
 accelerator = Accelerator(gradient_accumulation_steps=MICRO_BATCHES)
 base = texts.base()

@@ -7,7 +7,7 @@ from peft_dps.selection.scores import register_score
 from peft_dps.training import hooks
 from peft_dps.training.status import DPSStatus
 from peft_dps.tuner import registration
-from peft_dps.tuner.adapter import dps_adapter, offloaded_parameters
+from peft_dps.tuner.adapter import dps_adapter, unsharded_parameters
 from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.dropout import disable_dropout
 from peft_dps.tuner.export import export_adapter
@@ -30,8 +30,8 @@ __all__ = [
     "disable_dropout",
     "dps_adapter",
     "export_adapter",
-    "offloaded_parameters",
     "recipes",
     "register_for_checkpointing",
     "register_score",
+    "unsharded_parameters",
 ]

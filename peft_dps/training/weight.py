@@ -113,6 +113,11 @@ class TargetWeight:
         if not isinstance(parameter, DTensor):
             return parameter if known is None else known
         if known is not parameter:
+            if parameter.numel() == 0:
+                raise EngineError(
+                    f"FSDP2 has cut the trained weight of {self.name!r}, which has no units: torch cannot put it "
+                    "together. Pass `ignored_params=peft_dps.unsharded_parameters(model)` to each `fully_shard`."
+                )
             self._sharding = None
             self._sharded, self.version = weakref.ref(parameter), UNKNOWN
             base = self.layer.pretrained_parameter
@@ -129,7 +134,7 @@ class TargetWeight:
             if self._sharded_base is not None and self.layer.is_offloaded:
                 raise EngineError(
                     f"FSDP2 has cut the pretrained weight of {self.name!r}, which `offload_base` was to keep in a "
-                    "file. Pass `ignored_params=peft_dps.offloaded_parameters(model)` to each `fully_shard`, or leave "
+                    "file. Pass `ignored_params=peft_dps.unsharded_parameters(model)` to each `fully_shard`, or leave "
                     "`offload_base` out."
                 )
             self._sharding = sharding_of(parameter, self.name)

@@ -205,19 +205,23 @@ def dps_adapter(model: nn.Module, adapter_name: str | None = None) -> DPSAdapter
     return DPSAdapter(find_controller(model, adapter_name))
 
 
-def offloaded_parameters(model: nn.Module) -> set[nn.Parameter]:
-    """Collect the pretrained weights that `offload_base=True` keeps in files, for `fully_shard(ignored_params=...)`.
+def unsharded_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Collect what FSDP2 is not to cut, for `fully_shard(ignored_params=...)`.
 
-    What FSDP2 cuts over processes it holds in memory and collects with each block; these it is to leave alone.
+    That are pretrained weights that `offload_base=True` keeps in files, since what is cut is held in memory; and
+    weights of which `scope="model"`, or whole weights and blocks, selected no unit, since torch cannot put together
+    an empty tensor.
 
     Args:
         model: A PEFT model, or any module into which DPS adapters were injected.
 
     Returns:
-        The parameters of the base layers; none without `offload_base=True`.
+        The parameters.
     """
     layers = [module for module in model.modules() if isinstance(module, DPSLayer)]
-    return {layer.pretrained_parameter for layer in layers if layer.is_offloaded}
+    offloaded = {layer.pretrained_parameter for layer in layers if layer.is_offloaded}
+    weights = [weight.parameter for controller in find_controllers(model).values() for weight in controller.existing]
+    return offloaded | {parameter for parameter in weights if parameter.numel() == 0}
 
 
 def find_controller(model: nn.Module, adapter_name: str | None = None) -> Controller:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.optim import SGD, AdamW
 
-from peft_dps import DPSConfig, Stage, offloaded_parameters
+from peft_dps import DPSConfig, Stage, unsharded_parameters
 from peft_dps.errors import EngineError
 from tests.accelerators import (
     assert_engaged,
@@ -403,7 +403,7 @@ def test_fsdp2_on_nccl_with_one_process(alone, variant, fields, offload, tmp_pat
 
     expected, model = make(), make()
     options = {"offload_policy": CPUOffloadPolicy()} if offload else {}
-    options["ignored_params"] = offloaded_parameters(model)
+    options["ignored_params"] = unsharded_parameters(model)
     for name in ("0", "2", "4"):
         fully_shard(model.base_model.model.get_submodule(name), **options)
     fully_shard(model, **options)

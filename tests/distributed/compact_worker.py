@@ -12,7 +12,7 @@ import torch.distributed as dist
 from fsdp_worker import batches, loss_of, make_model, mesh_of, my_share, optimizer_of, shard, tracked
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -149,6 +149,26 @@ def fsdp2() -> None:
             step_both(model, optimizer, alone, optimizer_alone, batch)
             compare(model, optimizer, alone, optimizer_alone)
         assert model.dps_status().engaged
+    a_weight_without_units_is_left_whole()
+
+
+def a_weight_without_units_is_left_whole() -> None:
+    """Where units of other weights of the model have the best scores."""
+    models = []
+    for _ in range(3):
+        model = make_model({**ONCE, "scope": "model", "score_steps": 0, "density": 0.05})
+        model.score(batches(1), loss=lambda net, batch: loss_of(net, *batch))
+        models.append(model)
+    mesh = mesh_of(dist.get_world_size())
+    model, alone, cut = models
+    assert any(each.delta.slots == 0 for each in tracked(model))
+    shard(model, mesh=mesh)
+    optimizer, optimizer_alone = optimizer_of(model), optimizer_of(alone)
+    for batch in batches(3):
+        step_both(model, optimizer, alone, optimizer_alone, batch)
+    compare(model, optimizer, alone, optimizer_alone)
+    fully_shard(cut, mesh=mesh)
+    assert "`ignored_params=" in caught(partial(steps, cut, optimizer_of(cut), 1))
 
 
 def fsdp1() -> None:

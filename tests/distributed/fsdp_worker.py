@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from peft_dps import DPSConfig, offloaded_parameters
+from peft_dps import DPSConfig, unsharded_parameters
 from peft_dps.tuner.adapter import find_controllers
 from tests.resuming import as_bits, held_by
 from tests.unit.conftest import keep_of
@@ -66,7 +66,7 @@ def make_model(fields: dict[str, Any]) -> nn.Module:
 
 def shard(model: nn.Module, blocks: tuple[str, ...] = LAYERS, **options: Any) -> nn.Module:
     """Cut each block and then the rest, as one does with a transformer."""
-    net, options = model.base_model.model, {**options, "ignored_params": offloaded_parameters(model)}
+    net, options = model.base_model.model, {**options, "ignored_params": unsharded_parameters(model)}
     for name in blocks:
         fully_shard(net.get_submodule(name), **options)
     return fully_shard(model, **options)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_dps import offloaded_parameters
+from peft_dps import unsharded_parameters
 from peft_dps.masking.compact.linear import add_columns
 from peft_dps.selection.budget import EntryBudget
 from peft_dps.selection.optimizer_moments import MomentScores
@@ -29,12 +29,12 @@ __all__ = [
     "encode",
     "held_tensors",
     "masks_in_force",
-    "offloaded_parameters",
     "select",
     "select_now",
     "target_weights",
     "tensors_in",
     "trained_tensors",
+    "unsharded_parameters",
 ]
 
 Evidence = Callable[[str, int], torch.Tensor]  # the name of a weight and its number of units -> theirs, `[units]`

@@ -28,7 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.bert.modeling_bert import BertLayer
 
-from benchmarks.engine import offloaded_parameters, select
+from benchmarks.engine import select, unsharded_parameters
 from benchmarks.machine import describe_machine, list_versions, load
 from benchmarks.ratio import Spread, seconds, step_ratios
 from benchmarks.rounds import FIGURES, Round, Run, figure_of, stage_of, turned
@@ -45,7 +45,7 @@ def _ddp(model: nn.Module) -> nn.Module:
 
 def _fsdp2(model: nn.Module) -> nn.Module:
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
-    ignored = offloaded_parameters(model)
+    ignored = unsharded_parameters(model)
     for module in list(model.modules()):
         if isinstance(module, BertLayer):
             fully_shard(module, mesh=mesh, ignored_params=ignored)

@@ -9,6 +9,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 Make = Callable[[str, Any], Any]
+START = "spawn"
+"""How processes start: each from nothing, with the environment of that moment, which says how memory is allocated."""
 
 
 class Crew:
@@ -51,7 +53,7 @@ def crew_of(make: Make, names: Sequence[str], settings: Any) -> Iterator[Crew]:
         names: Names, the first argument of `make`.
         settings: The second; what can be pickled.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(START)
     with ExitStack() as stack:
         connections: dict[str, Connection] = {}
         for name in names:

@@ -1,5 +1,6 @@
 import copy
 import json
+import multiprocessing
 import os
 from dataclasses import replace
 from importlib.metadata import distributions
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import device, page, scaling, suite
+from benchmarks import crew, device, page, scaling, suite
 from benchmarks.archive import Archive
 from benchmarks.cases import Case, grouped
 from benchmarks.device_methods import FULL, METHODS
@@ -30,8 +31,11 @@ def path(tmp_path_factory):
     """Results of an encoder, loading included, and of a decoder whose linear layers are trained."""
     path = tmp_path_factory.mktemp("benchmark") / "suite_cpu.json"
     once = f"{_TINY} --out {path} --batches --lengths --densities"
-    suite.main(f"{once} --models toy --methods mix-remaining --load-models toy --load-rounds 1".split())
-    suite.main(f"{once} --models decoder-toy --trained linear --methods {' '.join(_LINEAR)}".split())
+    multiprocessing.set_forkserver_preload(["benchmarks.worker"])  # or each process imports for ten seconds
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crew, "START", "forkserver")
+        suite.main(f"{once} --models toy --methods mix-remaining --load-models toy --load-rounds 1".split())
+        suite.main(f"{once} --models decoder-toy --trained linear --methods {' '.join(_LINEAR)}".split())
     return path
 
 

@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 from contextlib import contextmanager
 from itertools import product
 
@@ -72,7 +73,11 @@ def test_the_page_tells_what_was_aimed_at(document, path, tmp_path):
     assert path.with_suffix(".md").read_text() == section(document)
     page.main(["--results", str(path), "--out", str(tmp_path / "page.md")])
     text = (tmp_path / "page.md").read_text()
-    assert text.count(f" of {len(measured)} aims are met") == 2
+    # The processes of toys may not grow at all, and such growth is compared with nothing.
+    fewest = len([aim for aim in measured if not aim.figure.startswith("process")])
+    totals = [int(total) for total in re.findall(r"\d+ of (\d+) aims are met", text)]
+    assert len(totals) == 2
+    assert all(fewest <= total <= len(measured) for total in totals)
     assert "entries: " not in text
     ratio = {"method": "columns", "against": "full", "lower": 0.6, "upper": 0.8}
     model = {**document["models"]["toy-pair"], "ratios": [ratio]}

@@ -76,11 +76,12 @@ class CompactWeight(TargetWeight):
 
     def observe(self, gradient: torch.Tensor) -> torch.Tensor | None:
         """Look at the gradient of the whole weight, in the backward pass of its layer; see `UnitSums.add`."""
-        self.split = self.layer.split if gradient.shape != self.sums.units.shape else None
-        if self.split is None:
-            if gradient.shape != self.sums.units.shape:
-                refuse_part_of_layer(self.adapter)
+        if gradient.shape == self.sums.units.shape:
+            self.split = None
             return self.sums.add(gradient)
+        self.split = self.layer.split
+        if self.split is None:
+            refuse_part_of_layer(self.adapter)
         seen = self.sums.add(gradient, self.split)
         return None if seen is None else self.split.sum(seen)  # NaN for all
 

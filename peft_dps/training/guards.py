@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from typing import NoReturn
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -115,7 +116,7 @@ def refuse_capture(adapter: str) -> None:
         )
 
 
-def refuse_part_of_layer(adapter: str) -> None:
+def refuse_part_of_layer(adapter: str) -> NoReturn:
     """Refuse a layer that computes with a part of its weight, of which nothing tells which units it has."""
     raise EngineError(
         f"A layer of adapter {adapter!r} sees a part of its input, output or gradient, and not as ColwiseParallel or "

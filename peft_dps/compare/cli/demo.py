@@ -23,7 +23,7 @@ METHODS = (
 TRAIN_SIZE = 256
 DEMO = (
     f"{len(METHODS)} methods fine-tune a 22M model on {TRAIN_SIZE} movie reviews; each is tested on four domains.\n"
-    "About 6 minutes on 2 cores. Ctrl-C stops; the same command goes on from there."
+    "It takes some minutes on 2 cores. Ctrl-C stops; the same command goes on from there."
 )
 """What the demo does and how long it takes, for its first line."""
 JOBS = 2  # a process on each of two cores is faster than one on both

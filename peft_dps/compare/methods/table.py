@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -219,13 +219,18 @@ def _recipe_method(name: str) -> Method:
         if config.storage == "copy":
             config.train_remaining = fields.get("train_remaining", True)
         elif model is not None:
-            config.modules_to_save = sorted({*head_modules(model), *(config.modules_to_save or ())})
+            config.modules_to_save = _head_and(model, config.modules_to_save)
         return config
 
     config = recipe()
     whole = config.storage == "copy" or config.recipe().granularity.spans_weights
     rates = FULL_RATES if whole else FEW_ENTRIES_RATES if config.granularity == "entry" else ADAPTER_RATES
     return Method(name, function, prepare, rates, only_config=True, takes_seed=True)
+
+
+def _head_and(model: PreTrainedModel, others: Iterable[str] | None) -> list[str]:
+    """Return the modules of the head, and others that are to be trained in full."""
+    return sorted({*head_modules(model), *(others or ())})
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,7 +255,7 @@ def lora(model: PreTrainedModel | None, **fields: Any) -> PeftConfig:
     """Train low-rank updates of all linear layers, and the head (Hu et al., arXiv:2106.09685)."""
     defaults: dict[str, Any] = {"task_type": "SEQ_CLS", "target_modules": "all-linear", "r": 8, "lora_alpha": 16}
     if model is not None:  # to PEFT the head is what is called classifier or score
-        fields["modules_to_save"] = sorted({*head_modules(model), *(fields.get("modules_to_save") or ())})
+        fields["modules_to_save"] = _head_and(model, fields.get("modules_to_save"))
     return LoraConfig(**{**defaults, **fields})
 
 
@@ -273,5 +278,5 @@ def dps(model: PreTrainedModel, **fields: Any) -> PeftConfig:
 def columns(model: PreTrainedModel | None, **fields: Any) -> PeftConfig:
     """Train some columns of all linear layers, chosen once, and the head."""
     if model is not None:
-        fields["modules_to_save"] = sorted({*head_modules(model), *(fields.get("modules_to_save") or ())})
+        fields["modules_to_save"] = _head_and(model, fields.get("modules_to_save"))
     return DPSConfig.compact(**{"task_type": "SEQ_CLS", **fields})

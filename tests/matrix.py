@@ -68,38 +68,48 @@ class Collector:
         self.entries: list[Entry] = []
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        for item in session.items:
-            for mark in item.iter_markers():
-                if mark.name in ("supports", "refuses"):
-                    self._read(item, mark)
+        self.entries = entries_of(session.items)
 
-    def _read(self, item: pytest.Item, mark: pytest.Mark) -> None:
-        callspec = getattr(item, "callspec", None)
-        values = {} if callspec is None else callspec.params
-        section, feature, *because = mark.args
-        row = None
-        if "row" in mark.kwargs:
-            value = values[mark.kwargs["row"]]
-            name = getattr(value, "name", str(value))
-            row = LABELS.get(name, name)
-            if row is None:
-                return
-        path = item.path.relative_to(ROOT).as_posix()
-        test = f"{path.removeprefix('tests/')}::{getattr(item, 'originalname', item.name)}"
-        self.entries.append(Entry(section, row, feature.format(**values), *(because or (None,)), test))
+
+def entries_of(items: Iterable[pytest.Item]) -> list[Entry]:
+    """Read the marks of tests, file by file."""
+    found = [
+        _entry(item, mark)
+        for item in sorted(items, key=lambda item: item.path)
+        for mark in item.iter_markers()
+        if mark.name in ("supports", "refuses")
+    ]
+    return [entry for entry in found if entry is not None]
+
+
+def _entry(item: pytest.Item, mark: pytest.Mark) -> Entry | None:
+    callspec = getattr(item, "callspec", None)
+    values = {} if callspec is None else callspec.params
+    section, feature, *because = mark.args
+    row = None
+    if "row" in mark.kwargs:
+        value = values[mark.kwargs["row"]]
+        name = getattr(value, "name", str(value))
+        row = LABELS.get(name, name)
+        if row is None:
+            return None
+    path = item.path.relative_to(ROOT).as_posix()
+    test = f"{path.removeprefix('tests/')}::{getattr(item, 'originalname', item.name)}"
+    return Entry(section, row, feature.format(**values), *(because or (None,)), test)
+
+
+def marked_files() -> list[Path]:
+    """Return the files with tests that carry a mark."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [path for path in files if re.search(r"mark\.(supports|refuses)\(", path.read_text())]
 
 
 def collect() -> list[Entry]:
     """Collect the tests that carry a mark, without running them."""
-    marked = [
-        str(path)
-        for path in sorted((ROOT / "tests").rglob("test_*.py"))
-        if re.search(r"mark\.(supports|refuses)\(", path.read_text())
-    ]
     collector = Collector()
     with contextlib.redirect_stdout(io.StringIO()) as said:
         options = ["--collect-only", "-qq", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
-        status = pytest.main([*options, *marked], plugins=[collector])
+        status = pytest.main([*options, *map(str, marked_files())], plugins=[collector])
     if status != pytest.ExitCode.OK:
         raise SystemExit(f"pytest could not collect the tests ({status!r}):\n{said.getvalue()}")
     return collector.entries

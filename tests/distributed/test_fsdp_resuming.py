@@ -33,10 +33,7 @@ PLANS = [
     {"fields": LT_SFT, "stop": 3},  # the next forward rewinds
     {"fields": LT_SFT, "stop": 5},
 ]
-REPLICAS = [
-    {"fields": {"scope": "model"}, "stop": 2, "mesh": [2, 2]},
-    {"fields": MIX, "stop": 5, "mesh": [2, 2]},
-]
+REPLICAS = [{"fields": {**MIX, "scope": "model"}, "stop": 5, "mesh": [2, 2]}]
 
 
 def lay_out(folder, plans):

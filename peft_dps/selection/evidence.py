@@ -64,6 +64,9 @@ class Gathered:
     def after_step(self, weight: ObservedWeight, optimizer: Optimizer) -> None:
         """Take note that an optimizer which has the weight has made a step, with a gradient of it or without."""
 
+    def add_up(self, weight: ObservedWeight, ranks: Ranks) -> None:
+        """Add up what each of several processes has gathered before training; all of them have to call it."""
+
     def memory(self) -> torch.Tensor | None:
         """Return memory of the weight's shape that is free when the evidence has been used."""
         return None
@@ -149,6 +152,11 @@ class Sum(Gathered):
         if self.total.device != weight.weight.device:
             self.total = self.total.to(weight.weight.device)
         return self.total
+
+    def add_up(self, weight: ObservedWeight, ranks: Ranks) -> None:
+        """Add up the sums of all processes; see `Gathered.add_up`."""
+        total = self.value(weight)
+        total.copy_(ranks.sum(total.to(torch.promote_types(total.dtype, torch.float32))))
 
     def memory(self) -> torch.Tensor | None:
         """Return the memory of the sum."""

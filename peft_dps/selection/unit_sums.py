@@ -88,6 +88,12 @@ class UnitSums(Gathered):
         dtype = torch.float32 if self._per_entry else torch.float64
         return torch.zeros(self._shape, dtype=dtype, device=device)
 
+    def add_up(self, weight: ObservedWeight, ranks: Ranks) -> None:
+        """Add up the sums of all processes; see `Gathered.add_up`."""
+        if self.power is not None:
+            total = self.zeros(ranks.device) if self.total is None else self.total
+            self.total = total.copy_(ranks.sum(total.double()))
+
     def drop(self) -> None:
         """Forget what the passes of a step have added."""
         self.pending = None

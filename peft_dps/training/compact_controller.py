@@ -58,6 +58,11 @@ class CompactController(Controller):
         recipe = self.recipe
         units = recipe.granularity.units(layout)
         known = units is not None and not (recipe.scope.across or recipe.granularity.spans_weights)
+        if units is not None and units.count > torch.iinfo(torch.int32).max:
+            raise ConfigError(
+                f"A target has {units.count:,} units, and compact storage numbers at most 2^31 - 1. Use larger ones "
+                "(`granularity='column'`), `storage='copy'`, or leave it out with `exclude_modules`."
+            )
         delta = recipe.granularity.delta(layout, recipe.budget.count(units.count) if known and units else 0, like)
         delta.observes = True
         return delta
@@ -162,6 +167,11 @@ class CompactController(Controller):
         return any(weight.exists() and weight.delta.is_selected for weight in self.weights)
 
     @property
+    def awaits_scores(self) -> bool:
+        """Whether batches have to be scored before training; see `Controller.awaits_scores`."""
+        return super().awaits_scores and not self.is_selected
+
+    @property
     def has_to_see_steps(self) -> bool:
         """Whether the optimizer's steps have to reach it from now on: not to train units that stay the same."""
         return self.recipe.schedule.selects_again or not self.is_selected
@@ -233,7 +243,10 @@ class CompactController(Controller):
         # What is beside split layers and whole itself is the same on all processes that share these.
         ranks = next((weight.split.ranks for weight in every if weight.split is not None), None)
         counts = [weight.split is not None or ranks is None or ranks.rank == 0 for weight in every]
-        seen = add_up([weight.sums for weight in every], world(every[0].delta.index.device), counts)
+        # Before training each process may have another number of batches: they are added up at the end.
+        alone = self.scores_batches and ranks is None
+        together = None if alone else world(every[0].delta.index.device)
+        seen = add_up([weight.sums for weight in every], together, counts)
         if not seen:
             return
         finite = are_finite([sums.pending for sums in seen if sums.pending is not None])
@@ -273,20 +286,10 @@ class CompactController(Controller):
             if weight.exists():
                 weight.delta.observes = asks
 
-    def begin_scoring(self) -> None:
-        """Get ready for batches that are scored before training; see `Controller.begin_scoring`."""
-        super().begin_scoring()
-        if self.clock.entered is not None:
-            raise ConfigError(
-                f"Adapter {self.adapter!r}: units have been selected already, from batches that were scored before. "
-                "Give all batches in one call, or begin anew with another adapter."
-            )
-        self.clock.scored_steps = 0  # what a call before this one has left that an exception ended
-        for weight in self.weights:
-            weight.begin_gathering()
-
     def end_scoring(self) -> None:
         """Select at once when there are no more batches to score before training."""
+        if all(weight.split is None for weight in self.weights):  # else each batch was added up
+            super().end_scoring()
         self._enter_coming_phase()
         self._see_phase()
 

@@ -22,7 +22,7 @@ from peft_dps.tensors.processes import world
 from peft_dps.tensors.saved_state import SavedState, State
 from peft_dps.tensors.split import Split
 from peft_dps.training.guards import refuse_part_of_layer
-from peft_dps.training.optimizer_slots import move_slots, refuse_state
+from peft_dps.training.optimizer_slots import move_slots, refuse_early_state, refuse_state
 from peft_dps.training.weight import TargetWeight
 
 logger = logging.getLogger(__name__)
@@ -94,8 +94,6 @@ class CompactWeight(TargetWeight):
 
     def forget_thrown_away(self) -> bool:
         """Forget passes whose gradients were thrown away without a step, as after one that a gradient scaler skips."""
-        if not self.delta.slots:  # it has no gradient before it has units, and follows the others
-            return False
         if self.sums.pending is None or self.hides_optimizer or self.sharding is not None:  # which move gradients
             return False
         parameter = self.parameter
@@ -131,7 +129,7 @@ class CompactWeight(TargetWeight):
 
     def state(self, *, ends: bool) -> State:
         """Return what an exact resume needs; which units are trained is in the adapter's own file."""
-        if self.moved is not None:
+        if self.moved is not None and self.is_trained:
             raise StateError(
                 f"Units of {self.name!r} have been selected anew, and the optimizer's state of them follows at its "
                 "next step. Save the training state after `optimizer.step()`."
@@ -240,8 +238,9 @@ class CompactWeight(TargetWeight):
 
     def _begin(self, trained: bool, phase: int) -> None:
         slots = self.delta.slots
-        self.delta.weight.requires_grad_(trained and bool(slots))
-        self.idle = trained and not slots
+        # Engines refuse parameters without entries. But an optimizer has to hold those that get units later.
+        self.idle = trained and not slots and not self.recipe.schedule.selects_again
+        self.delta.weight.requires_grad_(trained and not self.idle)
         self.selected, self.masked_in = slots * self.sums.units.size, phase
 
     def choose_entries(self, mask: Mask, selected: int, phase: int) -> None:
@@ -264,6 +263,9 @@ class CompactWeight(TargetWeight):
                 f"its parameter with {delta.slots}. Select before the model is wrapped (`score_steps=0` and "
                 "`model.score(batches)`), or use `scope='tensor'`."
             )
+        if slots != delta.slots and not delta.is_selected:
+            for optimizer in self.optimizers:
+                refuse_early_state(optimizer, self.parameter, self.name)
 
     @torch.no_grad()
     def _exchange(self, delta: Delta, numbers: torch.Tensor) -> None:
@@ -302,7 +304,7 @@ class CompactWeight(TargetWeight):
         self.forgotten = 0
         if self.moved is not None:
             refuse_state(optimizer, self.parameter, self._shape_before, self.name)
-            move_slots(optimizer, self.parameter, self.moved, self.delta.axis, self.sharding)
+            move_slots(optimizer, self.parameter, self._shape_before, self.moved, self.delta.axis, self.sharding)
             self.moved = None
 
     def mask_gradient(self) -> None:
@@ -312,4 +314,4 @@ class CompactWeight(TargetWeight):
 
     def has_moved(self) -> bool:
         """Tell whether the adapter adds anything to the pretrained weight."""
-        return bool(self.weight.count_nonzero())
+        return any(bool(values.detach().count_nonzero()) for values, _ in self.delta.parts())

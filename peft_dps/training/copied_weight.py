@@ -144,7 +144,7 @@ class CopiedWeight(TargetWeight):
         if self.frozen is not None:
             self.memory.give(self._followed(self.frozen).memory())
         if self.recipe.noise.amplifies:
-            snapshot = self.take_memory(weight.dtype).copy_(weight)
+            snapshot = self.take_memory(weight.dtype).copy_(weight.detach())
         memory = self.memory.fitting(weight, weight.dtype)
         self.frozen = self.recipe.frozen(weight, mask, snapshot, memory, (self.selected or 0) / self.entries)
         self._waiting = None
@@ -154,7 +154,7 @@ class CopiedWeight(TargetWeight):
     def rewind(self) -> list[nn.Parameter]:
         """Give the weight, and its bias, their pretrained values, and let the mask hold from there; return both."""
         layer, rewound = self.layer, []
-        bias, pretrained = self._bias.find(layer, self.adapter), layer.pretrained()[1]
+        bias, pretrained = self._bias.find(layer, self.adapter), layer.pretrained_bias()
         if self.parameter.requires_grad:
             rewind(self.parameter, layer.trained(self.adapter), self.base_weight, self.name)
             rewound.append(self.parameter)

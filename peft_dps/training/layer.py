@@ -40,6 +40,9 @@ class TargetLayer(Protocol):
     def pretrained_weight(self) -> torch.Tensor:
         """Return W0, on the device of the trained weight."""
 
+    def pretrained_bias(self) -> torch.Tensor | None:
+        """Return the pretrained bias."""
+
     def trained(self, adapter: str) -> nn.Parameter | None:
         """Return an adapter's trained weight, or None."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -35,7 +35,7 @@ class Selector:
         steps: Steps of the phase in which evidence was gathered.
         phase: Number of the phase that begins.
         selection: Number of the selection, from 1.
-        besides: Entries that are trained besides the selection, whatever it is.
+        besides: Returns how many entries are trained besides the selection, whatever it is.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Selector:
         steps: int,
         phase: int,
         selection: int = 1,
-        besides: int = 0,
+        besides: Callable[[], int] = int,
     ) -> None:
         self._weights = weights
         self._indices = {id(weight): index for index, weight in enumerate(weights)}
@@ -153,7 +153,7 @@ class Selector:
     def _choose(self, owners: list[str], candidates: list[Candidates]) -> list[torch.Tensor]:
         recipe = self._recipe
         problems = recipe.scope.problems(owners)
-        besides = self._besides if recipe.granularity.spans_weights and recipe.scope.spans_model else 0
+        besides = self._besides() if recipe.granularity.spans_weights and recipe.scope.spans_model else 0
         chosen = recipe.budget.choose([[candidates[index] for index in each] for each in problems], besides)
         found = {
             index: mask
@@ -201,7 +201,9 @@ class Selector:
         some = torch.tensor([each.highest > 0 for each in scores], dtype=torch.int32, device="cpu")
         some = some if ranks is None else ranks.sum(some)
         self._without_evidence += [
-            weight.name for weight, any_ in zip(weights, some.tolist(), strict=True) if not any_ and weight.observed
+            weight.name
+            for weight, any_ in zip(weights, some.tolist(), strict=True)
+            if not any_ and (weight.observed or (weight.is_trained and not weight.layer.training))
         ]
 
     def _warn_of_empty(self) -> None:
@@ -209,8 +211,9 @@ class Selector:
         more = len(self._without_evidence) - _NAMED
         if names:
             logger.warning(
-                "Adapter %r: all scores of %s are 0 at step %d, so that the first units of each are selected. The "
-                "gradients are 0, or so small that their squares are: use `score='absolute_gradient'`.",
+                "Adapter %r: all scores of %s are 0 at step %d, so that the first units of each are selected. They "
+                "are in evaluation mode (call `model.train()`), or their gradients are 0 or so small that the squares "
+                "are: then use `score='absolute_gradient'`.",
                 self._adapter,
                 names if more <= 0 else f"{names} and {more} more",
                 self._step,

@@ -193,6 +193,11 @@ class TargetWeight:
         """Whether the coming optimizer step has a gradient of it."""
         return self.parameter.grad is not None
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is to be trained: nobody has frozen it by hand."""
+        return self.parameter.requires_grad
+
     # What the phases keep of it. A storage of its own has a subclass that says what it does about it.
 
     @property

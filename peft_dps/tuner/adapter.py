@@ -42,7 +42,7 @@ class DPSAdapter:
 
         Returns:
             Per path of a layer, a bool tensor of the weight's shape (or of this process's rows of it), True where
-            entries are updated. A layer of which all entries are updated has none.
+            entries are updated. A layer that has selected nothing, or whose copy is updated entirely, has none.
         """
         masks = {weight.name: weight.entry_mask() for weight in self._controller.existing}
         return {name: mask for name, mask in masks.items() if mask is not None}
@@ -139,7 +139,8 @@ class DPSAdapter:
     ) -> None:
         """Gather evidence from batches before training, for `schedule="once"` with `score_steps=0`.
 
-        Each batch counts as one step: its gradient is scored and thrown away, and nothing is updated.
+        Each batch counts as one step: its gradient is scored and thrown away, and nothing is updated. Where several
+        processes train together, all of them call it, each with its own batches, which add up.
 
         Args:
             model: The model, in the mode (`train` or `eval`) in which its gradients are to be taken.
@@ -168,6 +169,10 @@ class DPSAdapter:
                     "iterator that was used up before has to be made anew."
                 )
             controller.end_scoring()
+        except BaseException:
+            if controller.clock.entered is None:  # nothing has been selected yet
+                controller.forget_scores()
+            raise
         finally:
             controller.at_rest, controller.scores_batches = rested, False
             model.zero_grad()

@@ -78,6 +78,11 @@ def refuse_idle_fields(config: Any) -> None:
         "reduction": GRANULARITIES.find(config.granularity).per_entry
         and f"with `granularity={config.granularity!r}`, whose units have one score each; leave it out",
     }
+    if config.units is not None and not (config.variant == "dense" and config.noise in (None, "none")):
+        raise ConfigError(
+            f"`units={config.units!r}` leaves no `density`, which noise draws columns with. Give a `density` in place "
+            "of it, or use `variant='dense'` without `noise`."
+        )
     for name, why in idle.items():
         if why and getattr(config, name) != defaults[name]:
             raise ConfigError(f"`{name}={getattr(config, name)!r}` has no effect {why}.")

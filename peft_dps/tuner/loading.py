@@ -29,11 +29,11 @@ def read_state(model: nn.Module, adapter: str, state: Mapping[str, torch.Tensor]
         if isinstance(module, DPSLayer) and (delta := module.delta(adapter)) is not None
     }
     needed |= {f"{path}.{name}" for path in deltas for name in ("weight", "index")}
-    _refuse("lacks", sorted(needed - state.keys()), adapter)
     given = {key for key in state if any(part in f"{key}." for part in _OF_LAYERS)}
     kept = {f"{path}.{name}" for path in deltas for name in ("kept_weight", "kept_index")}
-    _refuse("has, without a place in the model,", sorted(given - needed - kept), adapter)
     try:
+        _refuse("lacks", sorted(needed - state.keys()), adapter)
+        _refuse("has, without a place in the model,", sorted(given - needed - kept), adapter)
         for path, delta in deltas.items():
             check_units(path, delta, state)
         restored = {key: _read_tensor(key, tensor, tensors.get(key)) for key, tensor in state.items()}

@@ -148,7 +148,7 @@ def _require_units(delta: Delta | None, adapter: str) -> None:
 
 
 def _require_pretrained_bias(layer: DPSLayer, adapter: str, path: str) -> None:
-    pretrained = layer.pretrained()[1]
+    pretrained = layer.pretrained_bias()
     if adapter not in layer.dps_bias or pretrained is None:
         return
     bias: Any = layer.dps_bias[adapter]

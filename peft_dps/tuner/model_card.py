@@ -77,7 +77,7 @@ def _method(config: DPSConfig) -> str:
 
 
 def _rows(config: DPSConfig, controller: Controller) -> list[tuple[str, str]]:
-    weights, step, position = controller.weights, controller.clock.step, controller.clock.position
+    weights, step, position = controller.existing, controller.clock.step, controller.clock.position
     entries = sum(weight.layer.entries for weight in weights)
     selected = [weight.selected for weight in weights if weight.selected is not None]
     rows = [

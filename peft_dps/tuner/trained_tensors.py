@@ -41,7 +41,7 @@ def trained_tensors(model: nn.Module, adapter: str) -> Iterator[TrainedTensor]:
         prefix = f"{path}." if path else ""
         if isinstance(module, DPSLayer):
             # Not on the layer's device: while an adapter is loaded its copies may have none yet.
-            pretrained = module.pretrained_parameter.data, module.pretrained()[1]
+            pretrained = module.pretrained_parameter.data, module.pretrained_bias()
             containers = {"dps_weight": module.dps_weight, "dps_bias": module.dps_bias}
             for (name, container), original in zip(containers.items(), pretrained, strict=True):
                 if adapter in container and original is not None:

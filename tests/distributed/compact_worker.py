@@ -103,9 +103,10 @@ def units_of_another_number_are_selected_before_wrapping(fields: dict[str, Any])
     rank, size = dist.get_rank(), dist.get_world_size()
     assert "Select before the model is wrapped" in caught(partial(steps, wrapped, optimizer, 4))
     model, alone = (make_model({**fields, "score_steps": 0}) for _ in range(2))
-    model.score([my_share(batch, rank, size) for batch in batches(2)], loss=lambda net, batch: loss_of(net, *batch))
+    shares = [(each, my_share(batch, each, size)) for batch in batches(2) for each in range(size)][:-1]  # uneven
+    model.score([share for each, share in shares if each == rank], loss=lambda net, batch: loss_of(net, *batch))
     alone.score(
-        [my_share(batch, each, size) for batch in batches(2) for each in range(size)],
+        [share for _, share in shares],
         loss=lambda net, batch: loss_of(net, *batch),
     )
     wrapped = DistributedDataParallel(model)

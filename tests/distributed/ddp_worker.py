@@ -19,6 +19,7 @@ FIELDS: dict[str, dict[str, object]] = {
     "dense": {},
     "mix": {"variant": "mix"},
     "lt_sft": {"schedule": "two-phase", "score": "movement", "scope": "model"},
+    "scored": {"schedule": "once", "score_steps": 0},
     "mixconnect": {"noise": "mixconnect", "schedule": "once", "score_steps": 3},
 }
 
@@ -34,6 +35,17 @@ def state_of(model: nn.Module) -> list[torch.Tensor]:
     layers = [model.base_model.model[index] for index in (0, 2)]
     weights = layers[0].dps_controllers["default"].weights
     return [*(weight.weight.detach() for weight in weights), *(weight.frozen.mask.keep.float() for weight in weights)]
+
+
+def score_before_training(model: nn.Module, alone: nn.Module, rank: int, size: int) -> None:
+    """The first process has a batch more than the others."""
+    generator = torch.Generator().manual_seed(3)
+    made = [
+        (torch.randn(4, 12, generator=generator), torch.randint(3, (4,), generator=generator)) for _ in range(size + 1)
+    ]
+    loss = lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1])  # noqa: E731
+    model.score(made[rank::size], loss)
+    alone.score(made, loss)
 
 
 def a_difference_is_named(model: nn.Module, rank: int) -> None:
@@ -56,9 +68,11 @@ def main(method: str) -> None:
     torch.manual_seed(rank)  # ranks differ in everything random, but not in their masks
     model = make_model(method)
     torch.manual_seed(100 + rank)
+    alone = make_model(method)
+    if method == "scored":
+        score_before_training(model, alone, rank, size)
     wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    alone = make_model(method)
     optimizer_alone = torch.optim.AdamW([p for p in alone.parameters() if p.requires_grad], lr=1e-2)
     generator = torch.Generator().manual_seed(7)
     for _ in range(5):

@@ -18,7 +18,7 @@ LT_SFT = {"schedule": "two-phase", "score": "movement", "scope": "model"}
 
 @pytest.mark.supports("Training", "DDP: as one process")
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dense", "mix", "lt_sft", "mixconnect"])
+@pytest.mark.parametrize("method", ["dense", "mix", "lt_sft", "scored", "mixconnect"])
 def test_ddp_ranks_agree_and_equal_one_process(method):
     torchrun("ddp_worker.py", method)
 

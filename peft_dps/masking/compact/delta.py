@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -221,9 +221,18 @@ class Delta(nn.Module):
         """Return the weight as the adapter has it, differentiable; W0 itself where nothing is added to it."""
         return base_weight.to(self.weight.dtype) + self.dense(base_weight) if self.parts() else base_weight
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        index, kept = state_dict.get(f"{prefix}index"), state_dict.get(f"{prefix}kept_index")
+        if index is not None:
+            self._make_room(len(index), 0 if kept is None else len(kept))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.see_selection()
+
+    def _make_room(self, slots: int, kept: int) -> None:
+        """Take the numbers of units that a state dict has: torch loads into tensors of the same shape only."""
+        slots = self.slots if isinstance(self.weight, DTensor) else slots
+        if (slots, kept) != (self.slots, 0 if self.kept_index is None else len(self.kept_index)):
+            self.resize(slots, kept)
 
     def see_selection(self) -> None:
         """Take note of whether the index, which was loaded, names units."""

@@ -99,7 +99,7 @@ class DPSLayer(MergingLayer):
     ) -> torch.Tensor:
         y = self._add_delta(compute, x, delta) if delta.is_selected and delta.parts() else compute(x)
         if name in self.dps_bias:
-            pretrained: Any = self.pretrained()[1]
+            pretrained: Any = self.pretrained_bias()
             y = self._add_bias(y, self.dps_bias[name] - pretrained.to(self.dps_bias[name].dtype))
         if observe is not None:
             y = observed(y, x, self._weight_gradient, observe, delta.waiting)

@@ -97,7 +97,7 @@ class MergingLayer(LayerState):
     def bias(self) -> torch.Tensor | None:  # type: ignore[override]
         """The bias in effect, like `weight`."""
         if self.disable_adapters and self.merged:
-            return self.pretrained()[1]
+            return self.pretrained_bias()
         base_bias = self._base.in_base(self.get_base_layer())[1]
         if base_bias is None or not self._adapters_in_effect():
             return base_bias
@@ -131,7 +131,7 @@ class MergingLayer(LayerState):
         biases: list[Any] = [self.dps_bias[name] for name in names if name in self.dps_bias]
         if len(names) == 1 and biases:
             return biases[0]  # type: ignore[no-any-return]
-        pretrained = self.pretrained()[1]
+        pretrained = self.pretrained_bias()
         return None if pretrained is None else _plus_deltas(pretrained, biases)
 
     def _own_weight(self, name: str, prepared: Any) -> Any:

@@ -73,9 +73,13 @@ class LayerState(nn.Module, BaseTunerLayer):
 
     def pretrained(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return W0, on the device where it is computed with, and the pretrained bias, also while merged."""
-        weight, bias = self._base.parameters(self.get_base_layer())
-        home = self._home()
-        return weight.data if home is None else weight.data.to(home), None if bias is None else bias.data
+        weight, home = self.pretrained_parameter.data, self._home()
+        return weight if home is None else weight.to(home), self.pretrained_bias()
+
+    def pretrained_bias(self) -> torch.Tensor | None:
+        """Return the pretrained bias, also while merged."""
+        bias = self._base.parameters(self.get_base_layer())[1]
+        return None if bias is None else bias.data
 
     def pretrained_weight(self) -> torch.Tensor:
         """Return W0, on the device where it is computed with.

@@ -288,7 +288,7 @@ def test_no_scored_step_is_an_error():
 def test_batches_are_scored_in_one_call():
     model, batches = make_model(**SCORED_BEFORE), make_batches(2)
     model.base_model.score(batches[:1], loss_of)
-    with pytest.raises(ConfigError, match=r"units have been selected already.* Give all batches in one call"):
+    with pytest.raises(ConfigError, match=r"batches have been scored already. Give all of them in one call"):
         model.base_model.score(batches[1:], loss_of)
     with pytest.raises(ConfigError, match="with `schedule='once'` and `score_steps=0` only"):
         make_model(schedule="once", score_steps=8).base_model.score([], loss_of)

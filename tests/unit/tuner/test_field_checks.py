@@ -18,6 +18,10 @@ COLUMNS = {"storage": "compact", "granularity": "column"}
     ("fields", "message"),
     [
         ({**COLUMNS, "units": 4, "density": 0.1}, "`density=0.1` has no effect since `units=4` .* use one of the two"),
+        (
+            {"granularity": "row", "units": 4, "variant": "mix"},
+            "`units=4` leaves no `density`, which noise draws columns with",
+        ),
         ({"score_steps": 3}, r"`score_steps=3` has no effect with `schedule='cycle'`.*`schedule='once'` or 'every'"),
         ({"participation_decay": False}, "`participation_decay=False` has no effect without the noise of DPS Mix"),
         ({"reduction": "sum"}, "`reduction='sum'` has no effect with `granularity='entry'`"),

@@ -8,9 +8,10 @@ from tests.launching import torchrun
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp1"])
+@pytest.mark.supports("Training", "compact storage, {engine}: as one process")
+@pytest.mark.parametrize("engine", ["DDP", "FSDP2", "FSDP1"])
 def test_compact_adapters_equal_one_process(engine):
-    torchrun("compact_worker.py", engine)
+    torchrun("compact_worker.py", engine.lower())
 
 
 @pytest.mark.slow

@@ -29,6 +29,9 @@ def test_zero_0_trains_and_the_others_are_refused_by_name(zero_stage, dtype, out
 
 
 @pytest.mark.slow
+@pytest.mark.supports(
+    "Training", "compact storage selected once, DeepSpeed ZeRO-1, 2 and 3 (the test needs `deepspeed`, or skips)"
+)
 @pytest.mark.parametrize(("zero_stage", "dtype"), [(1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16")])
 def test_compact_adapters_train_as_alone_and_are_not_selected_anew(zero_stage, dtype):
     said = run("deepspeed_compact_worker.py", zero_stage, dtype)

@@ -128,7 +128,7 @@ def test_fsdp2_equals_one_process(processes, settings):
 
 @pytest.mark.slow
 @pytest.mark.refuses(
-    "Training", "FSDP1, copies beside tensor parallelism", "processes hold parts that are not rows of a weight"
+    "Training", "copies: FSDP1, tensor parallelism", "processes hold parts that are not rows of a weight"
 )
 def test_an_error_of_one_rank_is_one_of_all_and_other_engines_are_refused_by_name():
     torchrun("failures_worker.py")

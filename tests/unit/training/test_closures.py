@@ -54,6 +54,7 @@ def test_a_closure_evaluated_twice_is_refused_while_scoring(make_model, batches)
         Twice(trainable(model), lr=0.1).step(lambda: backward(model, batches(1)[0]))
 
 
+@pytest.mark.refuses("Training", "LBFGS", "it evaluates the gradient several times in one step")
 def test_lbfgs_is_refused_with_the_reason(make_model, batches):
     model = make_model()
     with pytest.raises(EngineError, match="LBFGS evaluates the gradient several times"):

@@ -401,7 +401,7 @@ def test_an_optimizer_keeps_no_model_alive(make_model, batches):
 
 
 @pytest.mark.refuses(
-    "Training", "DeepSpeed ZeRO-1, 2 and 3 (by its marks on parameters)", "it steps copies of its own"
+    "Training", "copies: DeepSpeed ZeRO-1, 2 and 3 (by its marks on parameters)", "it steps copies of its own"
 )
 @pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
 def test_deepspeed_zero_is_refused_by_name_in_the_first_forward(mark, make_model, batches):

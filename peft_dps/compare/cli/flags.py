@@ -68,7 +68,13 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("fp32", "bf16"), default=_GIVEN, help="bf16 is mixed precision (default: fp32)")
     add("--attention", choices=("eager", "sdpa"), default=_GIVEN, help="attention (default: as transformers chooses)")
     add("--jobs", type=int, default=_GIVEN, metavar="N", help="runs at the same time, on GPUs in turn (default: 1)")
-    add("--no-timing", dest="timing", action="store_false", default=_GIVEN, help="measure no step times in the end")
+    add(
+        "--no-timing",
+        dest="timing",
+        action="store_false",
+        default=_GIVEN,
+        help="measure no step times before the runs",
+    )
     add("--reference", default=_GIVEN, metavar="METHOD", help="what the others are tested against (default: full)")
     add("--imports", nargs="+", default=_GIVEN, metavar="MODULE", help="modules that register methods or tasks")
     add("--data-folder", type=Path, default=_GIVEN, help="local folder of data sets, as cola/train.parquet")

@@ -67,7 +67,13 @@ class Method:
     finish: Finish | None = None
 
     def apply(
-        self, model: PreTrainedModel, options: Mapping[str, Any], seed: int = 0, *, stage_steps: int | None = None
+        self,
+        model: PreTrainedModel,
+        options: Mapping[str, Any],
+        seed: int = 0,
+        *,
+        stage_steps: int | None = None,
+        score_steps: int | None = None,
     ) -> tuple[nn.Module, dict[str, Any]]:
         """Make a model ready to train.
 
@@ -76,6 +82,7 @@ class Method:
             options: Options of the method. "dropout": false sets the model's dropout to 0, for every method.
             seed: Seed of the run, for a method that takes it as an option.
             stage_steps: Steps of a stage of DPS, in place of what the options say.
+            score_steps: Steps that a method which selects once scores in, likewise; if it scores.
 
         Returns:
             The model, and the method's configuration, ready for JSON.
@@ -89,8 +96,8 @@ class Method:
         config = {DROPOUT: with_dropout, **_plain(given)}
         if isinstance(prepared, DPSConfig) and stage_steps is not None:
             prepared.stage_steps = stage_steps
-            if prepared.schedule != "cycle":
-                prepared.score_steps = stage_steps
+            if prepared.schedule in ("once", "every") and prepared.score_steps:
+                prepared.score_steps = score_steps or prepared.score_steps
         if isinstance(prepared, PeftConfig):
             config.update(_plain(prepared.to_dict()))
             return get_peft_model(model, prepared), config

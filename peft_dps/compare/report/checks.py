@@ -23,6 +23,7 @@ def checks(experiment: Experiment) -> list[str]:
         *_pairing(experiment),
         *_superseded(experiment),
         *_edges(experiment),
+        *_several_rates(experiment),
         *_selection(experiment),
         *_constant(experiment),
         *_surroundings(experiment),
@@ -84,6 +85,16 @@ def _edges(experiment: Experiment) -> Iterator[str]:
             )
 
 
+def _several_rates(experiment: Experiment) -> Iterator[str]:
+    for each in experiment.methods:
+        rates = sorted({run.plan.learning_rate for run in each.runs.values()})
+        if len(rates) > 1:
+            yield (
+                f"{each.title}: the seeds do not have one learning rate ({', '.join(f'{rate:g}' for rate in rates)}). "
+                "The same command makes the missing runs."
+            )
+
+
 def _tried(experiment: Experiment, method: MethodRuns) -> frozenset[float]:
     """Return the learning rates that were tried, in this comparison or in a later one that tried more."""
     known = {candidate.learning_rate for run in method.runs.values() for candidate in run.candidates}
@@ -124,3 +135,7 @@ def _surroundings(experiment: Experiment) -> Iterator[str]:
         if any(each != found[0] for each in found):
             cost = "scores" if what == "package versions" else "times and memory"
             yield f"The runs had different {what}: compare {cost} with care."
+    timing = experiment.timing
+    if timing is not None and runs and timing.versions and timing.versions != runs[0].versions:
+        names = [name for name, version in timing.versions.items() if version != runs[0].versions.get(name)]
+        yield f"Step times were measured with other versions than the runs had, of {', '.join(names)}."

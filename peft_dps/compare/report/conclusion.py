@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from peft_dps.compare.report.costs import Costs, costs_of
 from peft_dps.compare.report.experiment import Experiment, without_dropout
 from peft_dps.compare.report.formatting import points
-from peft_dps.compare.report.one_seed import one_seed
+from peft_dps.compare.report.one_seed import ALIKE, listed, one_seed
 from peft_dps.compare.report.retention import kept
 from peft_dps.compare.report.scores import MethodScores, OverallScores, overall_scores
 from peft_dps.compare.report.significance import LEVEL, least_p, pairs_needed
@@ -84,12 +84,16 @@ def cheapest(experiments: Sequence[Experiment]) -> str:
     memory = {
         method.variant: statistics.fmean(each.memory_ratio or 0 for each in costs[method.variant]) for method in near
     }
-    best = min(near, key=lambda method: memory[method.variant])
-    if memory[best.variant] >= 1:
+    least = min(memory[method.variant] for method in near)
+    if least >= 1:
         return f"none {within} of {_reference_title(experiments)} takes less memory"
-    steps = [each.step_ratio for each in costs[best.variant] if each.step_ratio is not None]
-    and_time = f", {statistics.fmean(steps):.2f} of the step time" if steps else ""
-    return f"the cheapest in memory {within} is {best.title} ({memory[best.variant]:.2f} of the memory{and_time})"
+    best = [method for method in near if memory[method.variant] <= least + ALIKE]
+    shares = []
+    for method in best:
+        steps = [each.step_ratio for each in costs[method.variant] if each.step_ratio is not None]
+        and_time = f", {statistics.fmean(steps):.2f} of the step time" if steps else ""
+        shares.append(f"{method.title} ({memory[method.variant]:.2f} of the memory{and_time})")
+    return f"the cheapest in memory {within} {'is' if len(best) == 1 else 'are'} {listed(shares)}"
 
 
 FINDINGS: tuple[Finding, ...] = (difference, like_for_like, kept, cheapest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peft_dps.compare.report.experiment import Experiment, MethodRuns
@@ -49,8 +49,7 @@ def costs_of(experiment: Experiment) -> list[Costs]:
     """Work out the costs of each method of an experiment."""
     targets = reference_ends(experiment)
     ratios = step_ratios(experiment.timing, experiment.reference_variant) if experiment.timing else {}
-    middle = {variant: statistics.median(each) for variant, each in ratios.items()}
-    found = [_costs_of_runs(each, targets, middle.get(each.variant)) for each in experiment.methods]
+    found = [_costs_of_runs(each, targets, step_ratio(each, ratios.get(each.variant))) for each in experiment.methods]
     base = next((each.peak_memory for each in found if each.method is experiment.reference), None)
     return [
         replace(each, memory_ratio=each.peak_memory / base) if base and each.peak_memory else each for each in found
@@ -79,6 +78,16 @@ def step_ratios(timing: Timing, reference: str) -> dict[str, list[float]]:
     measure = timing.seconds.get(timed_against(timing, reference), [])
     rounds = {name: list(zip(times, measure, strict=False)) for name, times in timing.seconds.items()}
     return {name: [own / other for own, other in pairs] for name, pairs in rounds.items() if pairs}
+
+
+def step_ratio(method: MethodRuns, ratios: Sequence[float] | None) -> float | None:
+    """Return the median of a method's ratios; in cycles the mean of those of both stages, half the rounds each."""
+    if not ratios:
+        return None
+    if len(ratios) < 2 or not any(run.config.get("schedule") == "cycle" for run in method.finished):
+        return statistics.median(ratios)
+    half = len(ratios) // 2
+    return statistics.fmean([statistics.median(ratios[:half]), statistics.median(ratios[half:])])
 
 
 def _costs_of_runs(method: MethodRuns, targets: Mapping[int, float], step_ratio: float | None) -> Costs:

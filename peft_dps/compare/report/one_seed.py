@@ -42,8 +42,8 @@ def _memory(experiment: Experiment) -> str:
     if base.file_size and all(each.file_size for each in best):
         sizes = " to ".join(dict.fromkeys(mebibytes(each.file_size) for each in best))
         shares.append(f"a file of {sizes} instead of {mebibytes(base.file_size)}")
-    said = f"{_listed(each.method.title for each in best)} take{'s' * (len(best) == 1)} the least memory: "
-    said += f"{_listed(shares)}."
+    said = f"{listed(each.method.title for each in best)} take{'s' * (len(best) == 1)} the least memory: "
+    said += f"{listed(shares)}."
     if _ratio(most) > 1:
         said += f" {most.method.title} takes the most memory, {_ratio(most):.2f} of it."
     return said
@@ -58,7 +58,8 @@ def _span(costs: Sequence[Costs], value: Callable[[Costs], float]) -> str:
     return " to ".join(dict.fromkeys(f"{each:.2f}" for each in (values[0], values[-1])))
 
 
-def _listed(parts: Iterable[str]) -> str:
+def listed(parts: Iterable[str]) -> str:
+    """Join names as a sentence does."""
     *others, last = parts
     return f"{', '.join(others)} and {last}" if others else last
 

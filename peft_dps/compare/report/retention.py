@@ -67,7 +67,7 @@ def retention_table(experiment: Experiment, measure: Measure) -> Table:
     columns: dict[str, Callable[[MethodScores], str]] = {
         "method": lambda each: each.method.title,
         f"gained: {experiment.domains[0]}": lambda each: points(gained[each.method.variant]),
-        f"kept: {measure.title}": lambda each: measure.show(each.mean),
+        f"{_word(measure).lower()}: {measure.title}": lambda each: measure.show(each.mean),
         "std": lambda each: measure.show(each.deviation).lstrip("-") or NONE,
         "95% interval": lambda each: _interval(measure, each),
         "change": lambda each: measure.show(_change(measure, each), sign=True),
@@ -80,8 +80,13 @@ def retention_table(experiment: Experiment, measure: Measure) -> Table:
     before = [] if measure.before is None else [f"Before training: {measure.show(measure.before)}."]
     notes = [*before, *(f"{said[0].upper()}{said[1:]}." for said in _clear(experiment, measure, found))]
     stressed = frozenset(index for index, each in enumerate(found) if measure.show(each.mean) == measure.show(best))
-    title = f"Kept: {measure.title}, {measure.unit}"
+    title = f"{_word(measure)}: {measure.title}, {measure.unit}"
     return Table.of(title, columns, found, notes=tuple(notes), best=stressed if known else frozenset())
+
+
+def _word(measure: Measure) -> str:
+    """What the trained model does in other domains it could not do before, so it is nothing that was kept."""
+    return "Transfer" if measure.place == OTHERS else "Kept"
 
 
 def kept(experiments: Sequence[Experiment]) -> str:

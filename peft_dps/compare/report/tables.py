@@ -40,6 +40,7 @@ def score_table(experiment: Experiment, domain: str) -> Table:
         "mean rank": lambda each: f"{each.rank:.2f}",
     }
     notes = (_verdict(found, base), *_like_for_like([experiment], lambda alike: method_scores(alike[0], domain)))
+    notes += tuple(_chosen_once([experiment])) if domain == experiment.domains[0] else ()
     title = f"{place}{others}: 100 x {experiment.metric}"
     return Table.of(title, columns, found, notes=notes, best=_highest(found))
 
@@ -80,7 +81,8 @@ def _cost_notes(experiment: Experiment, costs: Sequence[Costs], base: str) -> It
         rounds = min(map(len, experiment.timing.seconds.values()), default=0)
         yield (
             f"Step time: relative to {titles.get(measure, measure)}, median of {rounds} rounds in which each method "
-            f"took one step in turn, of {experiment.timing.batch_size} examples of {experiment.timing.tokens} tokens."
+            f"took one step in turn, of {experiment.timing.batch_size} examples of {experiment.timing.tokens} tokens. "
+            "In cycles it is the mean of both stages; of methods that select once, a step after the selection."
         )
     if any(each.steps_to_reference is not None for each in costs):
         yield (

@@ -49,7 +49,7 @@ class Comparison:
             seeds, from the first on.
         settings: The budget.
         jobs: Runs at the same time, each in a process of its own.
-        timing: Whether to measure step times interleaved in the end.
+        timing: Whether to measure step times interleaved, before the runs.
         reference: Variant of the method that tables and report test the others against.
         imports: Modules that register further methods or tasks.
         place: Where tasks find their data.

@@ -118,7 +118,7 @@ class Run:
         frozen_moved: DPS: whether a frozen entry had moved then; None without DPS.
         trainable: Entries that are trained.
         selected: Entries that are updated while the subnetwork is: those selected, and trained ones DPS does not
-            mask. None without DPS.
+            mask. None without DPS, and in compact storage, which trains nothing else.
         seconds: Wall time of the training, without evaluations.
         peak_memory: Peak during training above what was held before the model was built, in bytes.
         memory_kind: "resident" for the process's memory, "cuda" for the device's.

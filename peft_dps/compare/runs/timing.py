@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.optim import AdamW
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, Trainer
 
 from peft_dps.compare.data.task import Task, tokenize
 from peft_dps.compare.methods.table import find_method
@@ -17,6 +16,7 @@ from peft_dps.compare.runs.plan import Plan
 from peft_dps.compare.runs.pretrained import load_model, load_tokenizer, quieten
 from peft_dps.compare.runs.recorder import Report
 from peft_dps.compare.runs.run import Timing
+from peft_dps.compare.runs.training import training_arguments
 
 WARM_UP = 2
 
@@ -28,7 +28,7 @@ def time_steps(plans: Sequence[Plan], task: Task, model_path: str, steps: int, r
         plans: A plan of each method, of the same task and budget.
         task: Where the batch comes from.
         model_path: Where the pretrained model is loaded from.
-        steps: Timed steps of each method; half of DPS's are in each stage.
+        steps: Timed steps of each method; half of DPS's are in each stage. What selects once has done so before.
         report: Told of every round.
     """
     quieten()
@@ -42,9 +42,9 @@ def time_steps(plans: Sequence[Plan], task: Task, model_path: str, steps: int, r
     tokenized, steppers = time.perf_counter(), {}
     for each in plans:
         base = load_model(task, model_path, plan.seed, tokenizer, plan.settings.attention)
-        switch = WARM_UP + steps // 2  # one, in the middle of the timed steps
-        model, _ = find_method(each.method).apply(base, each.options, stage_steps=switch)
-        steppers[each.variant] = _Stepper(model, device, plan.settings.precision)
+        switch = WARM_UP + steps // 2  # of stages: one, in the middle of the timed steps
+        model, _ = find_method(each.method).apply(base, each.options, stage_steps=switch, score_steps=WARM_UP)
+        steppers[each.variant] = _Stepper(model, device, each)
     loading = tokenized - started + (time.perf_counter() - tokenized) / len(plans)
     seconds: dict[str, list[float]] = {name: [] for name in steppers}
     for number in range(WARM_UP + steps):
@@ -69,10 +69,16 @@ def time_steps(plans: Sequence[Plan], task: Task, model_path: str, steps: int, r
 
 
 class _Stepper:
-    def __init__(self, model: nn.Module, device: str, precision: str) -> None:
+    """Makes the steps that the Trainer makes: with its optimizer, and its clipping."""
+
+    def __init__(self, model: nn.Module, device: str, plan: Plan) -> None:
+        arguments = training_arguments(plan, "")
+        make, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
         self.model = model.to(device).train()
-        self.autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
-        self.optimizer = AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-5)
+        self.autocast = torch.autocast(device, torch.bfloat16, enabled=plan.settings.precision == "bf16")
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = make(self.trained, **{**settings, "lr": 1e-5})
+        self.most = arguments.max_grad_norm
 
     def step(self, batch: dict[str, torch.Tensor]) -> float:
         synchronize()
@@ -81,6 +87,7 @@ class _Stepper:
         with self.autocast:
             loss = self.model(**batch).loss
         loss.backward()
+        nn.utils.clip_grad_norm_(self.trained, self.most)
         self.optimizer.step()
         synchronize()
         return time.perf_counter() - start

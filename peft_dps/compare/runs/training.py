@@ -133,7 +133,7 @@ def _trainer(
 ) -> Trainer:
     trainer = _Trainer(
         model=model,
-        args=_arguments(plan, folder),
+        args=training_arguments(plan, folder),
         train_dataset=data.add_column("row", list(range(len(data)))),
         eval_dataset=(
             _by_length(tokenize(task.validation, tokenizer, plan.settings.max_length)) if recorder.looks else None
@@ -146,7 +146,8 @@ def _trainer(
     return trainer
 
 
-def _arguments(plan: Plan, folder: str) -> TrainingArguments:
+def training_arguments(plan: Plan, folder: str) -> TrainingArguments:
+    """Return the Trainer's settings for a run."""
     settings = plan.settings
     return TrainingArguments(
         output_dir=folder,

@@ -9,7 +9,7 @@ from peft_dps.compare.report.checks import checks
 from peft_dps.compare.report.experiment import experiments_of
 from peft_dps.compare.runs.plan import Plan
 from peft_dps.compare.runs.results import Results
-from peft_dps.compare.runs.run import Candidate, Run, Selection
+from peft_dps.compare.runs.run import Candidate, Run, Selection, Timing
 
 
 def run(method="full", seed=0, *, data="d", rate=1e-4, score=0.8, **fields):
@@ -52,6 +52,20 @@ def test_nothing_is_said_of_a_fair_experiment():
 def test_what_is_wrong_is_said(other, expected):
     found = said(run(order="one"), run("other", **{"order": "one", **other}))
     assert any(expected in sentence for sentence in found), found
+
+
+def test_seeds_with_rates_of_their_own_are_named():
+    runs = [run(seed=0, rate=1e-4), run(seed=1, rate=3e-4)]
+    assert any("full: the seeds do not have one learning rate (0.0001, 0.0003)" in sentence for sentence in said(*runs))
+
+
+def test_step_times_of_other_versions_are_named():
+    made = run(versions={"torch": "1", "peft": "2"})
+    for versions, found in (({"torch": "1", "peft": "2"}, False), ({"torch": "3", "peft": "2"}, True)):
+        timing = Timing("tiny", "cola", 16, 8, {"full": [1.0]}, versions=versions)
+        (experiment,) = experiments_of(Results({made.plan.key: made}, [timing]))
+        said_so = "Step times were measured with other versions than the runs had, of torch." in checks(experiment)
+        assert said_so is found
 
 
 def test_seeds_that_score_alike_have_probably_learned_nothing():

@@ -52,6 +52,12 @@ def test_several_tasks_are_put_together():
     )
 
 
+def test_methods_that_take_about_as_little_memory_are_named_together():
+    memory = {"full": 100, "lora": 52, "dps": 50, "bitfit": 60}
+    said = conclusion(experiments(4, {name: 0.5 for name in memory}, memory=memory))
+    assert "the cheapest in memory within 2 points are lora (0.52 of the memory) and dps (0.50 of the memory)" in said
+
+
 def test_the_domain_is_named_where_there_are_several():
     assert conclusion(experiments(2, domains=("here", "there"))).startswith("On here, no method differs")
 

@@ -57,6 +57,14 @@ def test_step_ratios_are_medians_of_rounds():
     assert [each.step_ratio for each in costs_of(experiment(full, lora, timing=timing))] == [1, 1]
 
 
+def test_a_step_of_a_method_in_cycles_is_the_mean_of_both_stages():
+    timing = Timing("tiny", "cola", 16, 32, {"dps": [2, 2, 8, 3, 3, 3], "full": [2] * 6})
+    for schedule, expected in (("cycle", 1.25), ("once", 1.5)):
+        dps = MethodRuns("dps", "DPS", {0: run("dps", 0, [], config={"schedule": schedule})})
+        full = MethodRuns("full", "full", {0: run("full", 0, [])})
+        assert [each.step_ratio for each in costs_of(experiment(full, dps, timing=timing))] == [1, expected]
+
+
 def test_without_the_reference_the_first_one_is_the_measure():
     timing = Timing("tiny", "cola", 16, 32, {"lora": [2.0], "bitfit": [1.0]})
     assert step_ratios(timing, "full") == {"lora": [1], "bitfit": [0.5]}

@@ -62,7 +62,7 @@ def test_a_table_says_what_was_kept_beside_what_was_gained(six_seeds):
     assert (own["vs full"], own["std"]) == ("-0.475", "0.019")
     assert text.best == {1}
     assert text.notes == ("Before training: 2.000.", "Beyond chance, lora (-0.48) keeps more of text.")
-    assert cells(others, "full")["kept: other domains"] == "75.25"
+    assert cells(others, "full")["transfer: other domains"] == "75.25"
     assert "change" not in others.header
 
 

@@ -56,7 +56,9 @@ def test_what_is_wrong_is_said(other, expected):
 
 def test_seeds_with_rates_of_their_own_are_named():
     runs = [run(seed=0, rate=1e-4), run(seed=1, rate=3e-4)]
-    assert any("full: the seeds do not have one learning rate (0.0001, 0.0003)" in sentence for sentence in said(*runs))
+    assert any(
+        "full: the seeds do not have one learning rate (0.0001, 0.0003)" in sentence for sentence in said(*runs)
+    )
 
 
 def test_step_times_of_other_versions_are_named():

@@ -54,7 +54,7 @@ def test_several_tasks_are_put_together():
 
 def test_methods_that_take_about_as_little_memory_are_named_together():
     memory = {"full": 100, "lora": 52, "dps": 50, "bitfit": 60}
-    said = conclusion(experiments(4, {name: 0.5 for name in memory}, memory=memory))
+    said = conclusion(experiments(4, dict.fromkeys(memory, 0.5), memory=memory))
     assert "the cheapest in memory within 2 points are lora (0.52 of the memory) and dps (0.50 of the memory)" in said
 
 

@@ -245,8 +245,8 @@ class CompactController(Controller):
         counts = [weight.split is not None or ranks is None or ranks.rank == 0 for weight in every]
         # Before training each process may have another number of batches: they are added up at the end.
         alone = self.scores_batches and ranks is None
-        together = None if alone else world(every[0].delta.index.device)
-        seen = add_up([weight.sums for weight in every], together, counts)
+        everyone = None if alone else world(every[0].delta.index.device)
+        seen = add_up([weight.sums for weight in every], everyone, counts)
         if not seen:
             return
         finite = are_finite([sums.pending for sums in seen if sums.pending is not None])

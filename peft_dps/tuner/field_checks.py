@@ -66,19 +66,18 @@ def refuse_idle_fields(config: Any) -> None:
         ConfigError: If there is one.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    is_noisy = config.variant != "dense" or config.noise not in (None, "none")
     idle = {
         "density": config.units is not None
         and f"since `units={config.units!r}` says how much is selected; use one of the two",
         "score_steps": not _schedule_reads(config, "score_steps", defaults["score_steps"])
         and f"with `schedule={config.schedule!r}`, whose scoring takes `stage_steps`; leave it out, or use "
         "`schedule='once'` or 'every'",
-        "participation_decay": config.variant == "dense"
-        and config.noise in (None, "none")
-        and "without the noise of DPS Mix; leave it out, or use `variant='mix'`",
+        "participation_decay": not is_noisy and "without the noise of DPS Mix; leave it out, or use `variant='mix'`",
         "reduction": GRANULARITIES.find(config.granularity).per_entry
         and f"with `granularity={config.granularity!r}`, whose units have one score each; leave it out",
     }
-    if config.units is not None and not (config.variant == "dense" and config.noise in (None, "none")):
+    if config.units is not None and is_noisy:
         raise ConfigError(
             f"`units={config.units!r}` leaves no `density`, which noise draws columns with. Give a `density` in place "
             "of it, or use `variant='dense'` without `noise`."

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from peft_dps import DPSConfig, dps_adapter
-from peft_dps.errors import ConfigError, EngineError
+from peft_dps import DPSConfig, dps_adapter, recipes
+from peft_dps.errors import AdapterFileError, ConfigError, EngineError
 from tests.compact import TARGETS, deltas_of, loss_of, make_base, make_batches, make_model, train, trainable
 from tests.unit.conftest import Net
 
@@ -286,6 +286,26 @@ def test_state_from_before_the_selection_is_refused_where_it_has_no_place():
     model = make_model(**ONCE, score_steps=1, scope="model")
     with pytest.raises(EngineError, match="Adagrad has made 'sum' of the weight of 'linear' before its first step"):
         train(model, Adagrad(trainable(model), 0.1), make_batches(2))
+
+
+def test_a_load_that_is_refused_leaves_the_units_as_they_were():
+    model, other = (make_model(**AGAIN, units=2) for _ in range(2))
+    train(model, AdamW(trainable(model), 1e-2), make_batches(3))
+    state = get_peft_model_state_dict(model)
+    del state[next(key for key in state if key.endswith(".dps_delta.index"))]
+    train(other, AdamW(trainable(other), 1e-2), make_batches(1))
+    before = {name: delta.kept is None for name, delta in deltas_of(other).items()}
+    with pytest.raises(AdapterFileError, match="lacks 1 tensors"):
+        set_peft_model_state_dict(other, state)
+    assert {name: delta.kept is None for name, delta in deltas_of(other).items()} == before
+    assert other.eval()(make_batches(1)[0][0]).isfinite().all()
+
+
+def test_a_model_can_be_copied_after_noise_has_rewound_it():
+    config = recipes.lt_sft(stage_steps=2, target_modules=["linear"], density=0.3, variant="mix")
+    model = get_peft_model(make_base(), config)
+    train(model, AdamW(trainable(model), 1e-2), make_batches(4))
+    assert copy.deepcopy(model).base_model.dps_status().steps == 4
 
 
 def test_a_layer_in_evaluation_mode_is_named(caplog):

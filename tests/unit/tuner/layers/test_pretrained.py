@@ -7,6 +7,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 from peft_dps.tuner.layers.pretrained import PretrainedWeight, UnreadWeight, device_of, is_offloaded
+from peft_dps.tuner.layers.state import LayerState
 
 
 def test_what_stands_in_for_a_weight():
@@ -43,3 +44,13 @@ def test_the_device_that_a_layer_computes_on():
     assert is_offloaded(base)
     assert device_of(base).type == "cpu"
     assert device_of(nn.ReLU()).type == "cpu"
+
+
+def test_a_forward_of_a_copy_reads_no_pretrained_weight(make_model, batches, monkeypatch):
+    model = make_model(offload_base=True, stage_steps=5)
+
+    def read(layer):
+        raise AssertionError("W0 was read")
+
+    monkeypatch.setattr(LayerState, "pretrained", read)
+    model(batches(1)[0][0])

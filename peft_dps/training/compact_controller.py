@@ -118,7 +118,7 @@ class CompactController(Controller):
             return
         position, weights = self.clock.coming(), [each for each in self.weights if each.has_gradient]
         self.clock.begin_step(position, {each.name for each in weights})
-        self._gather(weights, None, None)
+        self.gather(weights, None, None)
         self.clock.calls += 1
 
     def begin_call(self, weights: Sequence[TargetWeight], optimizer: Optimizer) -> None:
@@ -165,11 +165,6 @@ class CompactController(Controller):
     def is_selected(self) -> bool:
         """Whether units have been selected; see `Controller.is_selected`."""
         return any(weight.exists() and weight.delta.is_selected for weight in self.weights)
-
-    @property
-    def awaits_scores(self) -> bool:
-        """Whether batches have to be scored before training; see `Controller.awaits_scores`."""
-        return super().awaits_scores and not self.is_selected
 
     @property
     def has_to_see_steps(self) -> bool:
@@ -231,7 +226,7 @@ class CompactController(Controller):
             self._count_scored(False)
         self._forgot = False
 
-    def _gather(
+    def gather(
         self, weights: Sequence[TargetWeight], optimizer: Optimizer | None, grad_scale: torch.Tensor | None
     ) -> None:
         """Take over what the passes of a step have added to the evidence, on all processes, if it is finite."""
@@ -286,10 +281,13 @@ class CompactController(Controller):
             if weight.exists():
                 weight.delta.observes = asks
 
-    def end_scoring(self) -> None:
-        """Select at once when there are no more batches to score before training."""
-        if all(weight.split is None for weight in self.weights):  # else each batch was added up
-            super().end_scoring()
+    @property
+    def adds_up_batches(self) -> bool:
+        """Whether batches have to be added up; those of split layers were, each by itself."""
+        return all(weight.split is None for weight in self.weights)
+
+    def see_batches_scored(self) -> None:
+        """Select at once; see `Controller.see_batches_scored`."""
         self._enter_coming_phase()
         self._see_phase()
 

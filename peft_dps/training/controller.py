@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import Optimizer
 
-from peft_dps.errors import ConfigError, EngineError
+from peft_dps.errors import EngineError
 from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import Observe
 from peft_dps.masking.effective_weight import EffectiveWeight, refuse_transforms
 from peft_dps.masking.storage import Storage
 from peft_dps.selection.phase import Position, Stage
 from peft_dps.tensors.layout import Layout
-from peft_dps.tensors.processes import distinct, together, world
+from peft_dps.tensors.processes import distinct, together
 from peft_dps.training import agreement
 from peft_dps.training.clock import Clock
 from peft_dps.training.copied_weight import CopiedWeight
@@ -176,13 +176,14 @@ class Controller:
     ) -> None:
         """Gather evidence from gradients, and apply the frozen policy to them."""
         if self.gathers:
-            self._gather(weights, optimizer, grad_scale)
+            self.gather(weights, optimizer, grad_scale)
         for weight in weights:
             weight.mask_gradient()
 
-    def _gather(
+    def gather(
         self, weights: Sequence[TargetWeight], optimizer: Optimizer | None, grad_scale: torch.Tensor | None
     ) -> None:
+        """Gather evidence from the gradients of a step; without an optimizer they are those of a batch."""
         scored = gather(weights, self.recipe, optimizer, grad_scale)
         if self.recipe.evidence.looks:
             self._count_scored(scored)
@@ -307,56 +308,12 @@ class Controller:
         ).run()
 
     @property
-    def awaits_scores(self) -> bool:
-        """Whether batches have to be scored before training, and none have been yet."""
-        before = self.clock.entered is None and not (self.clock.step or self.clock.scored_steps)
-        return before and self.recipe.evidence.looks and self.recipe.schedule.begins_masked
+    def adds_up_batches(self) -> bool:
+        """Whether what processes have scored before training, each its own batches, has to be added up."""
+        return True
 
-    def begin_scoring(self) -> None:
-        """Get ready for batches that are scored before training.
-
-        Raises:
-            ConfigError: If training has begun, evidence is gathered in training, or batches have been scored.
-        """
-        if self.clock.step or not self.clock.coming().phase.masked:
-            raise ConfigError(
-                f"Adapter {self.adapter!r}: evidence is gathered before training with `schedule='once'` and "
-                f"`score_steps=0` only, and before the first step; {self.clock.step} steps have been made."
-            )
-        if self.clock.entered is not None or self.clock.scored_steps:
-            raise ConfigError(
-                f"Adapter {self.adapter!r}: batches have been scored already. Give all of them in one call, or begin "
-                "anew with another adapter."
-            )
-
-    def gather_before_training(self) -> None:
-        """Gather evidence from the gradients that the weights have now, as a step of its own."""
-        self.clock.begin_batch()
-        weights = [weight for weight in self.existing if weight.has_gradient]
-        if weights:
-            self._gather(weights, None, None)
-
-    def forget_scores(self) -> None:
-        """Forget what batches have brought that were scored before training: one of them has failed."""
-        self.clock.scored_steps = 0
-        for weight in self.existing:
-            weight.begin_gathering()
-
-    def end_scoring(self) -> None:
-        """Add up over all processes what the batches of each have brought; all of them have to call it."""
-        weights = [weight for weight in self.existing if weight.ranks is None]  # FSDP2 has added up the others
-        ranks = world(weights[0].weight.device) if weights and self.recipe.evidence.looks else None
-        if ranks is None:
-            return
-        clock = self.clock
-        counts = [clock.scored_steps, clock.unscored_steps, *(weight.observed for weight in weights)]
-        scored, unscored, *observed = ranks.sum(torch.tensor(counts, device=ranks.device)).tolist()
-        if len(weights) == len(self.existing):
-            clock.scored_steps, clock.unscored_steps = scored, unscored
-        for weight, count in zip(weights, observed, strict=True):
-            weight.observed = count
-            if count:
-                weight.gathered.add_up(weight, ranks)
+    def see_batches_scored(self) -> None:
+        """Take note that there are no more batches to score before training."""
 
     def keep_selection(self) -> None:
         """Begin with what an earlier training has selected, if the adapter has it, and the schedule selects once."""

@@ -12,6 +12,7 @@ from torch import nn
 from peft_dps.checkpoint import saving
 from peft_dps.checkpoint.state import load_state, state_of
 from peft_dps.errors import ConfigError
+from peft_dps.training.batch_scoring import awaits_scores, scoring_batches
 from peft_dps.training.controller import Controller
 from peft_dps.training.status import DPSStatus, status_of
 from peft_dps.tuner.examples import examples_of
@@ -35,7 +36,7 @@ class DPSAdapter:
     @property
     def awaits_scores(self) -> bool:
         """Whether batches are to be scored before training: `schedule="once"` with `score_steps=0`, and not done."""
-        return self._controller.awaits_scores
+        return awaits_scores(self._controller)
 
     def masks(self) -> dict[str, torch.Tensor]:
         """Return the masks that hold now.
@@ -154,28 +155,21 @@ class DPSAdapter:
             ConfigError: If training has begun, evidence is gathered in training, there are no batches, or one has no
                 loss or cannot be cut.
         """
-        controller, rested, scored = self._controller, self._controller.at_rest, 0
         _require_batches(batches)
-        controller.begin_scoring()
-        controller.at_rest = controller.scores_batches = True  # noise has no step to belong to
-        try:
-            for scored, batch in enumerate(examples_of(batches) if per_example else batches, 1):  # noqa: B007
+        scored = 0
+        with scoring_batches(self._controller) as gather:
+            try:
+                for scored, batch in enumerate(examples_of(batches) if per_example else batches, 1):  # noqa: B007
+                    model.zero_grad()
+                    _require_loss(loss(model, batch)).backward()
+                    gather()
+            finally:
                 model.zero_grad()
-                _require_loss(loss(model, batch)).backward()
-                controller.gather_before_training()
             if not scored:
                 raise ConfigError(
                     f"`batches` holds no batch to score, got an empty {type(batches).__name__}. Give at least one; an "
                     "iterator that was used up before has to be made anew."
                 )
-            controller.end_scoring()
-        except BaseException:
-            if controller.clock.entered is None:  # nothing has been selected yet
-                controller.forget_scores()
-            raise
-        finally:
-            controller.at_rest, controller.scores_batches = rested, False
-            model.zero_grad()
 
 
 def _require_batches(batches: Any) -> None:

@@ -95,7 +95,7 @@ def select_now(model: nn.Module, evidence: Evidence) -> None:
             sums.total = found.float().view(sums.units.shape) if per_entry else found.double()
             weight.observed = 1
         controller.clock.count_scored(True)
-        controller.end_scoring()
+        controller.see_batches_scored()
 
 
 def compact_tensors(model: nn.Module) -> Iterator[tuple[TargetWeight, torch.Tensor, list[torch.Tensor]]]:

@@ -36,24 +36,25 @@ from peft_dps import recipes
 model = get_peft_model(model, recipes.paca(units=16, task_type="SEQ_CLS"))
 ```
 
-Axes combine: every field of [`DPSConfig`](api.md#peft_dps.DPSConfig) can be set as well.
+You can combine methods: every field of [`DPSConfig`](api.md#peft_dps.DPSConfig) can be set as well.
 `recipes.paca(score="squared_gradient", score_steps=8)` chooses the columns by their gradients. What makes no sense is
 an error that names the fields.
 
-`python -m benchmarks.family_page` writes this page from the recipes; do not edit it.
+<!-- Written by `python -m benchmarks.family_page` from the recipes. Change these, not this file. -->
 
 ![Recipes against axes](images/family.png)
 """
 _COSTS = """\
 ## What each costs
 
-{least}Recipes with copies of whole weights train all linear layers and their biases, and cost more than full
-fine-tuning.
+{least}Recipes with copies of whole weights, without a file in the table, take more memory than full fine-tuning. Accuracy is
+not measured here; [findings](findings.md) has that of some.
 
 {kind} of {layers} layers and width {width}, {batch} sequences of {tokens} tokens, fp32, {optimizer}, {threads}
 threads; {machine} (`python -m benchmarks.family`). The methods take their steps in turn, each in a process of its own:
-medians of {rounds} ratios within a round, with quartiles, after the first selection. "Memory" is the peak of a step,
-the model included; sizes are in MiB.
+medians of {rounds} ratios within a round, with quartiles. These are steps after a selection, with its mask; those that score
+or select cost more ([Dense and Mix](benchmarks.md#copies-of-whole-weights-cpu), [columns](benchmarks.md#compact-storage)).
+"Memory" is the peak of a step, the model included; sizes are in MiB. `fish` and `child_tuning_d` score before training.
 """
 _NEIGHBOURS = """\
 ## Neighbours

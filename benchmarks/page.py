@@ -28,9 +28,11 @@ _MIB = 2**20
 _HEAD = """\
 # Benchmarks
 
+<!-- Written by `python -m benchmarks.page` from the files in benchmarks/results. Change these, not this file. -->
+
 Time and memory of peft_dps beside full fine-tuning and LoRA, measured by the programs in `benchmarks/`. Models have
-the shape of the real ones and random weights. `python -m benchmarks.page` writes this page from the files in
-`benchmarks/results/`, which hold every number; do not edit it.
+the shape of the real ones and random weights. `benchmarks/results/` holds every number. An aim is a limit that we had
+set before we measured.
 """
 _COPIES = """\
 ## Copies of whole weights, {where}
@@ -104,6 +106,8 @@ def make_page(documents: dict[str, dict[str, Any]]) -> Page:
     """
     usual = Settings()
     parts, images = [_HEAD if documents else f"{_HEAD}\n{_NONE}"], {}
+    if not any("device" in document for document in documents.values()):
+        parts.append("Nothing has been measured on a GPU yet.\n")
     for name, document in documents.items():
         if "device" in document:
             parts.append(f"## {document['device']}\n\n{device_page.page(document)}")

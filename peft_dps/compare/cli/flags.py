@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_dps.compare.cli.specification import read_specification
+from peft_dps.compare.cli.specification import read_specification, without_rates
 from peft_dps.compare.data.user_data import OwnData
 from peft_dps.compare.methods.table import REFERENCE
 from peft_dps.compare.settings import Settings
@@ -133,6 +133,8 @@ def specification_of(options: argparse.Namespace) -> dict[str, Any]:
         content["data"] = [own]
     if "learning_rates" in given:
         given["learning_rates"] = _rates(given["learning_rates"])
+        if "methods" in content:  # a file may give a method rates of its own, which the flag replaces
+            content["methods"] = without_rates(content["methods"], given["learning_rates"])
     content.setdefault("output", Path("runs/compare.jsonl"))
     return {**content, **given}
 

@@ -95,6 +95,25 @@ def to_comparison(content: Mapping[str, Any]) -> Comparison:
     return Comparison(**values)
 
 
+def without_rates(methods: Any, rates: Any) -> list[Any]:
+    """Return the methods of a file without rates of their own, where others replace these.
+
+    Args:
+        methods: "methods" of a specification.
+        rates: The others: a list for all methods, or a table by method.
+
+    Raises:
+        ValueError: A method is not well formed.
+    """
+    found = [item if item == "family" else _choice(item) for item in _listed("methods", methods)]
+    return [
+        dataclasses.replace(each, learning_rates=None)
+        if isinstance(each, Choice) and (not isinstance(rates, Mapping) or each.method in rates)
+        else each
+        for each in found
+    ]
+
+
 def _choice(item: Any) -> Choice:
     if isinstance(item, Choice):
         return item

@@ -54,6 +54,18 @@ def test_flags_go_before_the_file(tmp_path):
     assert [choice.method for choice in comparison.methods] == ["full"]
 
 
+def test_rates_by_flag_replace_those_that_a_file_gives_one_method(tmp_path):
+    method = '{ method = "dps-dense", learning_rates = [1e-4], title = "mine" }'
+    (tmp_path / "s.toml").write_text(f'methods = ["lora", "family", {method}]')
+    named = from_flags("--file", str(tmp_path / "s.toml"), "--learning-rates", "dps-dense=1e-5,3e-5").methods
+    assert named[-1] == Choice("dps-dense", {}, (1e-5, 3e-5), "mine")
+    assert [choice.learning_rates for choice in named[:-1]] == [None] * (1 + len(FAMILY))
+    for_all = from_flags("--file", str(tmp_path / "s.toml"), "--learning-rates", "1e-3").methods
+    assert {choice.learning_rates for choice in for_all} == {(1e-3,)}
+    other = from_flags("--file", str(tmp_path / "s.toml"), "--learning-rates", "lora=1e-3").methods
+    assert [other[0].learning_rates, other[-1].learning_rates] == [(1e-3,), (1e-4,)]
+
+
 def test_family_stands_for_every_recipe():
     methods = from_flags("--output", "x", "--methods", "full", "family", "lora").methods
     assert [choice.method for choice in methods] == ["full", *FAMILY, "lora"]

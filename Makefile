@@ -12,8 +12,9 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin/python -m
 
-# Models and data come from the package index or from the repository, never from a hub.
-export HF_HUB_OFFLINE := 1
+# Models and data come from the package index or from the repository, never from a hub. For a demo on a model of the Hub:
+# HF_HUB_OFFLINE=0 make demo ARGS="--model ..."
+export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

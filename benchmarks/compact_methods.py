@@ -171,7 +171,7 @@ def _by_recipe(recipe: Callable[..., DPSConfig]) -> Prepare:
             config.score_steps = min(config.score_steps, 1)
         prepared = get_peft_model(model, config)
         if dps_adapter(prepared).awaits_scores:
-            prepared.score([make_batch(plan.settings)])
+            prepared.dps_score([make_batch(plan.settings)])
         return prepared
 
     return prepare

@@ -47,14 +47,15 @@ an error that names the fields.
 _COSTS = """\
 ## What each costs
 
-{least}Recipes with copies of whole weights, without a file in the table, take more memory than full fine-tuning. Accuracy is
-not measured here; [findings](findings.md) has that of some.
+{least}Recipes with copies of whole weights, without a file in the table, take more memory than full fine-tuning.
+Accuracy is not measured here; [findings](findings.md) has that of some.
 
 {kind} of {layers} layers and width {width}, {batch} sequences of {tokens} tokens, fp32, {optimizer}, {threads}
 threads; {machine} (`python -m benchmarks.family`). The methods take their steps in turn, each in a process of its own:
-medians of {rounds} ratios within a round, with quartiles. These are steps after a selection, with its mask; those that score
-or select cost more ([Dense and Mix](benchmarks.md#copies-of-whole-weights-cpu), [columns](benchmarks.md#compact-storage)).
-"Memory" is the peak of a step, the model included; sizes are in MiB. `fish` and `child_tuning_d` score before training.
+medians of {rounds} ratios within a round, with quartiles. These are steps after a selection, with its mask; those that
+score or select cost more ([Dense and Mix](benchmarks.md#copies-of-whole-weights-cpu),
+[columns](benchmarks.md#compact-storage)). "Memory" is the peak of a step, the model included; sizes are in MiB. `fish`
+and `child_tuning_d` score before training.
 """
 _NEIGHBOURS = """\
 ## Neighbours

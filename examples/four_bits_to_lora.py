@@ -58,7 +58,7 @@ def make_trainer(folder: str) -> Trainer:
 def answer(model: nn.Module) -> torch.Tensor:
     """The logits of a few samples."""
     with torch.no_grad():
-        return model.eval()(ids[:4]).logits
+        return model.eval()(ids[:4].to(model.device)).logits.cpu()
 
 
 def serve(lora: str) -> None:

@@ -7,7 +7,9 @@ from torch.utils.data import DataLoader
 
 from peft_dps import DPSConfig, disable_dropout
 
-texts = load(make_parser(__doc__).parse_args())
+options = make_parser(__doc__).parse_args()
+texts = load(options)
+device = "cuda" if torch.cuda.is_available() else "cpu"
 loader = DataLoader(texts.data, batch_size=8, shuffle=True)
 
 # With little data, training without dropout did better (docs/findings.md).
@@ -16,7 +18,7 @@ disable_dropout(base)
 
 # A loop of our own tells DPS nothing about its length, so the stage is given in steps: here each epoch is a stage.
 # What is not said is as in the paper: a density of 0.7, for one.
-model = get_peft_model(base, DPSConfig(task_type="SEQ_CLS", stage_steps=len(loader)))
+model = get_peft_model(base, DPSConfig(task_type="SEQ_CLS", stage_steps=len(loader))).to(device)
 
 # A learning rate for full fine-tuning, which this is; larger models take less (the paper's runs 2e-5).
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -24,7 +26,7 @@ model.train()
 for _epoch in range(4):
     losses = []
     for batch in loader:
-        loss = model(**batch).loss
+        loss = model(**{name: values.to(device) for name, values in batch.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()  # DPS listens here; nothing else has to be called
@@ -35,6 +37,9 @@ for _epoch in range(4):
 # The proof: a subnetwork was selected, and what it left out kept its bits.
 status = model.dps_status()
 print(f"engaged: {status.engaged}, frozen entries moved: {status.frozen_moved}")
+
+if options.output:
+    model.save_pretrained(options.output)
 
 # Merging leaves an ordinary model.
 print(type(model.merge_and_unload()).__name__)

@@ -1,10 +1,9 @@
-"""Any method of the family with the HF Trainer, on your model and table or, in seconds, on a tiny untrained BERT.
+"""Compact columns or DPS Dense with the HF Trainer, on your model and table or, in seconds, on a tiny untrained BERT.
 
 python examples/trainer.py --model sentence-transformers/all-MiniLM-L6-v2 --data reviews.csv --output my-adapter
 """
 
 import tempfile
-from pathlib import Path
 
 import torch
 from peft import get_peft_model
@@ -19,12 +18,11 @@ parser.add_argument(
 )
 parser.add_argument("--epochs", type=float, default=4)
 parser.add_argument("--learning-rate", type=float, help="default: 1e-3 for columns, 1e-4 for DPS Dense")
-parser.add_argument("--output", type=Path, help="folder for the adapter (default: it is not kept)")
 options = parser.parse_args()
 texts = load(options)
 base = texts.base()
 
-if options.columns:
+if options.columns is not None:
     config = DPSConfig.compact(units=options.columns, task_type="SEQ_CLS")
 else:
     disable_dropout(base)  # as the paper's runs did
@@ -33,13 +31,14 @@ else:
     config = DPSConfig(task_type="SEQ_CLS", stage_steps=0.25)
 model = get_peft_model(base, config)
 
+rate = 1e-4 if options.columns is None else 1e-3
 with tempfile.TemporaryDirectory() as folder:
     arguments = TrainingArguments(
         folder,
         per_device_train_batch_size=8,
         num_train_epochs=options.epochs,
-        learning_rate=options.learning_rate or (1e-3 if options.columns else 1e-4),
-        logging_steps=0.25,  # once a stage
+        learning_rate=rate if options.learning_rate is None else options.learning_rate,
+        logging_steps=0.25,
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=torch.accelerator.is_available(),

@@ -10,7 +10,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from peft_dps import DPSConfig, disable_dropout
 
 BATCH, EPOCHS = 8, 4
-texts = load(make_parser(__doc__).parse_args())
+options = make_parser(__doc__).parse_args()
+texts = load(options)
 steps = EPOCHS * -(-len(texts.data) // BATCH)
 
 
@@ -59,3 +60,5 @@ with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as o
 
 same = all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), whole.model.parameters(), strict=True))
 print("as if never interrupted, bit for bit:", same)
+if options.output:
+    resumed.model.save_pretrained(options.output)

@@ -11,7 +11,7 @@ def fish(**fields: Any) -> DPSConfig:
     """FISH mask (Sung et al., NeurIPS 2021, arXiv:2111.09839): 0.5% of all entries, of highest Fisher information.
 
     A small adapter to share: an entry takes 8 bytes in a file. F = sum over 1024 examples of (d log p(y | x) / dW)^2,
-    with the labels of the data. Gather it by `model.score(batches, per_example=True)`. Each layer's backward pass
+    with the labels of the data. Gather it by `model.dps_score(batches, per_example=True)`. Each layer's backward pass
     still makes one whole gradient of its weight.
 
     Their code ranks all parameters, biases and norms too, and trains the classifier in full (`modules_to_save`); here

@@ -16,7 +16,7 @@ def smt(**fields: Any) -> DPSConfig:
     score of a tile = mean of abs(G) over it and the first 100 steps. Of the tiles of all `q_proj`, `k_proj` and
     `v_proj` the best 3.5% are trained: 0.84% of LLaMA-7B. Other models have other names for these, and common ones
     are known; give `target_modules` for more. With several processes select before the model is wrapped
-    (`score_steps=0` and `model.score(batches)`), or use `scope="tensor"`.
+    (`score_steps=0` and `model.dps_score(batches)`), or use `scope="tensor"`.
 
     Their code adds up gradients over the steps and takes absolute values at the end; here absolute values are added
     up, of each pass. Its 100 steps train every weight; here they train nothing.

@@ -11,7 +11,7 @@ from peft_dps.selection.phase import ACCUMULATE, FULL, REWOUND, SUBNETWORK, Phas
 from peft_dps.selection.stage_length import SHORTEST, StageLength
 from peft_dps.tensors.registry import Registry
 
-_BEFORE = "score before training (`score_steps=0` and `model.score(batches)`)"
+_BEFORE = "score before training (`score_steps=0` and `model.dps_score(batches)`)"
 
 
 class Schedule:

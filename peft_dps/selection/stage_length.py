@@ -66,7 +66,7 @@ class StageLength:
                 f"`stage_steps={self.fraction}` is a fraction of only {total_steps} training steps: it stands for "
                 f"{self.shortest} steps or more, and training needs {self.shortest + self.left} for that. Train for "
                 "more steps (smaller batches, more epochs), give `stage_steps` as an int, or score before training "
-                "(`schedule='once'`, `score_steps=0` and `model.score(batches)`)."
+                "(`schedule='once'`, `score_steps=0` and `model.dps_score(batches)`)."
             )
         return min(max(self._exact(total_steps), self.shortest), longest)
 

@@ -29,13 +29,13 @@ from peft_dps.training.weight import TargetWeight
 logger = logging.getLogger(__name__)
 _REMEDY = (
     "Use a smaller `score_steps`, train for more steps, or score before training (`schedule='once'`, `score_steps=0` "
-    "and `model.score(batches)`)."
+    "and `model.dps_score(batches)`)."
 )
 _LOADED = (
     "What was loaded since units were selected is from before the selection, as the best checkpoint of "
     "`load_best_model_at_end` may be: but for biases and `modules_to_save` it changes nothing. What was trained is in "
     "later checkpoints. To have units in every one, score before training (`schedule='once'`, `score_steps=0` and "
-    "`model.score(batches)`), or use a smaller `score_steps`."
+    "`model.dps_score(batches)`), or use a smaller `score_steps`."
 )
 
 
@@ -140,7 +140,7 @@ class CompactController(Controller):
                 f"Adapter {self.adapter!r}: {self._in_vain} optimizer steps were made in evaluation mode, in which "
                 "nothing is scored, so no units would be selected and none trained. Call `model.train()` before the "
                 "loop (`peft_dps.disable_dropout(model)` switches dropout off), or score before training "
-                "(`schedule='once'`, `score_steps=0` and `model.score(batches)`)."
+                "(`schedule='once'`, `score_steps=0` and `model.dps_score(batches)`)."
             )
 
     def keep_selection(self) -> None:
@@ -211,7 +211,7 @@ class CompactController(Controller):
             return (
                 "Backward passes were seen, and no optimizer step over its parameters. Train with a "
                 "torch.optim.Optimizer over them, or score before training (`schedule='once'`, `score_steps=0` and "
-                "`model.score(batches)`)."
+                "`model.dps_score(batches)`)."
             )
         return None
 

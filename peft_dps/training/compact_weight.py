@@ -106,7 +106,7 @@ class CompactWeight(TargetWeight):
                 "The gradients of adapter %r were thrown away %d times without an optimizer step that DPS could see. "
                 "If this is a training, its engine steps copies of the parameters (DeepSpeed stage 0 with bf16), "
                 "and no units will be selected: use another engine or stage, or select before the model is wrapped "
-                "(`schedule='once'`, `score_steps=0` and `model.score(batches)`).",
+                "(`schedule='once'`, `score_steps=0` and `model.dps_score(batches)`).",
                 self.adapter,
                 self.forgotten,
             )
@@ -261,7 +261,7 @@ class CompactWeight(TargetWeight):
             raise EngineError(
                 f"The weight of {self.name!r} is to have {slots} units, and the engine took note of "
                 f"its parameter with {delta.slots}. Select before the model is wrapped (`score_steps=0` and "
-                "`model.score(batches)`), or use `scope='tensor'`."
+                "`model.dps_score(batches)`), or use `scope='tensor'`."
             )
         if slots != delta.slots and not delta.is_selected:
             for optimizer in self.optimizers:

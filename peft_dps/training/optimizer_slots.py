@@ -42,7 +42,7 @@ def refuse_early_state(optimizer: Optimizer, parameter: torch.Tensor, name: str)
                 f"{type(optimizer).__name__} has made {key!r} of the weight of {name!r} before its first step, when "
                 f"it had no units, and has no place for those that are selected now. Use torch.optim.AdamW, "
                 "`scope='tensor'`, or score before the optimizer is made (`schedule='once'`, `score_steps=0` and "
-                "`model.score(batches)`)."
+                "`model.dps_score(batches)`)."
             )
 
 

@@ -46,8 +46,8 @@ def check_gathered(weights: Iterable[TargetWeight], recipe: Recipe, *, adapter: 
     weights = list(weights)
     if scored == 0 and step == 0 and not any(weight.observed for weight in weights):
         raise ScoreError(
-            f"Adapter {adapter!r}: call `model.score(batches)` before training, or set `score_steps` to the number of "
-            "steps to score in. Nothing has been scored, so no subnetwork can be selected."
+            f"Adapter {adapter!r}: call `model.dps_score(batches)` before training, or set `score_steps` to the "
+            "number of steps to score in. Nothing has been scored, so no subnetwork can be selected."
         )
     if scored == 0:
         raise ScoreError(

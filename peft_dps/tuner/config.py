@@ -63,7 +63,7 @@ class DPSConfig(PeftConfig):
             default 0.05, or 10 steps where the number of all is unknown. A fraction stands for 10 steps or more (with
             `"every"` also for twice `score_steps` or more).
         score_steps: Steps of ACCUMULATE with `"once"` and `"every"`; 0 for scores that need no evidence, and with
-            `"once"` to score before training, from batches of yours (`model.score(batches)`).
+            `"once"` to score before training, from batches of yours (`model.dps_score(batches)`).
         granularity: What is selected as a whole: `"entry"`; `"row"`, all that makes one output; `"column"`, all that
             takes one input; `"submatrix"`, a tile of 256 rows and columns; `"tensor"`, one weight; `"block"`, all
             targets of one layer of the model; or a registered name.
@@ -291,6 +291,9 @@ class DPSConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name in ("target_parameters", "modules_to_save", "layers_to_transform", "layers_pattern"):
+            if isinstance(getattr(self, name), tuple):
+                setattr(self, name, list(getattr(self, name)))
         self.validate()
         if self.scope is None:
             self.scope = "model" if self.recipe().granularity.spans_weights else "tensor"

@@ -187,11 +187,11 @@ def check_layout(layer: DPSLayer, recipe: Recipe, key: str) -> None:
             raise ConfigError(f"The target {key!r}: {error}") from error
 
 
-def check_mergeable(model: nn.Module) -> None:
-    """Check that each layer can take in the active adapters, before any of them has."""
+def check_mergeable(model: nn.Module, adapter_names: list[str]) -> None:
+    """Check that each layer can take in adapters, before any of them has."""
     for module in model.modules():
-        if isinstance(module, DPSLayer) and not module.disable_adapters:
-            module.check_mergeable(module.active_adapters)
+        if isinstance(module, DPSLayer):
+            module.check_mergeable(adapter_names)
 
 
 def _check_unwrapped(target: nn.Module, key: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import MutableMapping
 from typing import Any
 
 from torch import nn
@@ -44,8 +45,12 @@ def disable_dropout(model: nn.Module) -> dict[str, float]:
 
 def _zero_numbers(holder: Any, prefix: str) -> dict[str, float]:
     changed = {}
-    for name, value in list(vars(holder).items()):
-        if isinstance(value, float) and value != 0.0 and _NAME.search(name):
-            setattr(holder, name, 0.0)
-            changed[prefix + name] = value
+    is_dict = isinstance(holder, MutableMapping)  # as some models keep their config
+    for name, value in list(holder.items() if is_dict else getattr(holder, "__dict__", {}).items()):
+        if isinstance(value, float) and value != 0.0 and _NAME.search(str(name)):
+            if is_dict:
+                holder[name] = 0.0
+            else:
+                object.__setattr__(holder, name, 0.0)  # a frozen dataclass too
+            changed[f"{prefix}{name}"] = value
     return changed

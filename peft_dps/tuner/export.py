@@ -152,6 +152,9 @@ def export_adapter(
 def _require_options(form: Any, *, whole: Any, saved_modules: Any, rank: Any) -> None:
     if form not in ("difference", "lora"):
         raise ConfigError(f"`form` must be 'difference' or 'lora', got {form!r}.")
+    for name, value in (("whole", whole), ("saved_modules", saved_modules)):
+        if isinstance(value, str):
+            raise ConfigError(f"`{name}` must be a list of names, got {value!r}. Use `[{value!r}]`.")
     others = {"rank": rank} if form == "difference" else {"whole": whole, "saved_modules": saved_modules}
     for name, value in others.items():
         if value not in (None, ()):
@@ -166,7 +169,10 @@ def _folder(path: Any) -> Path:
 
 def _adapter_of(model: PeftModel, adapter: str | None) -> str:
     if not isinstance(model, PeftModel):
-        raise ConfigError(f"`model` must be a PeftModel, got {type(model).__name__}.")
+        raise ConfigError(
+            f"`model` must be a PeftModel, got {type(model).__name__}. Of DDP take `model.module`, of `torch.compile` "
+            "`model._orig_mod`."
+        )
     adapter = one_adapter(adapter, model.active_adapters)
     if not isinstance(model.peft_config.get(adapter), DPSConfig):
         raise ConfigError(f"`adapter_name` must name a DPS adapter of the model, got {adapter!r}.")

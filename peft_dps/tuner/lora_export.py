@@ -122,7 +122,7 @@ def _layers(model: PeftModel, adapter: str) -> dict[str, DPSLayer]:
     if not holding:
         raise ConfigError(
             f"`form='lora'` writes the units that adapter {adapter!r} has selected, and it has selected none yet. "
-            "Train it past its `score_steps`, or score before training (`model.score(batches)`)."
+            "Train it past its `score_steps`, or score before training (`model.dps_score(batches)`)."
         )
     return holding
 

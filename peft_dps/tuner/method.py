@@ -60,8 +60,9 @@ def recipe_of(config: Any) -> Recipe:
     names = {name: getattr(config, name) for name in _NAMED}
     if config.noise is None:
         names["noise"] = _NOISE_OF[variant]
-    if config.inference_mode:  # a trained adapter loads without the names that its training had registered
-        names = {name: value for name, value in names.items() if value is None or value in _NAMED[name]}
+    if config.inference_mode:  # a trained adapter loads without the names that its training alone had registered
+        needed = ("storage",) if names["storage"] == "copy" else ("storage", "granularity")
+        names = {name: value for name, value in names.items() if name in needed or value in (None, *_NAMED[name])}
     if STORAGES.find(names.get("storage", "copy")).compact:
         _check_base_is_needed(config)
     if config.lean:

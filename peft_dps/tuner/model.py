@@ -77,6 +77,7 @@ class DPSModel(BaseTuner):
         besides = Besides(model, adapter_name)
         controller = make_controller(adapter_name, config.recipe(), config.total_steps, besides)
         self._injecting = controller, low_cpu_mem_usage
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
             super().inject_adapter(
                 model,
@@ -96,6 +97,8 @@ class DPSModel(BaseTuner):
         except Exception:
             controller.weights.clear()
             remove_adapter(self, adapter_name)
+            for parameter in trained:
+                parameter.requires_grad_(True)
             raise
         finally:
             del self._injecting
@@ -186,7 +189,7 @@ class DPSModel(BaseTuner):
         """Begin a training of so many optimizer steps; see `DPSAdapter.set_total_steps`."""
         self._adapter(adapter_name).set_total_steps(total_steps)
 
-    def score(
+    def dps_score(
         self,
         batches: Iterable[Any],
         loss: Callable[[nn.Module, Any], torch.Tensor] | None = None,
@@ -270,11 +273,32 @@ class DPSModel(BaseTuner):
                     f"{sorted(theirs)} in the adapter {name!r}."
                 )
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base layers, after a check of all of them; see `BaseTuner.merge_adapter`."""
+        self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_merge(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
     def _check_merge_allowed(self) -> None:
-        # PEFT warns of tied weights, which its layers would write into; here merging unties the layer first.
-        check_mergeable(self.model)
+        # PEFT does not tell it which adapters, and warns of tied weights, which its layers would write into; here
+        # merging unties the layer first.
+        pass
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        check_mergeable(self.model, names)
         for controller in all_controllers(self.model):
-            if controller.adapter in self.active_adapters:
+            if controller.adapter in names:
                 controller.see_saving("merged")
 
     @staticmethod

@@ -8,6 +8,7 @@ from pathlib import Path
 from peft_dps.selection.phase import Position
 from peft_dps.training.controller import Controller
 from peft_dps.tuner.config import DPSConfig
+from peft_dps.tuner.peft_interface import SAFETENSORS_WEIGHTS_NAME
 
 # The section is marked, so that it is found and replaced when the card is written again.
 _BEGIN, _END = "<!-- peft_dps: written on saving, replaced on saving again -->", "<!-- end of peft_dps -->"
@@ -23,11 +24,14 @@ _TOP = re.compile(r"(---\n.*?\n---\n)?(\s*# [^\n]*\n)?", re.DOTALL)  # the metad
 
 
 def write_section(section: str, path: Path) -> None:
-    """Put the section into a model card: in place of an earlier one, or below the title, where it is read."""
-    if not path.is_file():
+    """Put the section into a model card: in place of an earlier one, or below the title, where it is read.
+
+    PEFT writes one card beside all adapters. Those that lie in folders of their own get one each.
+    """
+    if not path.is_file() and not path.with_name(SAFETENSORS_WEIGHTS_NAME).is_file():
         return
     section = f"{_BEGIN}\n{section}\n{_END}"
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     earlier = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
     replaced, found = earlier.subn(lambda _: section, text, count=1)
     if not found:

@@ -46,6 +46,8 @@ REPLACED: dict[type, tuple[str, ...]] = {
         "_cast_adapter_dtype",
         "_get_adapter_state_dict",
         "_remap_adapter_state_dict_for_load",
+        "merge_adapter",
+        "_unload_and_optionally_merge",
         "_check_merge_allowed",
     ),
     BaseTunerLayer: (

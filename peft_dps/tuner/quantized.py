@@ -15,7 +15,8 @@ _FEATURES = (("in_features", "out_features"), ("infeatures", "outfeatures"))  # 
 
 def is_packed(module: nn.Module) -> bool:
     """Tell whether a layer holds quantized weights under a name of their own, as GPTQ, AWQ, HQQ and others do."""
-    return any(getattr(module, name, None) is not None for name in _PACKED)
+    held = (getattr(module, name, None) for name in _PACKED)
+    return linear_shape(module) is not None and any(isinstance(each, torch.Tensor) for each in held)
 
 
 def is_quantized(module: nn.Module, name: str = "weight") -> bool:

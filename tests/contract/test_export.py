@@ -233,6 +233,7 @@ def test_auto_classes_and_a_fresh_process(gpt2, tmp_path):
     [
         ({"whole": ["nobody"]}, "`whole` names 'nobody'"),
         ({"saved_modules": ["fc"]}, "`saved_modules` names 'fc'.*head"),
+        ({"whole": "head"}, r"`whole` must be a list of names, got 'head'. Use `\['head'\]`"),
     ],
 )
 def test_what_cannot_be_exported(mlp, tmp_path, options, message):

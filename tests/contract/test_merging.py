@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 
 from peft_dps import DPSLayer
+from peft_dps.errors import ConfigError
 from tests.device import DEVICE
 
 pytestmark = pytest.mark.device
@@ -241,6 +242,29 @@ def test_conversion_to_lora_recovers_low_rank_deltas(gpt2, mlp):
         lora = get_peft_model(case.base(), config).eval()
         set_peft_model_state_dict(lora, state_dict)
         torch.testing.assert_close(case.output(lora), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+def test_conversion_to_lora_refuses_trained_biases(mlp):
+    model = mlp.model(modules_to_save=None)
+    convert_to_lora(model, rank=2)  # nothing has been trained yet
+    with torch.no_grad():
+        dps_layers(model)[0].dps_bias["default"] += 1
+    with pytest.raises(ConfigError, match=r"no place for biases, and adapter 'default'.*`train_bias=False`"):
+        convert_to_lora(model, rank=2)
+
+
+def test_the_check_before_merging_is_of_the_adapters_that_are_named(two, monkeypatch):
+    two.set_adapter("default")
+    checked = []
+    monkeypatch.setattr(DPSLayer, "check_mergeable", lambda layer, names: checked.append(tuple(names)))
+    two.merge_adapter(["other"])
+    two.unmerge_adapter()
+    assert set(checked) == {("other",)}
+    checked.clear()
+    with two.disable_adapter():
+        two.merge_and_unload(adapter_names=["other"])
+    assert set(checked) == {("other",)}
 
 
 def test_tied_heads_stay_out_of_all_linear(gpt2):

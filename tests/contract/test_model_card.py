@@ -142,6 +142,15 @@ def test_many_modules_are_not_all_named(bert, tmp_path):
     assert rows(tmp_path)["modules trained in full beside them"].endswith(" more")
 
 
+def test_an_adapter_in_a_folder_of_its_own_has_a_card_there(mlp, tmp_path):
+    model = mlp.model(density=0.25)
+    model.add_adapter("other", mlp.config(density=0.5))
+    model.save_pretrained(tmp_path)
+    assert rows(tmp_path)["density of the subnetwork"].startswith("0.25")
+    assert rows(tmp_path / "other")["density of the subnetwork"].startswith("0.5")
+    assert "import peft_dps" in card(tmp_path / "other")
+
+
 def test_a_config_saved_alone_writes_no_card(mlp, tmp_path):
     model = mlp.model()
     model.save_pretrained(tmp_path / "adapter")

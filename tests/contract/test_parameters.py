@@ -261,6 +261,25 @@ def test_mix_is_refused_where_the_axes_are_unknown():
     case.config(variant="mix", density=1.0)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_module_that_is_read_and_not_called_keeps_its_other_parameters(name):
+    attention = nn.MultiheadAttention(8, 2).eval()
+    nn.init.normal_(attention.out_proj.bias)
+    x = torch.randn(3, 1, 8)
+    before = attention(x, x, x)[0]
+    model = get_peft_model(
+        attention, DPSConfig(stage_steps=2, target_modules=[], target_parameters=[f"out_proj.{name}"])
+    ).eval()
+    assert torch.equal(model(x, x, x)[0], before)
+    wrapper = model.base_model.model.out_proj
+    assert (wrapper.weight.shape, wrapper.bias.shape) == ((8, 8), (8,))
+    with torch.no_grad():
+        wrapper.dps_weight["default"] += 1
+    assert not torch.equal(model(x, x, x)[0], before)
+    with model.disable_adapter():
+        assert torch.equal(model(x, x, x)[0], before)
+
+
 def test_adapters_with_other_parameters_are_refused(mixtral):
     model = mixtral.model()
     with pytest.raises(ConfigError, match="must be the same in all adapters"):

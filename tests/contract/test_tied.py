@@ -110,6 +110,14 @@ def test_two_targets_with_one_weight_are_refused(gpt2):
     assert base.lm_head.weight is base.transformer.wte.weight
 
 
+def test_a_refusal_of_tied_targets_leaves_all_of_the_model_trainable(gpt2):
+    model = gpt2.base()
+    frozen = model.transformer.ln_f.weight.requires_grad_(False)
+    with pytest.raises(TargetError):
+        get_peft_model(model, gpt2.config(target_modules=[HEAD, WORDS]))
+    assert [parameter for parameter in model.parameters() if not parameter.requires_grad] == [frozen]
+
+
 def test_untied_models_take_both(untied_gpt2):
     model = wrap(untied_gpt2, target_modules=["wte", HEAD])
     untied_gpt2.train(model, steps=3)

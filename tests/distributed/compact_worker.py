@@ -104,8 +104,8 @@ def units_of_another_number_are_selected_before_wrapping(fields: dict[str, Any])
     assert "Select before the model is wrapped" in caught(partial(steps, wrapped, optimizer, 4))
     model, alone = (make_model({**fields, "score_steps": 0}) for _ in range(2))
     shares = [(each, my_share(batch, each, size)) for batch in batches(2) for each in range(size)][:-1]  # uneven
-    model.score([share for each, share in shares if each == rank], loss=lambda net, batch: loss_of(net, *batch))
-    alone.score(
+    model.dps_score([share for each, share in shares if each == rank], loss=lambda net, batch: loss_of(net, *batch))
+    alone.dps_score(
         [share for _, share in shares],
         loss=lambda net, batch: loss_of(net, *batch),
     )
@@ -158,7 +158,7 @@ def a_weight_without_units_is_left_whole() -> None:
     models = []
     for _ in range(3):
         model = make_model({**ONCE, "scope": "model", "score_steps": 0, "density": 0.05})
-        model.score(batches(1), loss=lambda net, batch: loss_of(net, *batch))
+        model.dps_score(batches(1), loss=lambda net, batch: loss_of(net, *batch))
         models.append(model)
     mesh = mesh_of(dist.get_world_size())
     model, alone, cut = models

@@ -44,8 +44,8 @@ def score_before_training(model: nn.Module, alone: nn.Module, rank: int, size: i
         (torch.randn(4, 12, generator=generator), torch.randint(3, (4,), generator=generator)) for _ in range(size + 1)
     ]
     loss = lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1])  # noqa: E731
-    model.score(made[rank::size], loss)
-    alone.score(made, loss)
+    model.dps_score(made[rank::size], loss)
+    alone.dps_score(made, loss)
 
 
 def a_difference_is_named(model: nn.Module, rank: int) -> None:

@@ -89,8 +89,8 @@ def equals_one_process() -> None:
     ):
         model, alone = make_split(fields, mesh, adapter_first=adapter_first), with_adapter(make_net(), fields)
         if not fields["score_steps"] and fields is not MAGNITUDE:
-            model.score(batches(2), loss=loss)
-            alone.score(batches(2), loss=loss)
+            model.dps_score(batches(2), loss=loss)
+            alone.dps_score(batches(2), loss=loss)
         optimizer, optimizer_alone = make(model), make(alone)
         for batch in batches(5):
             step(model, optimizer, [batch])
@@ -109,8 +109,8 @@ def replicas_equal_one_process_too() -> None:
         model, alone = make_split(fields, mesh["split"], adapter_first=True), with_adapter(make_net(), fields)
         shares = [[my_share(batch, each, 2) for each in range(2)] for batch in batches(6)]
         if not fields["score_steps"]:
-            model.score([share[own] for share in shares], loss=loss)
-            alone.score([part for share in shares for part in share], loss=loss)
+            model.dps_score([share[own] for share in shares], loss=loss)
+            alone.dps_score([part for share in shares for part in share], loss=loss)
         engine = wrap(model, mesh["replicas"])
         optimizer, optimizer_alone = optimizer_of(model), optimizer_of(alone)
         for share in shares:
@@ -223,7 +223,7 @@ def others_are_refused_by_name() -> None:
         for selected in (False, True):
             model = with_adapter(make_net(), {**BEFORE, "scope": "tensor"} if selected else ONCE)
             if selected:
-                model.score(batches(1), loss=loss)
+                model.dps_score(batches(1), loss=loss)
             parallelize_module(
                 model.base_model.model, mesh, {f"{place}.base_layer": each for place, each in plan.items()}
             )

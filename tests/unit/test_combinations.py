@@ -130,7 +130,7 @@ class Training:
     def begin(self) -> None:
         recipe = find_controller(self.model).recipe
         if recipe.evidence.looks and getattr(recipe.schedule, "score_steps", None) == 0:
-            self.model.score([batch(-1), batch(-2)], loss=loss_of)
+            self.model.dps_score([batch(-1), batch(-2)], loss=loss_of)
 
     def run(self, until: int, check: Any = None) -> None:
         while self.step < until:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import runpy
 import subprocess
@@ -124,14 +125,30 @@ def test_an_example_trains_on_a_table(arguments, monkeypatch, tmp_path, capsys):
     ("arguments", "complaint"),
     [
         (["--data", "reviews.csv"], "--model and --data go together"),
-        (["--model", ENCODER, "--data", "texts.csv"], "the columns text and label"),
+        (["--model", ENCODER, "--data", "texts.csv"], "the columns text and label, got text"),
+        (["--model", ENCODER, "--data", "one.csv"], "two classes or more, got a"),
+        (["--model", ENCODER, "--data", "gap.csv"], "a text and a label in each row, not in 2"),
     ],
 )
 def test_an_example_says_what_is_wrong_with_a_table(arguments, complaint, monkeypatch, tmp_path):
     write_tables(tmp_path)
+    (tmp_path / "one.csv").write_text("text,label\ngood,a\nbad,a\n")
+    (tmp_path / "gap.csv").write_text("text,label\ngood,a\nbad\n")
     monkeypatch.setattr(sys, "argv", ["plain_loop.py", *arguments])
     with pytest.raises(SystemExit, match=complaint):
         runpy.run_path(str(ROOT / "examples" / "plain_loop.py"), run_name="__main__")
+
+
+@pytest.mark.usefixtures("_in_a_folder")
+def test_classes_are_in_order_and_have_their_names(monkeypatch, tmp_path):
+    write_models(tmp_path)
+    rows = "".join(f"a text,{label}\n" for label in (10, 2, 0, 2))
+    (tmp_path / "t.csv").write_text("text,label\n" + rows, encoding="utf-8-sig")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module = importlib.import_module("texts")
+    texts = module.load(module.make_parser("").parse_args(["--model", ENCODER, "--data", "t.csv"]))
+    assert [example["labels"] for example in texts.data] == [2, 1, 0, 1]
+    assert texts.base().config.id2label == {0: "0", 1: "2", 2: "10"}
 
 
 def run_example(launcher, name, expected, tmp_path, **variables):

@@ -224,7 +224,7 @@ def test_scoring_before_training_selects_what_the_batches_say(batches):
         for total, grad in zip(expected, grads, strict=True):
             total += grad * grad
     before = [parameter.clone() for parameter in model.parameters()]
-    model.score(batches(3), loss)
+    model.dps_score(batches(3), loss)
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
     masks = run(model, batches, 1)[0]
     for mask, total in zip(masks, expected, strict=True):
@@ -233,13 +233,13 @@ def test_scoring_before_training_selects_what_the_batches_say(batches):
         assert torch.equal(mask, wanted)
     assert model.dps_status().stage is Stage.SUBNETWORK
     with pytest.raises(ConfigError, match=r"before the first step; 1 steps have been made"):
-        model.score(batches(1), loss)
+        model.dps_score(batches(1), loss)
 
 
 def test_scoring_before_training_is_for_schedules_that_leave_it_to_that(batches):
     loss = lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1])  # noqa: E731
     with pytest.raises(ConfigError, match=r"`schedule='once'` and `score_steps=0`"):
-        make(schedule="once").score(batches(1), loss)
+        make(schedule="once").dps_score(batches(1), loss)
 
 
 def test_once_keeps_its_mask(batches):

@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options, console)
     except (AssetError, DataError, DPSError, ValueError, OSError, ImportError) as error:
+        if options.traceback:
+            raise
         console.print(f"Error: {error}", style="red", markup=False)
         return 1
     except KeyboardInterrupt:
@@ -147,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     def add(run: Callable[..., int], flags: Callable[..., None], text: str, description: str, **options: Any) -> None:
         command = commands.add_parser(run.__name__.strip("_"), help=text, description=description, **options)
         flags(command)
+        command.add_argument("--traceback", action="store_true", default=False, help="show where an error came from")
         command.set_defaults(run=run)
 
     add(

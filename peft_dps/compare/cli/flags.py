@@ -24,7 +24,7 @@ _SETTINGS = {
     "evaluations": "points of the learning curve",
 }
 _FRACTIONS = ("epochs", "weight-decay", "warmup")
-_OURS = ("command", "run", "report")  # of the command line, not of the comparison
+_OURS = ("command", "run", "report", "traceback")  # of the command line, not of the comparison
 _OWN = {  # what else is said of `--data`, and the field of `OwnData` for it
     "test": "test",
     "text_column": "text_columns",

@@ -88,7 +88,8 @@ def to_comparison(content: Mapping[str, Any]) -> Comparison:
     if "reference" in content:
         values["reference"] = Choice.parse(_text("reference", content["reference"])).variant
     for name in ("seeds", "tuning_seeds"):
-        if name in content and not isinstance(content[name], int):
+        is_count = name == "tuning_seeds" and isinstance(content.get(name), int)
+        if name in content and not is_count:
             values[name] = _seed_list(_listed(name, content[name]))
     if isinstance(rates, Mapping) and (unknown := set(rates) - {choice.method for choice in methods}):
         raise ValueError(f"`learning_rates` must be of methods that are compared, got {', '.join(sorted(unknown))}.")

@@ -12,19 +12,15 @@ from peft_dps.compare.report.experiment import Experiment, MethodRuns
 from peft_dps.compare.report.retention import measures_of
 from peft_dps.compare.report.scores import method_scores
 
-FILES = ("scores.csv", "runs.csv")
-"""What every report has; with probes there is "retention.csv" too."""
+FILES = ("scores.csv", "retention.csv", "runs.csv")
+"""What a report may have; "retention.csv" with probes alone."""
 Row = dict[str, object]
 
 
 def csv_files(experiments: Sequence[Experiment]) -> dict[str, str]:
     """Return the text of every file by its name; scores as they are, not in points; bytes and seconds."""
-    rows = {
-        "scores.csv": _score_rows(experiments),
-        "retention.csv": _retention_rows(experiments),
-        "runs.csv": _run_rows(experiments),
-    }
-    files = {name: to_csv(each) for name, each in rows.items()}
+    rows = (_score_rows(experiments), _retention_rows(experiments), _run_rows(experiments))
+    files = {name: to_csv(each) for name, each in zip(FILES, rows, strict=True)}
     return {name: text for name, text in files.items() if text}
 
 

@@ -11,7 +11,7 @@ from peft_dps.compare.data.examples import DataError
 from peft_dps.compare.methods.table import REFERENCE
 from peft_dps.compare.report.checks import checks
 from peft_dps.compare.report.conclusion import conclusion
-from peft_dps.compare.report.csv_files import csv_files
+from peft_dps.compare.report.csv_files import FILES, csv_files
 from peft_dps.compare.report.experiment import Experiment, experiments_of
 from peft_dps.compare.report.mask_plots import draw_overlap, draw_selection
 from peft_dps.compare.report.overview import overview_table
@@ -64,6 +64,7 @@ def write_report(source: Path | Sequence[Path], output: Path, reference: str = R
         known = sorted({run.plan.variant for run in results.reported})
         raise ValueError(f"`reference` must be a method of the report, {', '.join(known)}, got {reference!r}.")
     styles = styles_of(experiments)
+    _remove_earlier(output)
     (output / FIGURES).mkdir(parents=True, exist_ok=True)
     files = csv_files(experiments)
     for name, text in files.items():
@@ -102,6 +103,11 @@ def _read_results(source: Path) -> Results:
     if not source.is_file():
         raise DataError(f"The result file {str(source)!r} does not exist. `peft-dps compare` makes one.")
     return read(source)
+
+
+def _remove_earlier(output: Path) -> None:
+    for path in (*(output / FIGURES).glob("*.png"), *(output / name for name in FILES)):
+        path.unlink(missing_ok=True)
 
 
 def _section(experiment: Experiment, styles: dict[str, Style], folder: Path, *, alone: bool) -> Section:

@@ -38,5 +38,5 @@ def score_before_training(model: Any, examples: Iterable[Any], collate: Callable
     if status_of(model) is None or not dps_adapter(model).awaits_scores:
         return
     model.eval()
-    model.score({name: each.to(model.device) for name, each in collate([one]).items()} for one in examples)
+    model.dps_score({name: each.to(model.device) for name, each in collate([one]).items()} for one in examples)
     model.train()

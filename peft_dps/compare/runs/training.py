@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -156,8 +156,7 @@ def training_arguments(plan: Plan, folder: str) -> TrainingArguments:
         num_train_epochs=settings.epochs,
         learning_rate=plan.learning_rate,
         weight_decay=settings.weight_decay,
-        warmup_steps=settings.warmup,
-        train_sampling_strategy="random",
+        **_of_this_version(settings),
         remove_unused_columns=False,
         label_names=["labels"],
         logging_steps=1,
@@ -171,6 +170,13 @@ def training_arguments(plan: Plan, folder: str) -> TrainingArguments:
         seed=plan.seed,
         data_seed=plan.seed,
     )
+
+
+def _of_this_version(settings: Settings) -> dict[str, Any]:
+    """Return what the versions of transformers name differently: warm-up, and batches in random order."""
+    if any(field.name == "train_sampling_strategy" for field in fields(TrainingArguments)):
+        return {"warmup_steps": settings.warmup, "train_sampling_strategy": "random"}
+    return {"warmup_ratio": settings.warmup}  # transformers 4, whose batches are in random order unless grouped
 
 
 def _recorded(run: Run, recorder: Recorder, model: nn.Module) -> Run:

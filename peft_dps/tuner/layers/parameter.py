@@ -29,6 +29,16 @@ class ParamWrapper(DPSLayer):
             self.in_features, self.out_features = self.out_features, self.in_features
 
     @property
+    def weight(self) -> Any:
+        """The module's weight, for modules that read it: the one in effect, if it is what is trained."""
+        return super().weight if self.parameter_name == "weight" else self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The module's bias, like `weight`."""
+        return super().weight if self.parameter_name == "bias" else self.base_layer.bias
+
+    @property
     def layout(self) -> Layout:
         """A row per output and a column per input of each expert, where something tells which axis holds inputs."""
         shape, transposed = tuple(self.pretrained_parameter.shape), self._is_transposed()

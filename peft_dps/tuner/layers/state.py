@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from peft_dps.errors import TargetError
+from peft_dps.errors import ConfigError, TargetError
 from peft_dps.masking.compact.delta import Delta
 from peft_dps.tensors.layout import Layout
 from peft_dps.tensors.split import Split
@@ -157,7 +157,17 @@ class LayerState(nn.Module, BaseTunerLayer):
         return weight - base.to(weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Tell PEFT whether it may approximate the adapter's delta by a LoRA."""
+        """Tell PEFT whether it may approximate the adapter's delta by a LoRA.
+
+        Raises:
+            ConfigError: If the adapter has trained a bias, which PEFT would leave out without a word.
+        """
+        bias, pretrained = self.trained_bias(adapter_name), self.pretrained_bias()
+        if bias is not None and pretrained is not None and not torch.equal(bias, pretrained.to(bias.dtype)):
+            raise ConfigError(
+                f"A LoRA has no place for biases, and adapter {adapter_name!r} has trained some. Train with "
+                "`train_bias=False`, or merge the adapter (`merge_and_unload`)."
+            )
         return self.supports_lora
 
     def _home(self) -> torch.device | None:

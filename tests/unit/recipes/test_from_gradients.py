@@ -46,7 +46,7 @@ CASES = {
 
 def score(model) -> None:
     if next(iter(model.peft_config.values())).score_steps == 0:
-        model.score(make_batches(2, size=EXAMPLES), loss_of, per_example=True)
+        model.dps_score(make_batches(2, size=EXAMPLES), loss_of, per_example=True)
 
 
 def reference_of(name: str) -> Selective:

@@ -158,7 +158,7 @@ def test_scoring_that_takes_most_of_the_training_says_so():
     assert Once(8).warning(16) is Once(8).warning(None) is Once(0).warning(2) is None
     said = Once(8).warning(12)
     assert "`score_steps=8` of 12 training steps leaves 4 to train what is selected" in said
-    assert "`model.score(batches)`" in said
+    assert "`model.dps_score(batches)`" in said
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 1.0, 1.5, float("nan"), float("inf")])

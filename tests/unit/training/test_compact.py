@@ -42,7 +42,7 @@ def test_it_trains_what_a_copy_with_the_same_mask_does(granularity, scope, train
     for storage in ("copy", "compact"):
         fields = {"storage": storage, "granularity": granularity, "scope": scope, "train_bias": train_bias}
         model = make_model(make_base(dtype), **fields, **SCORED_BEFORE)
-        model.base_model.score(batches[:3], loss_of)
+        model.base_model.dps_score(batches[:3], loss_of)
         models.append((model, optimizer(trainable(model))))
     for batch in batches[3:]:
         losses = []
@@ -217,7 +217,7 @@ def test_an_adapter_holds_no_more_units_than_it_may_whatever_the_score(fields):
 def test_an_unselected_block_has_neither_gradient_nor_state_and_none_below_is_computed():
     model = make_model(granularity="tensor", scope="model", density=0.05, train_bias=False, **SCORED_BEFORE)
     batches = make_batches(4)
-    model.base_model.score(batches[:2], loss_of)
+    model.base_model.dps_score(batches[:2], loss_of)
     optimizer = AdamW(trainable(model), 1e-2)
     train(model, optimizer, batches[2:])
     trained = [name for name, delta in deltas_of(model).items() if delta.slots]
@@ -287,11 +287,11 @@ def test_no_scored_step_is_an_error():
 
 def test_batches_are_scored_in_one_call():
     model, batches = make_model(**SCORED_BEFORE), make_batches(2)
-    model.base_model.score(batches[:1], loss_of)
+    model.base_model.dps_score(batches[:1], loss_of)
     with pytest.raises(ConfigError, match=r"batches have been scored already. Give all of them in one call"):
-        model.base_model.score(batches[1:], loss_of)
+        model.base_model.dps_score(batches[1:], loss_of)
     with pytest.raises(ConfigError, match="with `schedule='once'` and `score_steps=0` only"):
-        make_model(schedule="once", score_steps=8).base_model.score([], loss_of)
+        make_model(schedule="once", score_steps=8).base_model.dps_score([], loss_of)
 
 
 def test_several_optimizers_leave_a_state_that_loads():

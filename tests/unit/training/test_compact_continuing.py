@@ -33,7 +33,7 @@ def saved_after(tmp_path, batches, **fields) -> None:
     """Save an adapter that has units, and has been trained where steps are scored."""
     model = make_model(**{**ONCE, **fields})
     if fields["score_steps"] == 0:
-        model.base_model.score(batches, loss_of)
+        model.base_model.dps_score(batches, loss_of)
     else:
         train(model, AdamW(trainable(model), 1e-2), batches)
     model.save_pretrained(tmp_path)
@@ -73,7 +73,7 @@ def test_scoring_by_hand_selects_anew_all_the_same(tmp_path):
     model = PeftModel.from_pretrained(make_base(), tmp_path, is_trainable=True)
     before, other = indices_of(model), make_model(**ONCE, score_steps=0)
     for each in (model, other):
-        each.base_model.score(make_batches(3, seed=5), loss_of)
+        each.base_model.dps_score(make_batches(3, seed=5), loss_of)
     chosen = [{name: set(index) for name, index in indices_of(each).items()} for each in (model, other)]
     assert chosen[0] == chosen[1] != {name: set(index) for name, index in before.items()}
 
@@ -115,7 +115,7 @@ def test_layers_that_are_frozen_by_hand_stay_frozen(scope, before_training):
     model = make_model(**ONCE, scope=scope, score_steps=0 if before_training else 2)
     frozen = deltas_of(model)["linear"].weight.requires_grad_(False)
     if before_training:
-        model.base_model.score(make_batches(2), loss_of)
+        model.base_model.dps_score(make_batches(2), loss_of)
     train(model, AdamW(trainable(model), 1e-2), make_batches(4))
     assert not frozen.requires_grad
     assert not frozen.any()
@@ -189,7 +189,7 @@ def test_saving_tells_why_nothing_was_selected(tmp_path, caplog, mode):
 def test_the_status_tells_which_units_an_adapter_has(tmp_path):
     model = make_model(**ONCE, score_steps=0)
     assert str(model.base_model.dps_status()).endswith("no optimizer step seen yet, 580 entries targeted")
-    model.base_model.score(make_batches(2), loss_of)
+    model.base_model.dps_score(make_batches(2), loss_of)
     scored = model.base_model.dps_status()
     assert f"no optimizer step seen yet, selected {scored.selected} of {scored.entries} entries" in str(scored)
     model.save_pretrained(tmp_path)
@@ -211,9 +211,9 @@ def test_a_failed_scoring_leaves_nothing(storage):
     batches, fields = make_batches(3), {**ONCE, "score_steps": 0, "storage": storage, "granularity": "row"}
     models = [make_model(**fields) for _ in range(2)]
     with pytest.raises(ConfigError, match="`loss` must return"):
-        models[0].base_model.score([*batches[:2], None], lambda model, batch: batch and loss_of(model, batch))
+        models[0].base_model.dps_score([*batches[:2], None], lambda model, batch: batch and loss_of(model, batch))
     for model in models:
-        model.base_model.score(batches, loss_of)
+        model.base_model.dps_score(batches, loss_of)
         train(model, SGD(trainable(model), 0.1), batches[:1])
     ours, theirs = (model.base_model.dps_status() for model in models)
     assert str(ours) == str(theirs)

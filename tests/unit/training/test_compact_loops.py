@@ -302,7 +302,7 @@ def test_evaluation_between_steps_scores_nothing(make, data):
 def test_batches_are_scored_before_training(make, data, mode):
     model, batches = make(score_steps=0), data(4)
     getattr(model, mode)()
-    model.score(batches, loss=loss_of)
+    model.dps_score(batches, loss=loss_of)
     expected = squares(batches)
     assert_selected(model, expected)
     assert model.dps_status().steps == 0
@@ -492,7 +492,7 @@ def test_a_trainer_after_scoring(make_trainer):
     trainer = make_trainer({"score_steps": 0})
     data = [Pairs()[index] for index in range(8)]
     batches = [{"x": item["x"][None], "labels": item["labels"][None]} for item in data]
-    trainer.model.score(batches, loss=lambda model, batch: model(**batch)["loss"])
+    trainer.model.dps_score(batches, loss=lambda model, batch: model(**batch)["loss"])
     index = [layer.dps_delta["default"].index.clone() for layer in layers_of(trainer.model)]
     trainer.train()
     for layer, expected in zip(layers_of(trainer.model), index, strict=True):

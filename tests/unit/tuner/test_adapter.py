@@ -43,8 +43,8 @@ def model():
 )  # fmt: skip
 def test_what_cannot_be_scored_is_named(model, batches, loss, message):
     with pytest.raises(ConfigError, match=message) as told:
-        model.score(batches, loss)
+        model.dps_score(batches, loss)
     assert "(base_layer)" not in str(told.value)
     assert model.dps_status().selected is None
-    model.score([{"x": X, "labels": LABELS}])  # and nothing is in the way of what can be
+    model.dps_score([{"x": X, "labels": LABELS}])  # and nothing is in the way of what can be
     assert model.dps_status().selected == 2 * 16

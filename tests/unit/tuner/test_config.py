@@ -233,6 +233,14 @@ def test_lists_of_modules_become_sets_and_expressions_stay(field):
     assert getattr(DPSConfig(**{field: r".*\.a"}), field) == r".*\.a"
 
 
+def test_tuples_are_lists():
+    config = DPSConfig(
+        target_parameters=("a",), modules_to_save=("b",), layers_to_transform=(0, 1), layers_pattern=("layers",)
+    )
+    lists = (config.target_parameters, config.modules_to_save, config.layers_to_transform, config.layers_pattern)
+    assert lists == (["a"], ["b"], [0, 1], ["layers"])
+
+
 # --- to a file and back ---
 
 

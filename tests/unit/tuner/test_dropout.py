@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -66,6 +67,33 @@ def test_training_forwards_become_deterministic(name, caplog):
     fixed = [model(input_ids=ids).logits for _ in range(4)]
     assert all(torch.equal(fixed[0], other) for other in fixed[1:])
     assert disable_dropout(model) == {}
+
+
+@dataclass(frozen=True)
+class Frozen:
+    attn_pdrop: float = 0.1
+
+
+class Slotted:
+    __slots__ = ()
+
+
+@pytest.mark.parametrize(
+    ("config", "read"),
+    [
+        ({"dropout": 0.1, "width": 4.0, 3: 0.5}, lambda config: config["dropout"]),
+        (Frozen(), lambda config: config.attn_pdrop),
+        (Slotted(), lambda config: 0.0),
+    ],
+    ids=["dict", "frozen", "slots"],
+)
+def test_configs_of_any_kind(config, read):
+    model = nn.Linear(2, 2)
+    model.config = config
+    changed = disable_dropout(model)
+    assert list(changed.values()) == [0.1] * (not isinstance(config, Slotted))
+    assert read(config) == 0.0
+    assert not isinstance(config, dict) or (config["width"], config[3]) == (4.0, 0.5)
 
 
 def test_what_is_no_dropout_is_left_alone():

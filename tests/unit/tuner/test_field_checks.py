@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -71,6 +72,17 @@ def test_a_saved_adapter_loads_whatever_its_fields(tmp_path):
         assert loaded.peft_config["default"].score_steps == 3
     with pytest.raises(ConfigError, match="`score_steps=3` has no effect"):
         model.add_adapter("other", loaded.peft_config["default"])
+
+
+@pytest.mark.parametrize("name", ["granularity", "storage"])
+def test_a_compact_adapter_does_not_load_as_something_else(name, tmp_path):
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 4)), DPSConfig.compact(2, target_modules=["0"]))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    saved = json.loads(file.read_text()) | {name: "mine", "score": "mine too"}
+    file.write_text(json.dumps(saved))
+    with pytest.raises(ConfigError, match=f"`{name}` must be one of .*, got 'mine'"):
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(8, 4)), tmp_path)
 
 
 def test_units_are_asked_for_in_one_way():

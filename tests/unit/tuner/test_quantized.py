@@ -46,11 +46,13 @@ def test_the_shape_that_a_linear_layer_says(module, shape):
 
 @pytest.mark.parametrize("name", ["qweight", "W_q", "weight_packed", "codes"])
 def test_packed_under_another_name(name):
-    module = Sized(**{name: torch.zeros(2)})
+    module = Sized(in_features=3, out_features=5, **{name: torch.zeros(2)})
     assert is_packed(module)
     assert is_quantized(module)
     assert stored_as(module) == "Sized, packed"
-    assert not is_packed(Sized(**{name: None}))
+    assert not is_packed(Sized(in_features=3, out_features=5, **{name: None}))
+    assert not is_packed(Sized(in_features=3, out_features=5, **{name: nn.Linear(3, 5)}))  # a projection of that name
+    assert not is_packed(Sized(**{name: torch.zeros(2)}))  # a buffer of a module that is no linear layer
 
 
 def test_weights_by_dtype_and_type():

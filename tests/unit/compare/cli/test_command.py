@@ -109,6 +109,11 @@ def test_bad_arguments_are_named(arguments, complaint, capsys, tmp_path, monkeyp
     assert complaint in " ".join(capsys.readouterr().out.split())
 
 
+def test_where_an_error_came_from_is_shown_on_demand(tmp_path):
+    with pytest.raises(OSError, match=r"absent\.toml"):
+        main(["--file", str(tmp_path / "absent.toml"), "--traceback"])
+
+
 def test_a_launcher_of_processes_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["--tasks", "sentiment"]) == 1

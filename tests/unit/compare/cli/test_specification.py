@@ -66,6 +66,12 @@ def test_rates_by_flag_replace_those_that_a_file_gives_one_method(tmp_path):
     assert [other[0].learning_rates, other[-1].learning_rates] == [(1e-3,), (1e-4,)]
 
 
+def test_seeds_may_be_a_number(tmp_path):
+    (tmp_path / "s.toml").write_text("seeds = 3\ntuning_seeds = 2")
+    comparison = from_flags("--file", str(tmp_path / "s.toml"))
+    assert (comparison.seeds, comparison.tuning_seeds) == ([3], 2)
+
+
 def test_family_stands_for_every_recipe():
     methods = from_flags("--output", "x", "--methods", "full", "family", "lora").methods
     assert [choice.method for choice in methods] == ["full", *FAMILY, "lora"]

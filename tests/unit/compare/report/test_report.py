@@ -123,7 +123,7 @@ def test_tables_agree_with_the_runs(report):
 def test_the_same_file_gives_the_same_tables(results, report):
     experiments = experiments_of(read(results))
     again = csv_files(experiments)
-    assert set(again) == set(FILES)
+    assert set(again) == set(FILES) - {"retention.csv"}
     for name, text in again.items():
         assert text == (report / name).read_text(encoding="utf-8")
 
@@ -140,7 +140,19 @@ def test_the_report_of_a_small_file_is_the_same_to_the_byte(tmp_path):
         files = sorted(path for path in (tmp_path / name).rglob("*") if path.is_file())
         digests.append([(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])
     assert digests[0] == digests[1]
-    assert {name for name, _ in digests[0]} > {"report.html", "report.md", *FILES}
+    assert {name for name, _ in digests[0]} > {"report.html", "report.md", "runs.csv", "scores.csv"}
+
+
+def test_files_of_an_earlier_report_are_gone(tmp_path):
+    source, output = tmp_path / "runs.jsonl", tmp_path / "out"
+    append(Run(Plan("full", 1e-4, "cola", 0, "tiny"), "full", "", ["m"], {"cola": {"m": 0.5}}), source)
+    (output / "figures").mkdir(parents=True)
+    for name in ("retention.csv", "figures/cola-9-seeds.png", "mine.csv"):
+        (output / name).touch()
+    write_report(source, output)
+    assert not (output / "retention.csv").exists()
+    assert not (output / "figures" / "cola-9-seeds.png").exists()
+    assert (output / "mine.csv").exists()
 
 
 def test_figures_are_pictures(report):

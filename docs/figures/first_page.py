@@ -26,7 +26,7 @@ def draw(experiment: Experiment, image: Path) -> None:
     kept = {each.method.variant: each for each in method_scores(experiment, PROBE + KEPT)}
     styles = styles_of([experiment])
     before = next(each.before for run in experiment.runs for each in run.retention if each.probe == KEPT)
-    with canvas(3.4, 8.2) as figure:
+    with canvas(3.6, 8.2) as figure:
         left, right = figure.subplots(1, 2, sharex=True)
         for each in gained:
             own = kept[each.method.variant]
@@ -42,7 +42,7 @@ def draw(experiment: Experiment, image: Path) -> None:
         for axes, way in ((left, "up"), (right, "down")):
             axes.set_xlabel("gained: 100 x accuracy on movie reviews")
             axes.set_title(f"better is to the right and {way}", fontsize=9, loc="left")
-        legend(figure, left)
+        legend(figure, left, columns=4)
     save(figure, image)
 
 
@@ -50,7 +50,7 @@ def _cross(
     axes: Axes, gained: MethodScores, y: float, reach: list[list[float]] | None, point: dict[str, object]
 ) -> None:
     axes.errorbar(
-        100 * gained.mean, y, xerr=_reach(gained), yerr=reach, elinewidth=0.8, linestyle="none", markersize=6, **point
+        100 * gained.mean, y, xerr=_reach(gained), yerr=reach, elinewidth=0.8, linestyle="none", markersize=7, **point
     )
 
 

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import cycle, product
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +82,12 @@ _KNOWN = {
     "pfeiffer": Style(ORANGE, "X"),
     "dps-dense": Style(RED, "s", stressed=True),
     "dps-mix": Style(BLUE, "D", stressed=True),
+    "dps-columns": Style(BLUE, "*", stressed=True),
     "random-mask": Style(GREY, "h"),
 }
-OTHERS = [Style(color, marker) for marker, color in product("<>p*d8", (GREEN, ORANGE, SKY, PURPLE, RED, BLUE, GREY))]
+_COLORS, _MARKERS = (GREEN, ORANGE, SKY, PURPLE, RED, BLUE, GREY), "<>pdH8"
+# Neighbours differ in both, and no two are the same: 7 and 6 have no common divisor.
+OTHERS = [Style(_COLORS[number % 7], _MARKERS[number % 6]) for number in range(42)]
 
 
 def styles_of(experiments: Sequence[Experiment]) -> dict[str, Style]:
@@ -141,18 +144,19 @@ def headline(figure: Figure, text: str) -> None:
     figure.suptitle(lines, x=0.01, horizontalalignment="left", fontsize=10)
 
 
-def legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
     """Put one legend below the whole figure, which grows by it.
 
     Args:
         figure: The figure.
         axes: Axes with everything that is to be named, by label.
+        columns: Names beside each other.
     """
     handles, names = axes.get_legend_handles_labels()
-    rows = [names[index : index + 2] for index in range(0, len(names), 2)]
+    rows = [names[index : index + columns] for index in range(0, len(names), columns)]
     lines = sum(1 + max(name.count("\n") for name in row) for row in rows)
     figure.set_figheight(figure.get_figheight() + LINE * (lines + 1))
-    # Legends are filled column by column; so are two lists, of every second name.
-    order = [*range(0, len(names), 2), *range(1, len(names), 2)]
+    # Legends are filled column by column, and names are read row by row.
+    order = [index for column in range(columns) for index in range(column, len(names), columns)]
     chosen = [handles[index] for index in order], [names[index] for index in order]
-    figure.legend(*chosen, loc="outside lower left", ncols=2, fontsize=8)
+    figure.legend(*chosen, loc="outside lower left", ncols=columns, fontsize=8)

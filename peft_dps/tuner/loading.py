@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from peft_dps.errors import AdapterFileError
-from peft_dps.masking.compact.delta import NONE, Delta
+from peft_dps.masking.compact.delta import NONE, Delta, set_values
 from peft_dps.tensors.difference import decode, is_encoded
 from peft_dps.tuner.layers.layer import DPSLayer
 from peft_dps.tuner.trained_tensors import TrainedTensor, trained_tensors
@@ -51,6 +51,23 @@ def read_state(model: nn.Module, adapter: str, state: Mapping[str, torch.Tensor]
     if unknown:
         logger.warning("What is loaded for adapter %r has tensors that the model lacks: %s.", adapter, _some(unknown))
     return restored
+
+
+def remember_units(model: nn.Module, adapter: str) -> Callable[[], None]:
+    """Return a function that gives compact layers back the units that they hold now."""
+    deltas = [layer.delta(adapter) for layer in model.modules() if isinstance(layer, DPSLayer)]
+    held = [
+        (delta, delta.weight.data, delta.index, delta.kept_weight, delta.kept_index)
+        for delta in deltas
+        if delta is not None
+    ]
+
+    def restore() -> None:
+        for delta, weight, index, kept_weight, kept_index in held:
+            set_values(delta.weight, weight)
+            delta.index, delta.kept_weight, delta.kept_index = index, kept_weight, kept_index
+
+    return restore
 
 
 def expect_kept_units(model: nn.Module, adapter: str, state: Mapping[str, torch.Tensor]) -> None:

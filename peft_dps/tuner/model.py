@@ -20,7 +20,7 @@ from peft_dps.tuner.adapter_name import one_adapter, require_adapter_name
 from peft_dps.tuner.config import DPSConfig
 from peft_dps.tuner.dispatch import check_layout, check_mergeable, check_reach, make_layer, wrap_parameter
 from peft_dps.tuner.layers.layer import DPSLayer
-from peft_dps.tuner.loading import expect_kept_units, read_state, require_saved_shapes
+from peft_dps.tuner.loading import expect_kept_units, read_state, remember_units, require_saved_shapes
 from peft_dps.tuner.method import settings_of
 from peft_dps.tuner.model_card import make_section, write_section
 from peft_dps.tuner.offload import offload_bases, offload_originals
@@ -58,6 +58,7 @@ class DPSModel(BaseTuner):
     tuner_layer_cls = DPSLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
     _originals_wait = False
+    _restore_units: Callable[[], None] = staticmethod(lambda: None)
 
     def inject_adapter(
         self,
@@ -134,14 +135,18 @@ class DPSModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         # PEFT's place for what a tuner does with a loaded state dict, before it reaches the model.
         config = _as_dps(config)
+        tuner: Any = model.base_model if isinstance(model, PeftModel) else None
+        if tuner is not None:  # a file is refused after this too, when room has been made for its units
+            tuner._restore_units = remember_units(model, adapter_name)
         expect_kept_units(model, adapter_name, state_dict)
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
             return read_state(model, adapter_name, mapped)
         except AdapterFileError:
-            if isinstance(model, PeftModel) and _is_to_be_filled(config, find_controllers(model).get(adapter_name)):
-                tuner: Any = model.base_model
-                remove_adapter(tuner, adapter_name)
+            if tuner is not None:
+                del tuner._restore_units
+                if _is_to_be_filled(config, find_controllers(model).get(adapter_name)):
+                    remove_adapter(tuner, adapter_name)
             raise
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -158,7 +163,10 @@ class DPSModel(BaseTuner):
             for name, config in loaded:
                 if _is_to_be_filled(config, controllers.get(name)):
                     remove_adapter(self, name)
+            self._restore_units()
             raise
+        finally:
+            self.__dict__.pop("_restore_units", None)
         for name, config in loaded:
             config.is_to_be_filled = False
             if name in controllers:

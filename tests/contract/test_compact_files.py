@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
+
 import pytest
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.optim import AdamW
 
+from peft_dps import DPSConfig
 from peft_dps.errors import AdapterFileError, StateError
 from tests.compact import deltas_of, loss_of, make_base, make_batches, make_model, train, trainable
 
@@ -117,6 +122,23 @@ def test_a_refused_load_leaves_the_adapter_as_it_was(tmp_path):
         set_peft_model_state_dict(model, tensors)
     assert all(torch.equal(value, before[name]) for name, value in own_tensors(model).items())
     assert torch.equal(model(tokens), expected)
+
+
+def test_a_load_that_is_refused_for_its_head_leaves_the_units_as_they_were(tmp_path):
+    def classifier(classes):
+        return get_peft_model(
+            nn.Sequential(OrderedDict(body=nn.Linear(8, 8), head=nn.Linear(8, classes))),
+            DPSConfig.compact(classes, target_modules=["body"], modules_to_save=["head"], init_weights=False),
+        ).eval()
+
+    classifier(3).save_pretrained(tmp_path)
+    model, x = classifier(2), torch.randn(4, 8)
+    before = model(x)
+    with pytest.raises(AdapterFileError, match="size mismatch"):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(model(x), before)
+    assert torch.equal(copy.deepcopy(model)(x), before)
+    assert "_restore_units" not in model.base_model.__dict__
 
 
 def test_evidence_of_micro_batches_survives_a_resume_before_units_have_their_number(tmp_path):

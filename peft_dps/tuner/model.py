@@ -99,7 +99,7 @@ class DPSModel(BaseTuner):
             controller.weights.clear()
             remove_adapter(self, adapter_name)
             for parameter in trained:
-                parameter.requires_grad_(True)
+                parameter.requires_grad = True  # also one of a lazy layer
             raise
         finally:
             del self._injecting

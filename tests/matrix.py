@@ -28,10 +28,11 @@ HEAD = """# What is supported
 
 <!-- Written by `python -m tests.matrix` from the marks of the tests. Change the marks, not this file. -->
 
-Every line is what a test shows, with every change: on the CPU, with small models of random weights. "Refused" is an
-error that names the cause, or a warning where it says so; a dash means that there is no such test. Those of torchao
-and DeepSpeed run where these are installed. Each section names its files below `tests/`; a line's words are in the mark of its test. What does not name compact storage is about
-copies of whole weights (`storage="copy"`, the default).
+Every line is what a test shows, with every change: on the CPU, with small models of random weights. "Refused" is
+an error that names the cause, or a warning where it says so; a dash means that there is no such test. Those of
+torchao and DeepSpeed run where these are installed. Each section names its files below `tests/`; a line's words
+are in the mark of its test. What does not name compact storage is about copies of whole weights (`storage="copy"`,
+the default).
 
 Layers of bitsandbytes and torchao are real. Those of GPTQ, AWQ, HQQ, compressed-tensors, AQLM, EETQ and FP8, whose
 kernels need an accelerator, are modules with their attributes and a backward pass of their own.

@@ -14,6 +14,9 @@ from peft_dps.compare.report.significance import LEVEL
 from peft_dps.compare.report.table import Table
 
 
+_NAMED = 3  # methods that a sentence names; of more it tells the number
+
+
 @dataclass(frozen=True)
 class Measure:
     """Something that fine-tuning may keep or destroy.
@@ -116,12 +119,12 @@ def _clear(experiment: Experiment, measure: Measure, found: Sequence[MethodScore
     """Say which methods keep more or less of something than the reference, beyond chance."""
     differing = [each for each in found if each.corrected_p is not None and each.corrected_p <= LEVEL]
     for word, sign in (("more", 1), ("less", -1)):
-        names = [
-            f"{each.method.title} ({measure.show(each.difference, sign=True, digits=1)})"
-            for each in differing
-            if sign * (each.difference or 0) > 0
-        ]
-        if names:
+        those = [each for each in differing if sign * (each.difference or 0) > 0]
+        those.sort(key=lambda each: abs(each.difference or 0), reverse=True)
+        names = [f"{each.method.title} ({measure.show(each.difference, sign=True, digits=1)})" for each in those]
+        if len(names) > _NAMED:
+            yield f"beyond chance, {len(names)} methods keep {word} of {measure.title}, above all {names[0]}"
+        elif names:
             yield f"beyond chance, {', '.join(names)} keep{'s' * (len(names) == 1)} {word} of {measure.title}"
 
 

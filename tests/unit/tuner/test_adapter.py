@@ -1,4 +1,4 @@
-"""What `model.score` is given by mistake is named, with what it takes instead."""
+"""What `model.dps_score` is given by mistake is named, with what it takes instead."""
 
 from __future__ import annotations
 

@@ -76,6 +76,16 @@ def test_the_conclusion_says_what_is_kept(six_seeds):
     assert kept([six_seeds, six_seeds]) == kept([experiment(run("full", 0, 0.9))]) == ""
 
 
+def test_of_many_methods_the_conclusion_tells_the_number():
+    methods = {"full": 0.5, "lora": 0.7, "bitfit": 0.75, "houlsby": 0.6, "pfeiffer": 0.65}
+    runs = [
+        run(method, seed, 0.9 + 0.001 * seed, keeps + 0.01 * seed)
+        for method, keeps in methods.items()
+        for seed in range(10)
+    ]
+    assert "; beyond chance, 4 methods keep more of pairs, above all bitfit (+25.0)" in kept([experiment(*runs)])
+
+
 def test_failed_runs_keep_nothing():
     found = experiment(run("full", 0, 0.9, 0.5), run("lora", 0, 0.9, error="OSError: no"))
     (measure, _) = measures_of(found)

@@ -281,7 +281,7 @@ def test_gradients_that_are_not_finite_are_not_scored(caplog):
 
 def test_no_scored_step_is_an_error():
     model, batches = make_model(**SCORED_BEFORE), make_batches(1)
-    with pytest.raises(ScoreError, match=r"call `model.score\(batches\)` before training"):
+    with pytest.raises(ScoreError, match=r"call `model.dps_score\(batches\)` before training"):
         train(model, SGD(trainable(model), 0.1), batches)
 
 

@@ -200,7 +200,7 @@ def test_the_status_tells_which_units_an_adapter_has(tmp_path):
 def test_a_forgotten_score_is_not_taken_for_nan():
     model = make_model(**ONCE, score_steps=0)
     with pytest.raises(
-        ValueError, match=r"call `model.score\(batches\)` before training, or set `score_steps`"
+        ValueError, match=r"call `model.dps_score\(batches\)` before training, or set `score_steps`"
     ) as told:
         train(model, SGD(trainable(model), 0.1), make_batches(1))
     assert "NaN" not in str(told.value)

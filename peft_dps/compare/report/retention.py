@@ -13,7 +13,6 @@ from peft_dps.compare.report.scores import MethodScores, method_scores
 from peft_dps.compare.report.significance import LEVEL
 from peft_dps.compare.report.table import Table
 
-
 _NAMED = 3  # methods that a sentence names; of more it tells the number
 
 

@@ -63,7 +63,7 @@ def recipe_of(config: Any) -> Recipe:
     if config.inference_mode:  # a trained adapter loads without the names that its training alone had registered
         needed = ("storage",) if names["storage"] == "copy" else ("storage", "granularity")
         names = {name: value for name, value in names.items() if name in needed or value in (None, *_NAMED[name])}
-    if STORAGES.find(names.get("storage", "copy")).compact:
+    if STORAGES.find(names["storage"]).compact:
         _check_base_is_needed(config)
     if config.lean:
         names |= _less_memory(config, names)

@@ -148,11 +148,10 @@ def _require_units(delta: Delta | None, adapter: str) -> None:
 
 
 def _require_pretrained_bias(layer: DPSLayer, adapter: str, path: str) -> None:
-    pretrained = layer.pretrained_bias()
-    if adapter not in layer.dps_bias or pretrained is None:
-        return
-    bias: Any = layer.dps_bias[adapter]
-    if not torch.equal(_whole(bias, path), pretrained.to(bias.dtype)):
+    bias = layer.trained_bias(adapter)
+    if bias is not None:
+        _whole(bias, path)
+    if layer.has_changed_bias(adapter):
         raise ConfigError(
             f"`form='lora'` has no place for biases, and adapter {adapter!r} has trained that of {path!r}. Train with "
             "`train_bias=False`, use `form='difference'`, or merge the adapter (`merge_and_unload`)."

@@ -156,14 +156,18 @@ class LayerState(nn.Module, BaseTunerLayer):
         weight: torch.Tensor = self.dps_weight[adapter]
         return weight - base.to(weight.dtype)
 
+    def has_changed_bias(self, adapter: str) -> bool:
+        """Tell whether the adapter's bias is another one than the pretrained one."""
+        bias, pretrained = self.trained_bias(adapter), self.pretrained_bias()
+        return bias is not None and pretrained is not None and not torch.equal(bias, pretrained.to(bias.dtype))
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Tell PEFT whether it may approximate the adapter's delta by a LoRA.
 
         Raises:
             ConfigError: If the adapter has trained a bias, which PEFT would leave out without a word.
         """
-        bias, pretrained = self.trained_bias(adapter_name), self.pretrained_bias()
-        if bias is not None and pretrained is not None and not torch.equal(bias, pretrained.to(bias.dtype)):
+        if self.has_changed_bias(adapter_name):
             raise ConfigError(
                 f"A LoRA has no place for biases, and adapter {adapter_name!r} has trained some. Train with "
                 "`train_bias=False`, or merge the adapter (`merge_and_unload`)."

@@ -17,7 +17,7 @@ parser.add_argument(
     "--columns", type=int, help="train so many columns of each layer (default: DPS Dense, all entries)"
 )
 parser.add_argument("--epochs", type=float, default=4)
-parser.add_argument("--learning-rate", type=float, help="default: 1e-3 for columns, 1e-4 for DPS Dense")
+parser.add_argument("--learning-rate", type=float, help="default: 3e-3 for columns, 1e-4 for DPS Dense")
 options = parser.parse_args()
 texts = load(options)
 base = texts.base()
@@ -31,7 +31,7 @@ else:
     config = DPSConfig(task_type="SEQ_CLS", stage_steps=0.25)
 model = get_peft_model(base, config)
 
-rate = 1e-4 if options.columns is None else 1e-3
+rate = 1e-4 if options.columns is None else 3e-3
 with tempfile.TemporaryDirectory() as folder:
     arguments = TrainingArguments(
         folder,

@@ -93,9 +93,10 @@ class DPSStatus:
             doing = f"training all of {self.entries} entries"
         else:
             doing = f"scoring {self.entries} entries, last selected {selected}"
+        of_stage = "" if self.stage_steps is None else f"/{self.stage_steps}"
         return (
             f"DPS adapter {self.adapter!r}: step {self.steps}, cycle {self.cycle}, {self.stage.value} "
-            f"{self.step_in_stage}/{self.stage_steps or '-'}, {doing}, {self.unscored_steps} steps not scored"
+            f"{self.step_in_stage}{of_stage}, {doing}, {self.unscored_steps} steps not scored"
         )
 
 

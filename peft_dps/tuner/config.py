@@ -230,14 +230,16 @@ class DPSConfig(PeftConfig):
 
     @classmethod
     def compact(cls, units: int | None = None, **fields: Any) -> DPSConfig:
-        """Build a configuration of few parameters: columns, chosen once by the gradients of the first eight steps.
+        """Build a configuration of few parameters: sixteen columns of each linear layer, and nothing else.
 
-        The sixteen columns of each linear layer in which the gradient is largest are trained from then on, and nothing
-        else: of a square layer, half of the parameters of a LoRA of rank 16.
+        Of a square layer these are half of the parameters of a LoRA of rank 16. The columns are chosen at random, before
+        the first step. With `score_steps=8` they are those with the largest gradients in the first eight steps, and
+        with `score_steps=0` in batches that you score before training (`model.dps_score(batches)`).
 
         Args:
             units: Number of columns of each weight, as the rank of a LoRA; None for 16, unless there is a `density`.
-            **fields: Fields to set otherwise.
+            **fields: Fields to set otherwise. `score` is `"random"`, and `"squared_gradient"` if `score_steps` or
+                `evidence` is given; `score_steps` is 0 for random columns, and 8 for other scores.
 
         Returns:
             The configuration.
@@ -253,11 +255,13 @@ class DPSConfig(PeftConfig):
                     "rows or columns of each weight."
                 )
             units = 16
+        score = fields.get("score", "squared_gradient" if fields.keys() & {"score_steps", "evidence"} else "random")
         cheap: dict[str, Any] = {
             "storage": "compact",
             "granularity": "column",
             "schedule": "once",
-            "score_steps": 8,
+            "score": score,
+            "score_steps": 0 if score == "random" else 8,
             "units": units,
             "train_bias": False,
         }

@@ -39,7 +39,7 @@ EXPECTED = {
     ],
     "own_score.py": ["subnetwork 10/10, selected 70.", "the loss falls: True"],
     "four_bits_to_lora.py": [
-        "step 12, cycle 1, subnetwork 9/-, selected 5.6%",
+        "step 12, cycle 1, subnetwork 9, selected 5.6%",
         "the loss falls: True",
         "resumed after step 2, bit for bit: True",
         "resumed after step 6, bit for bit: True",

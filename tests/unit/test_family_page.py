@@ -36,7 +36,7 @@ def test_every_recipe_is_on_the_page_of_the_api():
 def test_axes_are_told_as_the_configuration_says_them():
     told = axes_of(DPSConfig(variant="mix", stage_steps=7, density=0.25))
     assert (told["schedule"], told["how much"], told["the rest"]) == ("cycle, 7", "0.25", "columns")
-    told = axes_of(DPSConfig.compact(units=4))
+    told = axes_of(DPSConfig.compact(units=4, score_steps=8))
     assert (told["schedule"], told["how much"], told["the rest"]) == ("once, 8", "4 units", "held")
 
 

@@ -16,14 +16,15 @@ from peft_dps.compare.settings import Settings
 METHODS = (
     Choice("full", learning_rates=(1e-4,)),
     Choice("dps-columns", learning_rates=(1e-3,)),
-    Choice("random-columns", learning_rates=(3e-3,)),
+    Choice("random-columns", {"score_steps": 0}, (3e-3,), "random columns"),
     Choice("dps-dense", {"stage_steps": 0.25}, (1e-4,), "DPS Dense"),
     Choice("lora", learning_rates=(1e-3,)),
 )
 TRAIN_SIZE = 256
 DEMO = (
-    f"{len(METHODS)} methods fine-tune a 22M model on {TRAIN_SIZE} movie reviews; each is tested on four domains.\n"
-    "It takes some minutes on 2 cores. Ctrl-C stops; the same command goes on from there."
+    f"{len(METHODS)} methods fine-tune a 22M model on {TRAIN_SIZE} movie reviews.\n"
+    "Each is tested on four domains. It takes some minutes on 2 cores.\n"
+    "Ctrl-C stops; the same command goes on from there."
 )
 """What the demo does and how long it takes, for its first line."""
 JOBS = 2  # a process on each of two cores is faster than one on both

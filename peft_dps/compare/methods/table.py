@@ -286,4 +286,4 @@ def columns(model: PreTrainedModel | None, **fields: Any) -> PeftConfig:
     """Train some columns of all linear layers, chosen once, and the head."""
     if model is not None:
         fields["modules_to_save"] = _head_and(model, fields.get("modules_to_save"))
-    return DPSConfig.compact(**{"task_type": "SEQ_CLS", **fields})
+    return DPSConfig.compact(**{"task_type": "SEQ_CLS", "score_steps": 8, **fields})

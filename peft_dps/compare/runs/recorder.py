@@ -130,8 +130,8 @@ def jaccard(one: np.ndarray | None, other: np.ndarray | None) -> float:
     """Return the entries in both of two masks in bits over those in either; None is a mask of all entries."""
     if one is None or other is None:
         return 1.0
-    union = int(np.bitwise_count(one | other).sum())
-    return int(np.bitwise_count(one & other).sum()) / union if union else 1.0
+    union = int(np.unpackbits(one | other).sum())
+    return int(np.unpackbits(one & other).sum()) / union if union else 1.0
 
 
 def chance(a: float, b: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import logging
 import os
@@ -14,6 +13,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -392,8 +392,7 @@ def test_pip_is_asked_for_one_hashed_archive(
 
 
 def test_missing_pip_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    monkeypatch.setattr(module, "distributions", lambda name: iter(()))
     with pytest.raises(AssetError, match=r"has no pip.*ensurepip"):
         module._download(ASSET, "tiny-model==1.0 --hash=sha256:00", folder)
 
@@ -408,7 +407,7 @@ def local_wheel(root: Path) -> str:
     return hashlib.sha256((root / WHEEL).read_bytes()).hexdigest()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip is not installed")
+@pytest.mark.skipif(not any(distributions(name="pip")), reason="pip is not installed")
 def test_real_pip_on_a_local_folder(
     real_download: Callable[[module._Asset, str, Path], None],
     tmp_path: Path,

@@ -203,7 +203,7 @@ def test_the_command_line_makes_a_report(tmp_path, capsys):
     assert "Nothing was compared with full." in shown
     assert (tmp_path / "runs" / "report.html").is_file()
     assert main(["report", str(tmp_path / "none.jsonl")]) == 1
-    assert "does not exist" in capsys.readouterr().out.replace("\n", " ")
+    assert "does not exist" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_file_without_runs_is_named(tmp_path):

@@ -39,7 +39,8 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `compare`. Their names are those of the specification file."""
     add = parser.add_argument
     add("--file", type=Path, default=_GIVEN, help="specification, .toml; a flag overrides what the file says")
-    add("--methods", nargs="+", default=_GIVEN, metavar="METHOD", help='names, as lora or dps-dense:{"density":0.3}')
+    known = 'names, such as full, lora, random-columns or dps-dense:{"density":0.3}; a wrong one lists all'
+    add("--methods", nargs="+", default=_GIVEN, metavar="METHOD", help=known)
     add("--tasks", nargs="+", default=_GIVEN, metavar="TASK", help="names, as sentiment or glue/cola")
     _add_data_flags(parser, default=_GIVEN, otherwise="or give --tasks")
     add("--probes", nargs="+", default=_GIVEN, metavar="PROBE", help="articles, stsb, a file of rated pairs or .txt")

@@ -136,6 +136,14 @@ def refuse_split(adapter: str, what: str) -> None:
     )
 
 
+def refuse_thawed(adapter: str) -> None:
+    """Refuse to train the weights beside an adapter that were frozen before tensor parallelism split them."""
+    raise EngineError(
+        f"A weight beside adapter {adapter!r} would be trained: `parallelize_module` of this version of torch forgets "
+        "that it was frozen. Put the adapter on after the split, or use torch 2.11 or newer."
+    )
+
+
 def refuse_unseen_steps(adapter: str, steps: int) -> None:
     """Refuse an engine that has made steps of which DPS has seen none."""
     raise EngineError(

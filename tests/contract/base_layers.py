@@ -108,6 +108,7 @@ def bitsandbytes_4bit(linear: nn.Linear) -> nn.Module:
     layer = bnb.nn.Linear4bit(
         linear.in_features, linear.out_features, linear.bias is not None, quant_type="nf4", compute_dtype=torch.float32
     )
+    layer.support_avx512bf16_for_cpu = False  # whose kernel takes multiples of 32 rows alone
     layer.load_state_dict(linear.state_dict())
     return layer.to(DEVICE)
 

@@ -206,6 +206,7 @@ def test_seq2seq_trainer(variant, tmp_path):
         num_train_epochs=1,
         learning_rate=1e-2,
         lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
         max_grad_norm=1.0,
         report_to="none",
         save_strategy="no",

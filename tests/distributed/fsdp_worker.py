@@ -82,7 +82,7 @@ def optimizer_of(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 
 def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return nn.functional.mse_loss(model(x), y)
+    return nn.functional.mse_loss(model(x).to(y.dtype), y)
 
 
 def batches(count: int, seed: int = 7) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -50,8 +50,12 @@ def with_adapter(net: nn.Module, fields: dict[str, Any]) -> nn.Module:
     return get_peft_model(net, DPSConfig(target_modules=["0", "2", "4", "6", "7"], density=0.4, **fields))
 
 
-def split(net: nn.Module, mesh: Any, inside: str = "") -> nn.Module:
-    return parallelize_module(net, mesh, {f"{place}{inside}": plan for place, plan in PAIRS.items()})
+def split(net: nn.Module, mesh: Any, inside: str = "", plan: dict[str, Any] = PAIRS) -> nn.Module:
+    parallelize_module(net, mesh, {f"{place}{inside}": each for place, each in plan.items()})
+    if inside:  # torch below 2.11 has forgotten that it was frozen
+        for place in plan:
+            net.get_submodule(f"{place}{inside}").requires_grad_(False)
+    return net
 
 
 def make_split(fields: dict[str, Any], mesh: Any, *, adapter_first: bool) -> nn.Module:
@@ -158,7 +162,7 @@ def a_plan_of_transformers(folder: Path) -> None:
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=33, hidden_size=16, intermediate_size=21, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=34, hidden_size=16, intermediate_size=21, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=4, max_position_embeddings=32, tie_word_embeddings=False,
         initializer_range=0.5,
     )  # fmt: skip
@@ -166,7 +170,7 @@ def a_plan_of_transformers(folder: Path) -> None:
         Qwen3ForCausalLM(config).save_pretrained(folder / "base")
     dist.barrier()
     load = partial(AutoModelForCausalLM.from_pretrained, folder / "base", dtype=torch.float64)
-    ids = torch.randint(0, 33, (4, 3, 9), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 34, (4, 3, 9), generator=torch.Generator().manual_seed(1))
     for number, granularity in enumerate(("column", "row")):
         # `colwise_gather_output` of the head too
         fields = {**ONCE, "granularity": granularity, "score_steps": 2, "target_modules": r".*(_proj|lm_head)"}
@@ -224,13 +228,14 @@ def others_are_refused_by_name() -> None:
             model = with_adapter(make_net(), {**BEFORE, "scope": "tensor"} if selected else ONCE)
             if selected:
                 model.dps_score(batches(1), loss=loss)
-            parallelize_module(
-                model.base_model.model, mesh, {f"{place}.base_layer": each for place, each in plan.items()}
-            )
+            split(model.base_model.model, mesh, ".base_layer", plan)
             assert "sequence parallelism" in caught(forward(model)), (plan, selected)
     model = with_adapter(make_net(), ONCE)
-    parallelize_module(model.base_model.model, mesh, {"0.base_layer": ColwiseParallel(output_layouts=Replicate())})
+    split(model.base_model.model, mesh, ".base_layer", {"0": ColwiseParallel(output_layouts=Replicate())})
     forward(model)()  # gathers all outputs
+    model.base_model.model.get_submodule("0.base_layer").weight.requires_grad_(True)
+    assert "forgets that it was frozen. Put the adapter on after the split" in caught(forward(model))
+    forward(model.eval())()
     with pytest.raises(TargetError, match="its weight is cut over processes"):
         model.merge_adapter()
 

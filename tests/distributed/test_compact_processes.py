@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from tests import needs
 from tests.launching import torchrun
 
 
 @pytest.mark.slow
 @pytest.mark.supports("Training", "compact storage, {engine}: as one process")
-@pytest.mark.parametrize("engine", ["DDP", "FSDP2", "FSDP1"])
+@pytest.mark.parametrize("engine", ["DDP", pytest.param("FSDP2", marks=needs.fsdp2), "FSDP1"])
 def test_compact_adapters_equal_one_process(engine):
     torchrun("compact_worker.py", engine.lower())
 

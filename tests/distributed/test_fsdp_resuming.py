@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from peft_dps import dps_adapter
 from peft_dps.checkpoint.parts import find_save
+from tests import needs
 from tests.distributed.fsdp_worker import batches, everything, make_model, optimizer_of, train_alone
 from tests.launching import torchrun
 from tests.resuming import assert_same
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs.fsdp2]
 WORKER = "fsdp_resume_worker.py"
 MIX = {"variant": "mix"}
 LT_SFT = {"schedule": "two-phase", "score": "movement", "scope": "model"}

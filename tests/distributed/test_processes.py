@@ -7,6 +7,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from tests import needs
 from tests.launching import torchrun
 from tests.resuming import Training, assert_same
 
@@ -36,6 +37,7 @@ def test_ddp_resumes_bitwise(tmp_path):
         assert not alone.model.dps_status().frozen_moved
 
 
+@needs.fsdp2
 @pytest.mark.slow
 @pytest.mark.supports("Training", "FSDP2 (`fully_shard`), hybrid too: as one process")
 @pytest.mark.parametrize(
@@ -126,6 +128,7 @@ def test_fsdp2_equals_one_process(processes, settings):
     torchrun("fsdp_worker.py", json.dumps(settings), processes=processes)
 
 
+@needs.fsdp2
 @pytest.mark.slow
 @pytest.mark.refuses(
     "Training", "copies: FSDP1, tensor parallelism", "processes hold parts that are not rows of a weight"
@@ -134,6 +137,7 @@ def test_an_error_of_one_rank_is_one_of_all_and_other_engines_are_refused_by_nam
     torchrun("failures_worker.py")
 
 
+@needs.fsdp2
 @pytest.mark.slow
 @pytest.mark.supports(
     "Training", "FSDP2: state dicts, saving, resuming to the bit, mixed precision, Accelerate's loading"

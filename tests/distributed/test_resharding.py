@@ -7,6 +7,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from tests import needs
 from tests.distributed.fsdp_worker import batches, everything, make_model, optimizer_of
 from tests.distributed.reshard_worker import train
 from tests.launching import torchrun
@@ -35,6 +36,7 @@ PLANS = [
 HOPS = [(2, 2), (3, 4), (1, 8), (2, 11)]
 
 
+@needs.fsdp2
 @pytest.mark.slow
 @pytest.mark.supports("Training", "resuming to the bit, FSDP2 with another number of processes, and one process")
 def test_two_processes_then_three_then_one_then_two_are_one_uninterrupted_training(tmp_path):

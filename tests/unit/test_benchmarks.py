@@ -19,6 +19,7 @@ from benchmarks.ratio import Spread, target
 from benchmarks.rounds import FIGURES
 from benchmarks.settings import Settings
 from benchmarks.variant import VARIANTS
+from tests import needs
 
 pytestmark = pytest.mark.slow  # it starts a process for each variant
 _TINY = "--batch 2 --tokens 8 --stage-steps 2 --cycles 2 --warmup 1 --threads 1 --optimizer adamw-foreach"
@@ -195,6 +196,7 @@ def scaled(tmp_path_factory):
     return json.loads(path.read_text())
 
 
+@needs.fsdp2
 def test_dps_on_engines_is_held_against_the_engines(scaled):
     found = {(each["variant"], each["against"], each["figure"]) for each in scaled["step_ratios"]}
     assert found == {(*pair, figure) for pair, figure in product(scaling.comparisons(scaling.ENGINES), FIGURES)}
@@ -205,6 +207,7 @@ def test_dps_on_engines_is_held_against_the_engines(scaled):
     assert all(each["seconds"]["count"] == 2 for each in scaled["selection"])
 
 
+@needs.fsdp2
 def test_what_engines_communicate_is_counted(scaled):
     traffic = {
         name: {figure: sum(by_collective.values()) for figure, by_collective in figures.items()}
@@ -225,6 +228,7 @@ def test_what_engines_communicate_is_counted(scaled):
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # SHiRA
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events at the end of each cycle:UserWarning")
 def test_methods_on_a_device(tmp_path):
     out = tmp_path / "device.json"
     tiny = "--device cpu --models decoder-toy --batch 2 --tokens 8 --stage-steps 3 --cycles 2 --profile dps"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
+from tests import needs
 from tests.local_models import ENCODER, write_models, write_tables
 
 ROOT = Path(__file__).parents[2]
@@ -73,13 +74,23 @@ def test_no_example_is_forgotten():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXPECTED)
 
 
-@pytest.mark.parametrize("name", sorted(name for name in EXPECTED if EXPECTED[name]))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[needs.resumed_epochs] if name == "trainer_resume.py" else [])
+        for name in sorted(EXPECTED)
+        if EXPECTED[name]
+    ],
+)
 def test_example_runs_and_engages(name, tmp_path):
     run_example([], name, EXPECTED[name], tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(ON_TWO_PROCESSES))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[needs.fsdp2] if name == "fsdp2.py" else []) for name in sorted(ON_TWO_PROCESSES)],
+)
 def test_example_runs_on_two_processes(name, tmp_path):
     run_example(TORCHRUN, name, ON_TWO_PROCESSES[name], tmp_path, ACCELERATE_USE_CPU="true")
 

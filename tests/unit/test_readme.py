@@ -62,6 +62,8 @@ def test_python_blocks_run_and_print_what_they_say(page, tmp_path, monkeypatch, 
     write_models(tmp_path)
     write_tables(tmp_path)
     text = page.read_text(encoding="utf-8")
+    if "from trl" in text:
+        pytest.importorskip("trl")
     blocks = list(BLOCK.finditer(text))
     assert len(blocks) == text.count("```python") > 1
     namespace = {"__name__": "readme"}
@@ -121,7 +123,8 @@ HOW_TO = [
 
 @pytest.mark.usefixtures("_clean_accelerate")
 # torch's, where one process saves as several do.
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.distributed is .*unavailable or uninitialized:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # which torch 2.6 itself uses
 @pytest.mark.parametrize(("name", "block"), HOW_TO)
 def test_a_block_of_a_how_to_page_runs(name, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -96,5 +96,5 @@ def pairs_needed(comparisons: int) -> int:
 
 def ranks(scores: Sequence[float]) -> list[float]:
     """Rank scores, 1 for the highest; equal ones share their mean rank, and those that are NaN the last."""
-    values = np.asarray(scores, dtype=float)
+    values = np.round(np.asarray(scores, dtype=float), 12)  # means of equal scores may differ in the last bit
     return [float(rank) for rank in stats.rankdata(np.where(np.isnan(values), np.inf, -values))]

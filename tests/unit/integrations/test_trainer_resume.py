@@ -12,23 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_dps import DPSTrainerCallback, Stage
 from peft_dps.errors import StateError
+from tests import needs
 from tests.resuming import assert_same
 from tests.trainer_resuming import Sentences, make_base, make_trainer
 
 ROOT = Path(__file__).parents[3]
-
-in_any_epoch = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5"),
-    reason="transformers 4 draws other batches after a resume in a later epoch, with or without DPS",
-)
 
 
 def after(trace, step):
@@ -62,7 +56,7 @@ PLANS = [
 ]
 
 
-@in_any_epoch
+@needs.resumed_epochs
 @pytest.mark.slow
 def test_a_new_process_resumes_bitwise(tmp_path):
     whole = []
@@ -81,7 +75,9 @@ def test_a_new_process_resumes_bitwise(tmp_path):
 
 @pytest.mark.supports("Training", "resuming to the bit, Trainer (`resume_from_checkpoint`)")
 @pytest.mark.parametrize("variant", ["dense", "mix"])
-@pytest.mark.parametrize("stops", [(1, 3, 4), pytest.param((7, 11), marks=in_any_epoch)], ids=["first epoch", "later"])
+@pytest.mark.parametrize(
+    "stops", [(1, 3, 4), pytest.param((7, 11), marks=needs.resumed_epochs)], ids=["first epoch", "later"]
+)
 def test_every_checkpoint_resumes_bitwise(tmp_path, variant, stops):
     whole = make_trainer(tmp_path, {"variant": variant})
     whole.train()
@@ -92,7 +88,7 @@ def test_every_checkpoint_resumes_bitwise(tmp_path, variant, stops):
         assert resumed.model.dps_status() == whole.model.dps_status()
 
 
-@in_any_epoch
+@needs.resumed_epochs
 def test_a_resumed_training_saves_and_resumes_again(tmp_path):
     whole = make_trainer(tmp_path / "whole", {})
     whole.train()
@@ -106,7 +102,7 @@ def test_a_resumed_training_saves_and_resumes_again(tmp_path):
     assert_same(last.trace, after(whole.trace, 8))
 
 
-@in_any_epoch
+@needs.resumed_epochs
 def test_with_the_best_model_at_the_end_and_one_checkpoint_kept(tmp_path):
     def make():
         trainer = make_trainer(

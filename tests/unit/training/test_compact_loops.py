@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from peft_dps import DPSConfig, dps_adapter
 from peft_dps.errors import ConfigError, EngineError, ScoreError
+from tests import needs
 from tests.unit.conftest import Net, controller_of, layers_of, trainable
 
 STEPS = 3
@@ -331,6 +332,7 @@ def test_a_copy_at_rest_is_left_alone(make, data):
     assert reference.dps_status().steps == 0
 
 
+@needs.one_graph
 # What torch's compiler does at a graph break, and with autograd functions, is what other parts of torch warn of.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -355,6 +357,7 @@ def test_compiled_models_train_alike(make, data, granularity, backend):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+@needs.one_graph
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("granularity", ["column", "row", "entry", "tensor"])
 def test_a_loaded_adapter_is_one_graph(make, data, granularity, tmp_path):

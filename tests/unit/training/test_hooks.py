@@ -278,7 +278,8 @@ def test_a_compiled_step_engages(make_model, batches):
         backward(compiled, batch)
         step()
     assert compiled.dps_status() == plain.dps_status()
-    assert all(torch.equal(a, b) for a, b in zip(weights_of(plain), weights_of(compiled), strict=True))
+    for ours, theirs in zip(weights_of(compiled), weights_of(plain), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)  # torch 2.6 and 2.7 round otherwise
 
 
 def test_two_threads_train_two_models(make_model, batches):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import pickle
@@ -144,7 +145,8 @@ def test_a_bad_value_is_refused_by_field_and_value(field, value, message):
 
 def test_every_field_of_ours_is_documented_in_the_docstring_and_in_its_help():
     ours = set(DPSConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
-    documented = set(re.findall(r"^ {8}(\w+): ", DPSConfig.__doc__.partition("Raises:")[0], re.MULTILINE))
+    text = inspect.cleandoc(DPSConfig.__doc__).partition("Raises:")[0]
+    documented = set(re.findall(r"^ {4}(\w+): ", text, re.MULTILINE))
     assert documented == ours
     assert all(DPSConfig.__dataclass_fields__[name].metadata["help"] for name in ours)
 

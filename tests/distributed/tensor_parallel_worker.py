@@ -161,16 +161,17 @@ def a_plan_of_transformers(folder: Path) -> None:
     from transformers.distributed import DistributedConfig
 
     torch.manual_seed(0)
+    is_old = Version(transformers.__version__) < Version("5.23")  # 5.17 cannot split unevenly, nor splits embeddings
     config = Qwen3Config(
-        vocab_size=34, hidden_size=16, intermediate_size=21, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=4, max_position_embeddings=32, tie_word_embeddings=False,
-        initializer_range=0.5,
+        vocab_size=33 + is_old, hidden_size=16, intermediate_size=21 + is_old, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=4, max_position_embeddings=32,
+        tie_word_embeddings=False, initializer_range=0.5,
     )  # fmt: skip
     if dist.get_rank() == 0:
         Qwen3ForCausalLM(config).save_pretrained(folder / "base")
     dist.barrier()
     load = partial(AutoModelForCausalLM.from_pretrained, folder / "base", dtype=torch.float64)
-    ids = torch.randint(0, 34, (4, 3, 9), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 33, (4, 3, 9), generator=torch.Generator().manual_seed(1))
     for number, granularity in enumerate(("column", "row")):
         # `colwise_gather_output` of the head too
         fields = {**ONCE, "granularity": granularity, "score_steps": 2, "target_modules": r".*(_proj|lm_head)"}
@@ -195,6 +196,8 @@ def a_plan_of_transformers(folder: Path) -> None:
                 assert not torch.allclose(model(input_ids=ids[0]).logits, expected, atol=1e-3)
         with pytest.raises(TargetError, match="cannot be merged into a Linear: its weight is split over processes"):
             model.merge_and_unload()
+        if is_old:
+            continue
         with pytest.raises(TargetError, match="Embedding, is split over processes"):
             get_peft_model(model.unload(), DPSConfig(target_modules=["embed_tokens"], **ONCE))
 

@@ -33,14 +33,29 @@ def write_models(folder: Path) -> None:
         **sizes, hidden_size=64, intermediate_size=128, pad_token_id=0, bos_token_id=None, eos_token_id=4
     )
     LlamaForCausalLM(llama).save_pretrained(folder / DECODER)
-    around = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    for name, processor in {ENCODER: around, DECODER: None}.items():
-        words = {word: index for index, word in enumerate(WORDS)}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token=SPECIAL["unk_token"]))
-        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        if processor is not None:
-            tokenizer.post_processor = processor
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(folder / name)
+    write_tokenizer(folder / ENCODER, WORDS, SPECIAL, is_encoder=True)
+    write_tokenizer(folder / DECODER, WORDS, SPECIAL, is_encoder=False)
+
+
+def write_tokenizer(folder: Path, words: list[str], special: dict[str, str], *, is_encoder: bool) -> None:
+    """Write a tokenizer of whole words, which any version of transformers reads.
+
+    Args:
+        folder: Where it goes.
+        words: All words, special ones first; of an encoder the third begins a text, and the fourth ends one.
+        special: What the special ones are.
+        is_encoder: Whether texts begin and end with them.
+    """
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=special["unk_token"])
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if is_encoder:
+        ends = [("[CLS]", 2), ("[SEP]", 3)]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=ends
+        )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def write_tables(folder: Path) -> None:

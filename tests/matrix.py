@@ -39,7 +39,8 @@ kernels need an accelerator, are modules with their attributes and a backward pa
 """
 VERSIONS = """## Versions
 
-`pip` installs any version between the lowest and the newest of these. `make versions` runs all tests on each row.
+`pip` installs any version between the lowest and the newest of these. `make versions` runs all tests on each row;
+a test that failed and was mended has run again by itself.
 """
 # Rows by the name of the parameter's value, where that is a name of the tests' own. None: in no table.
 LABELS = {

@@ -136,11 +136,12 @@ def refuse_split(adapter: str, what: str) -> None:
     )
 
 
-def refuse_thawed(adapter: str) -> None:
+def refuse_unfrozen(adapter: str) -> None:
     """Refuse to train the weights beside an adapter that were frozen before tensor parallelism split them."""
     raise EngineError(
-        f"A weight beside adapter {adapter!r} would be trained: `parallelize_module` of this version of torch forgets "
-        "that it was frozen. Put the adapter on after the split, or use torch 2.11 or newer."
+        f"A weight beside adapter {adapter!r}, split by tensor parallelism, would be trained: in older versions of "
+        "torch `parallelize_module` forgets that it was frozen. Put the adapter on after the split, or use torch 2.11 "
+        "or newer."
     )
 
 

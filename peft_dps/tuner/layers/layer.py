@@ -14,7 +14,7 @@ from torch.func import functional_call
 from peft_dps.masking.compact.delta import Delta
 from peft_dps.masking.compact.observing import observed
 from peft_dps.masking.effective_weight import EffectiveWeight
-from peft_dps.training.guards import refuse_split, refuse_thawed
+from peft_dps.training.guards import refuse_split, refuse_unfrozen
 from peft_dps.tuner.layers.merging import MergingLayer
 
 
@@ -76,7 +76,7 @@ class DPSLayer(MergingLayer):
             elif name in self.dps_bias:
                 refuse_split(name, "a bias to train")
             elif self.training and self.pretrained_parameter.requires_grad:
-                refuse_thawed(name)
+                refuse_unfrozen(name)
 
     def _compute(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, effective: EffectiveWeight | None

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import disable_progress_bars, enable_progress_bars
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification
 
 from peft_dps.compare.data.examples import Examples
+from tests.local_models import write_tokenizer
 
 SPECIAL = {
     "pad_token": "[PAD]",
@@ -43,13 +43,7 @@ def model_folder(tmp_path, tiny_bert):
     """A tiny model with random weights and a tokenizer of ten words."""
     folder = tmp_path / "model"
     folder.mkdir()
-    words = {word: index for index, word in enumerate([*SPECIAL.values(), *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=SPECIAL["unk_token"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL).save_pretrained(folder)
+    write_tokenizer(folder, [*SPECIAL.values(), *WORDS], SPECIAL, is_encoder=True)
     tiny_bert().save_pretrained(folder)
     return folder
 

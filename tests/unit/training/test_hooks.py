@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.optimizer import _global_optimizer_pre_hooks
@@ -278,8 +279,9 @@ def test_a_compiled_step_engages(make_model, batches):
         backward(compiled, batch)
         step()
     assert compiled.dps_status() == plain.dps_status()
+    rounding = 0 if Version(torch.__version__) >= Version("2.13") else 1e-7  # of torch 2.6 to 2.11
     for ours, theirs in zip(weights_of(compiled), weights_of(plain), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)  # torch 2.6 and 2.7 round otherwise
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=rounding)
 
 
 def test_two_threads_train_two_models(make_model, batches):

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(f"[{time.monotonic() - start:5.0f} s] {text}", markup=False, highlight=False)
 
     out = options.out or (Path("runs/compact_tiny.json") if options.tiny else _RESULTS / "compact_cpu.json")
-    document = _known(out)
+    document = known_results(out)
     for model in options.model:
         settings = replace(_SETTINGS[model, options.tiny], threads=options.threads, dropout=0.0)
         plan = Plan(replace(settings, optimizer=options.optimizer), options.density, options.rank, options.units)
@@ -69,7 +69,7 @@ def measure(names: Sequence[str], plan: Plan, warmup: int, rounds: int, tell: Te
     """Measure memory, then step times.
 
     Args:
-        names: Names of the methods, those of `REFERENCES` among them.
+        names: Names of the methods, at least two of `REFERENCES` among them, to which ratios are taken.
         plan: What they have in common.
         warmup: Rounds that count for nothing.
         rounds: Rounds that count.
@@ -84,7 +84,8 @@ def measure(names: Sequence[str], plan: Plan, warmup: int, rounds: int, tell: Te
         with usual_malloc(), crew_of(Worker, [name], plan) as crew:
             held[name] = asdict(crew.ask(name, "hold"))
     needs = {name: max(each["process"], each["peak"]) + _PROCESS for name, each in held.items()}
-    groups = grouped(names, needs, int(_USABLE * psutil.virtual_memory().available))
+    references = [name for name in REFERENCES if name in names]
+    groups = grouped(names, needs, int(_USABLE * psutil.virtual_memory().available), references)
     runs = [run_rounds(group, plan, warmup, rounds, tell) for group in groups]
     return {
         "settings": asdict(plan.settings),
@@ -95,11 +96,13 @@ def measure(names: Sequence[str], plan: Plan, warmup: int, rounds: int, tell: Te
         "held": held,
         "groups": groups,
         "seconds": runs,
-        "ratios": list(_ratios(runs)),
+        "ratios": list(_ratios(runs, references)),
     }
 
 
-def grouped(names: Sequence[str], needs: dict[str, int], limit: int) -> list[list[str]]:
+def grouped(
+    names: Sequence[str], needs: dict[str, int], limit: int, references: Sequence[str] = REFERENCES
+) -> list[list[str]]:
     """Put methods together whose needs add up to at most a limit, the references into each group.
 
     A method that does not fit beside all references is timed beside the first of them alone.
@@ -108,25 +111,26 @@ def grouped(names: Sequence[str], needs: dict[str, int], limit: int) -> list[lis
         names: Names of the methods.
         needs: Bytes that each needs.
         limit: Bytes that there are.
+        references: Names of the methods that the others are held against, at least two.
 
     Raises:
         MemoryError: If a method and the first reference need more.
     """
-    others = sorted((name for name in names if name not in REFERENCES), key=lambda name: -needs[name])
+    others = sorted((name for name in names if name not in references), key=lambda name: -needs[name])
     groups: list[list[str]] = []
     for name in others:
-        whole, alone = ([group for group in groups if (REFERENCES[1] in group) is each] for each in (True, False))
-        candidates = [*whole, [*REFERENCES], *alone, [REFERENCES[0]]]
+        whole, alone = ([group for group in groups if (references[1] in group) is each] for each in (True, False))
+        candidates = [*whole, [*references], *alone, [references[0]]]
         group = next((each for each in candidates if sum(needs[one] for one in (*each, name)) <= limit), None)
         if group is None:
             raise MemoryError(
-                f"{REFERENCES[0]} and {name} need {(needs[REFERENCES[0]] + needs[name]) / 2**30:.1f} GiB, and "
+                f"{references[0]} and {name} need {(needs[references[0]] + needs[name]) / 2**30:.1f} GiB, and "
                 f"{limit / 2**30:.1f} GiB may be used. Leave {name!r} out of `--methods`."
             )
         if group not in groups:
             groups.append(group)
         group.append(name)
-    return groups or [[*REFERENCES]]
+    return groups or [[*references]]
 
 
 def run_rounds(names: Sequence[str], plan: Plan, warmup: int, rounds: int, tell: Tell) -> dict[str, list[float]]:
@@ -154,21 +158,29 @@ def run_rounds(names: Sequence[str], plan: Plan, warmup: int, rounds: int, tell:
     return seconds
 
 
-def _ratios(runs: Sequence[dict[str, list[float]]]) -> Iterator[dict[str, Any]]:
-    first = next((run for run in runs if run.keys() >= {*REFERENCES}), None)
+def _ratios(runs: Sequence[dict[str, list[float]]], references: Sequence[str]) -> Iterator[dict[str, Any]]:
+    first = next((run for run in runs if run.keys() >= {*references}), None)
     for run in runs:
-        for name, reference in product(run, (name for name in REFERENCES if name in run)):
-            if name != reference and (name not in REFERENCES or run is first):
+        for name, reference in product(run, (name for name in references if name in run)):
+            if name != reference and (name not in references or run is first):
                 pairs = zip(run[name], run[reference], strict=True)
                 spread = Spread.of([own / other for own, other in pairs])
                 yield {"method": name, "against": reference, **asdict(spread)}
 
 
-def _known(path: Path) -> dict[str, Any]:
-    """Return what a file holds already, if it is of this machine."""
+def known_results(path: Path, part: str = "models") -> dict[str, Any]:
+    """Return what a file holds already.
+
+    Args:
+        path: The file; it need not exist.
+        part: What its results are by.
+
+    Raises:
+        ValueError: If it is of another machine.
+    """
     machine = describe_machine()
     if not path.exists():
-        return {"version": VERSION, "machine": machine, "models": {}}
+        return {"version": VERSION, "machine": machine, part: {}}
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if (known.get("version"), known.get("machine")) != (VERSION, machine):
         raise ValueError(
@@ -188,8 +200,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", nargs="+", choices=MODELS, default=list(MODELS), help="models to measure")
     add("--methods", nargs="+", choices=METHODS, default=list(USUAL), help=f"methods beside {', '.join(REFERENCES)}")
-    add("--rounds", type=_positive, default=20, help="rounds that count")
-    add("--warmup", type=_positive, default=3, help="rounds before them; `copy` has selected after 2")
+    add("--rounds", type=positive, default=20, help="rounds that count")
+    add("--warmup", type=positive, default=3, help="rounds before them; `copy` has selected after 2")
     add("--density", type=float, default=default.density, help="fraction of units or entries to train")
     add("--rank", type=int, default=default.rank, help="rank of LoRA")
     add("--units", type=int, default=default.units, help="columns of `columns-units`")
@@ -204,7 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Read a number of a flag that must be at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")

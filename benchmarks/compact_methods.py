@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.device_methods import targets, with_shira, without_a
 from benchmarks.engine import Evidence, select_now
-from benchmarks.models import build_model, make_batch
+from benchmarks.models import build_model, load_in_4_bits, make_batch
 from benchmarks.settings import DECODER, Settings
 from peft_dps import DPSConfig, dps_adapter, recipes
 
@@ -29,12 +30,17 @@ class Plan:
         density: Fraction of units or entries that are trained; blocks have their own.
         rank: Rank of LoRA.
         units: Columns of each weight, where a number of them is given.
+        checkpointing: Whether activations are computed again in the backward pass.
+        four_bits: Folder of the model, which is loaded in 4 bits (NF4) and computes in bf16; None for a model in fp32
+            whose weights are made here.
     """
 
     settings: Settings
     density: float = 0.05
     rank: int = 16
     units: int = 16
+    checkpointing: bool = False
+    four_bits: Path | None = None
 
     @property
     def task(self) -> str:
@@ -62,8 +68,11 @@ class Method:
     is_compact: bool = False
 
     def build(self, plan: Plan) -> nn.Module:
-        """Build the model with random weights and prepare it, in training mode."""
-        return self.prepare(build_model(plan.settings), plan).train()
+        """Make the model ready, in training mode."""
+        model = build_model(plan.settings) if plan.four_bits is None else load_in_4_bits(plan.settings, plan.four_bits)
+        if plan.checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        return self.prepare(model, plan).train()
 
 
 def _full(model: PreTrainedModel, _: Plan) -> nn.Module:

@@ -37,8 +37,8 @@ class Held:
         parameters: Bytes of parameters and buffers.
         largest: Bytes of the largest weight of a linear layer.
         per_entry: Bytes per entry of the target weights between two steps: W0, units, evidence, optimizer; None where
-            that is no compact adapter.
-        file: Bytes of the adapter's file; None where that is no compact adapter.
+            that is no compact adapter on a base in fp32.
+        file: Bytes of the adapter's file; None where that is no compact adapter on a base in fp32.
         content: Bytes of the values and indices that are in it.
     """
 
@@ -67,7 +67,7 @@ class Worker:
     def __init__(self, name: str, plan: Plan) -> None:
         set_up(plan.settings)
         warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled", UserWarning)  # SHiRA
-        self.method = find_method(name)
+        self.method, self.plan = find_method(name), plan
         self.batch = make_batch(plan.settings)
         self.before = resident()
         self.model = self.method.build(plan)
@@ -79,7 +79,7 @@ class Worker:
         """Train one step and return its seconds."""
         start = time.perf_counter()
         self.optimizer.zero_grad()
-        self.model(**self.batch).loss.backward()
+        self._loss().backward()
         self.optimizer.step()
         return time.perf_counter() - start
 
@@ -100,7 +100,7 @@ class Worker:
             self.optimizer.zero_grad()
             meter.reset()
             before = meter.live
-            loss = self.model(**self.batch).loss
+            loss = self._loss()
             alive = meter.live - before
             loss.backward()
             self.optimizer.step()
@@ -116,8 +116,12 @@ class Worker:
             optimizer=_bytes(value for state in self.optimizer.state.values() for value in state.values()),
             parameters=_bytes([*self.model.parameters(), *self.model.buffers()]),
             largest=max(module.weight.nbytes for module in self.model.modules() if isinstance(module, nn.Linear)),
-            **(self._compact() if self.method.is_compact else {}),
+            **(self._compact() if self.method.is_compact and self.plan.four_bits is None else {}),
         )
+
+    def _loss(self) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.plan.four_bits is not None):
+            return self.model(**self.batch).loss
 
     def _kept(self) -> int:
         own = {_key(tensor) for tensor in (*self.model.parameters(), *self.model.buffers(), *self.batch.values())}
@@ -131,7 +135,7 @@ class Worker:
 
         self.optimizer.zero_grad()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.model(**self.batch).loss
+            loss = self._loss()
         size = sum(storage.nbytes() for storage in saved.values())
         saved.clear()
         loss.backward()

@@ -8,6 +8,7 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -35,6 +36,13 @@ def build_model(settings: Settings) -> PreTrainedModel:
 def load_model(settings: Settings, folder: Path) -> PreTrainedModel:
     """Load the model from a folder to which `save_pretrained` has written it, to its device."""
     return _class_of(settings).from_pretrained(folder).to(settings.device)
+
+
+def load_in_4_bits(settings: Settings, folder: Path) -> PreTrainedModel:
+    """Load the model from a folder, its linear layers in 4 bits (NF4) that compute in bf16, and the rest in bf16."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    placed = {"quantization_config": config, "dtype": torch.bfloat16, "device_map": {"": settings.device}}
+    return _class_of(settings).from_pretrained(folder, **placed)
 
 
 def make_batch(settings: Settings) -> dict[str, torch.Tensor]:

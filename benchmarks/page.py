@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import compact_layer, device_page
+from benchmarks import compact_layer, device_page, low_memory
 from benchmarks.compact_page import section
 from benchmarks.findings import SIZE, Entry, Findings
 from benchmarks.memory import KINDS
@@ -92,6 +92,7 @@ def result_files() -> list[Path]:
     """Return the files of the repository that the page is made of."""
     return [
         *sorted(_RESULTS.glob("compact_*.json")),
+        *_RESULTS.glob("low_memory_cpu.json"),
         *_RESULTS.glob("layer_cpu.json"),
         *sorted(_RESULTS.glob("suite_*.json")),
         *sorted(_RESULTS.glob("device_*.json")),
@@ -111,6 +112,9 @@ def make_page(documents: dict[str, dict[str, Any]]) -> Page:
     for name, document in documents.items():
         if "device" in document:
             parts.append(f"## {document['device']}\n\n{device_page.page(document)}")
+            continue
+        if "ways" in document:
+            parts.append(low_memory.section(document))
             continue
         if "models" in document:
             parts.append(section(document))

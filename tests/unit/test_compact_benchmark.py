@@ -2,16 +2,18 @@ import copy
 import json
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
 
-from benchmarks import compact, compact_layer, page
+from benchmarks import compact, compact_layer, low_memory, page
 from benchmarks.compact_methods import METHODS, REFERENCES, Plan
 from benchmarks.compact_page import AIMS, section
 from benchmarks.compact_worker import Worker
 from benchmarks.engine import target_weights
+from benchmarks.models import build_model
 from benchmarks.settings import Settings
 
 pytestmark = [
@@ -168,3 +170,35 @@ def test_ways_to_compute_a_layer_are_timed(capsys, monkeypatch, tmp_path):
     assert "| frozen alone | 1.000 (1.000 to 1.000) |" in lines
     assert len([line for line in lines if line]) == 11
     assert shown.strip() == compact_layer.section(json.loads((tmp_path / "layer.json").read_text())).strip()
+
+
+@pytest.mark.parametrize("way", low_memory.WAYS)
+def test_memory_that_is_saved_already_is_counted(way, tmp_path, monkeypatch):
+    if low_memory.WAYS[way][1]:
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(compact, "crew_of", _in_this_process)
+    path = tmp_path / "low_memory.json"
+    low_memory.main(["--tiny", "--rounds", "2", "--threads", "1", "--way", way, "--out", str(path)])
+    document = json.loads(path.read_text())
+    held = document["ways"][way]["held"]
+    assert list(held) == list(low_memory.METHODS)
+    assert held["columns-units"]["alive"] <= held["lora"]["alive"]
+    page.main(["--results", str(path), "--out", str(tmp_path / "page.md")])
+    rows = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith(f"| {way} |")]
+    assert len(rows) == len(low_memory.METHODS)
+
+
+def test_checkpoints_and_4_bits_hold_less(plan, tmp_path):
+    bytes_of = {}
+    for way, (checkpointing, four_bits) in low_memory.WAYS.items():
+        if four_bits:
+            pytest.importorskip("bitsandbytes")
+            build_model(Settings(size="decoder-toy-pair")).save_pretrained(tmp_path)
+        settings = replace(plan.settings, size="decoder-toy-pair", batch=8, tokens=32)
+        one = replace(plan, settings=settings, checkpointing=checkpointing, four_bits=tmp_path if four_bits else None)
+        bytes_of[way] = Worker("columns-units", one).hold()
+    plain, checkpoints, quantized, both = bytes_of.values()
+    assert checkpoints.alive < plain.alive
+    assert both.alive < quantized.alive
+    assert quantized.parameters < plain.parameters
+    assert quantized.file is None

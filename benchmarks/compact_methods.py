@@ -71,7 +71,8 @@ class Method:
         """Make the model ready, in training mode."""
         model = build_model(plan.settings) if plan.four_bits is None else load_in_4_bits(plan.settings, plan.four_bits)
         if plan.checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # of transformers 5.23; before
+            getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
         return self.prepare(model, plan).train()
 
 

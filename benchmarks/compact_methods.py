@@ -71,7 +71,7 @@ class Method:
         """Make the model ready, in training mode."""
         model = build_model(plan.settings) if plan.four_bits is None else load_in_4_bits(plan.settings, plan.four_bits)
         if plan.checkpointing:
-            new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # of transformers 5.23; before
+            new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # until 5.22
             getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
         return self.prepare(model, plan).train()
 

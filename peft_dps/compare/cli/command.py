@@ -121,7 +121,8 @@ def _leave_report(comparison: Comparison, folder: Path, console: Console) -> Non
 
 def _report(options: argparse.Namespace, console: Console) -> int:
     output = options.output or report_folder(options.results)
-    page = write_report(options.results, output, Choice.parse(options.reference).variant)
+    reference = None if options.reference is None else Choice.parse(options.reference).variant
+    page = write_report(options.results, output, reference)
     for section in page.sections:
         _show(section.tables[0], section.checks, console)
     console.print(Text(page.conclusion, style="bold"))

@@ -9,7 +9,6 @@ from typing import Any
 
 from peft_dps.compare.cli.specification import read_specification, without_rates
 from peft_dps.compare.data.user_data import OwnData
-from peft_dps.compare.methods.table import REFERENCE
 from peft_dps.compare.settings import Settings
 
 _GIVEN = argparse.SUPPRESS  # a flag that is not given leaves the word to the file
@@ -24,6 +23,7 @@ _SETTINGS = {
     "evaluations": "points of the learning curve",
 }
 _FRACTIONS = ("epochs", "weight-decay", "warmup")
+_REFERENCE_HELP = "what the others are tested against (default: full, or else the first method)"
 _OURS = ("command", "run", "report", "traceback")  # of the command line, not of the comparison
 _OWN = {  # what else is said of `--data`, and the field of `OwnData` for it
     "test": "test",
@@ -76,7 +76,7 @@ def add_compare_flags(parser: argparse.ArgumentParser) -> None:
         default=_GIVEN,
         help="measure no step times before the runs",
     )
-    add("--reference", default=_GIVEN, metavar="METHOD", help="what the others are tested against (default: full)")
+    add("--reference", default=_GIVEN, metavar="METHOD", help=_REFERENCE_HELP)
     add("--imports", nargs="+", default=_GIVEN, metavar="MODULE", help="modules that register methods or tasks")
     add("--data-folder", type=Path, default=_GIVEN, help="local folder of data sets, as cola/train.parquet")
     add("--cache", type=Path, default=_GIVEN, help="folder for the fetched assets (default: the user's cache folder)")
@@ -103,7 +103,7 @@ def add_report_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("results", type=Path, nargs="+", help="result files of comparisons (JSON lines)")
     add("--output", type=Path, help="folder for the report (default: named after the result file, beside it)")
-    add("--reference", default=REFERENCE, metavar="METHOD", help="what the others are tested against (default: full)")
+    add("--reference", metavar="METHOD", help=_REFERENCE_HELP)
 
 
 def _add_data_flags(parser: argparse.ArgumentParser, default: Any, otherwise: str) -> None:

@@ -104,8 +104,16 @@ class Experiment:
         return "mean of " + " and ".join(self.metrics) if len(self.metrics) > 1 else "".join(self.metrics) or "score"
 
 
-def experiments_of(results: Results, reference: str = REFERENCE) -> list[Experiment]:
-    """Sort the reported runs of a result file into experiments, in the order in which they appear."""
+def experiments_of(results: Results, reference: str | None = None) -> list[Experiment]:
+    """Sort the reported runs of a result file into experiments, in the order in which they appear.
+
+    Args:
+        results: The runs.
+        reference: Variant that the others are tested against; None for full fine-tuning, or else the first method.
+    """
+    if reference is None:
+        variants = [run.plan.variant for run in results.reported]
+        reference = REFERENCE if REFERENCE in variants else next(iter(variants), REFERENCE)
     groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in results.reported:
         groups[_key(run)].append(run)

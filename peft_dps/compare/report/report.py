@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peft_dps.compare.data.examples import DataError
-from peft_dps.compare.methods.table import REFERENCE
 from peft_dps.compare.report.checks import checks
 from peft_dps.compare.report.conclusion import conclusion
 from peft_dps.compare.report.csv_files import FILES, csv_files
@@ -37,20 +36,21 @@ _CAPTIONS = {
 }
 
 
-def write_report(source: Path | Sequence[Path], output: Path, reference: str = REFERENCE) -> Page:
+def write_report(source: Path | Sequence[Path], output: Path, reference: str | None = None) -> Page:
     """Write tables, figures, a Markdown file and an HTML page. The same result files give the same tables.
 
     Args:
         source: The result file, or several: their runs are reported together, each once.
         output: Folder to write to; files of an earlier report are replaced.
-        reference: The method that the others are tested against, with its options if it has any.
+        reference: The method that the others are tested against, with its options if it has any; None for full
+            fine-tuning, or the first method where that was not run.
 
     Returns:
         What the report says.
 
     Raises:
         DataError: A file does not exist, or none holds a run to report.
-        ValueError: `reference` is another method than full fine-tuning, and no run is of it.
+        ValueError: No run is of the method `reference`.
         OSError: The folder cannot be written to.
     """
     sources = [source] if isinstance(source, Path) else list(source)
@@ -60,7 +60,7 @@ def write_report(source: Path | Sequence[Path], output: Path, reference: str = R
     if not experiments:
         names = " and ".join(repr(str(path)) for path in sources)
         raise DataError(f"There is no run to report in {names}, only {len(results.runs)} trial runs.")
-    if reference != REFERENCE and not any(experiment.reference for experiment in experiments):
+    if not any(experiment.reference for experiment in experiments):
         known = sorted({run.plan.variant for run in results.reported})
         raise ValueError(f"`reference` must be a method of the report, {', '.join(known)}, got {reference!r}.")
     styles = styles_of(experiments)

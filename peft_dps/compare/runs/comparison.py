@@ -11,7 +11,6 @@ from typing import Any
 from peft_dps.compare.data.tasks import TASKS, Place
 from peft_dps.compare.data.user_data import OwnData
 from peft_dps.compare.methods.choice import Choice
-from peft_dps.compare.methods.table import REFERENCE
 from peft_dps.compare.settings import Settings, require_int
 
 EMBEDDED = "all-MiniLM-L6-v2"
@@ -50,7 +49,8 @@ class Comparison:
         settings: The budget.
         jobs: Runs at the same time, each in a process of its own.
         timing: Whether to measure step times interleaved, before the runs.
-        reference: Variant of the method that tables and report test the others against.
+        reference: Variant of the method that tables and report test the others against; None for full fine-tuning,
+            or the first method if that is not among them.
         imports: Modules that register further methods or tasks.
         place: Where tasks find their data.
     """
@@ -67,7 +67,7 @@ class Comparison:
     settings: Settings = field(default_factory=Settings)
     jobs: int = 1
     timing: bool = True
-    reference: str = REFERENCE
+    reference: str | None = None
     imports: Sequence[str] = ()
     place: Place = field(default_factory=Place)
 
@@ -98,7 +98,7 @@ class Comparison:
             _require_different(name, getattr(self, name))
         _require_different("methods", [(choice.method, sorted(choice.options.items())) for choice in self.methods])
         variants = [choice.variant for choice in self.methods]
-        if self.reference not in (REFERENCE, *variants):
+        if self.reference not in (None, *variants):
             raise ValueError(f"`reference` must be among the methods, {', '.join(variants)}, got {self.reference!r}.")
         self._check_numbers()
         self.settings.check()

@@ -17,8 +17,8 @@ def run(method="full", seed=0, *, data="d", rate=1e-4, score=0.8, **fields):
     return Run(plan, **{"title": method, "metrics": ["m"], "scores": {"cola": {"m": score}}, **fields})
 
 
-def said(*runs):
-    (experiment,) = experiments_of(Results({each.plan.key: each for each in runs}))
+def said(*runs, reference=None):
+    (experiment,) = experiments_of(Results({each.plan.key: each for each in runs}), reference)
     return checks(experiment)
 
 
@@ -111,7 +111,7 @@ def test_a_schedule_that_trains_all_selects_nothing():
 
 
 def test_a_missing_reference_is_said():
-    assert said(run("lora")) == ["There is no run of 'full', so nothing is tested against it."]
+    assert said(run("lora"), reference="full") == ["There is no run of 'full', so nothing is tested against it."]
 
 
 def test_a_run_that_another_replaced_is_said():

@@ -66,7 +66,7 @@ def test_the_domain_is_named_where_there_are_several():
     ("fields", "said"),
     [
         ({"memory": {}}, "it takes 7."),
-        ({"scores": {"lora": 0.5}}, "Nothing was compared with full."),
+        ({"scores": {"lora": 0.5}}, "Nothing was compared with lora."),
         ({"memory": {"full": 1, "lora": 2, "bitfit": 3}}, "none within 2 points of full takes less memory."),
     ],
 )

@@ -98,7 +98,18 @@ def test_the_reference_comes_first_and_titles_are_told_apart():
         "BITFIT",
     ]
     assert experiment.reference is experiment.methods[0]
-    assert experiments(run("lora"))[0].reference is None
+
+
+def test_without_full_fine_tuning_the_first_method_is_the_reference():
+    (experiment,) = experiments(run("lora"), run("bitfit"), run("lora", seed=1))
+    assert experiment.reference_variant == "lora"
+    assert [each.variant for each in experiment.methods] == ["lora", "bitfit"]
+
+
+def test_a_task_without_the_reference_of_the_others_has_none():
+    first, second = experiments(run(), run("lora", task="rte"))
+    assert first.reference is first.methods[0]
+    assert second.reference is None
 
 
 def test_a_later_run_of_the_same_seed_counts_unless_it_failed():

@@ -252,3 +252,10 @@ def test_the_folder_of_a_report_is_no_result_file(tmp_path):
     assert report_folder([tmp_path / "runs.v2.jsonl"]) == tmp_path / "runs.v2"
     assert report_folder([tmp_path / "runs"]) == tmp_path / "runs-report"
     assert report_folder([tmp_path / "a.jsonl", tmp_path / "deep" / "b.jsonl"]) == tmp_path / "report"
+
+
+def test_a_reference_without_a_run_is_refused(tmp_path):
+    source = tmp_path / "runs.jsonl"
+    append(Run(Plan("lora", 1e-4, "cola", 0, "tiny"), "lora", "", ["m"], {"cola": {"m": 0.5}}), source)
+    with pytest.raises(ValueError, match="method of the report, lora, got 'full'"):
+        write_report(source, tmp_path / "report", "full")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.first_step import measure_loading
 from benchmarks.footprint import Footprint, count_footprints
+from benchmarks.progress import Tell
 from benchmarks.ratio import seconds, step_ratios
 from benchmarks.rounds import FIGURES, Round, run_rounds
 from benchmarks.settings import Settings
@@ -60,9 +61,6 @@ class Case:
     def variants(self) -> list[str]:
         """All variants, full fine-tuning first."""
         return [METHODS[self.trained][0], *(name for name, _ in self.comparisons)]
-
-
-Tell = Callable[[str], None]
 
 
 def measure_memory(case: Case, tell: Tell) -> dict[str, Any]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
 
 from benchmarks.archive import rounded
 from benchmarks.compact_methods import METHODS, REFERENCES, USUAL, Plan
@@ -22,6 +20,7 @@ from benchmarks.compact_worker import Worker
 from benchmarks.crew import crew_of
 from benchmarks.footprint import usual_malloc
 from benchmarks.machine import describe_machine, list_versions, load
+from benchmarks.progress import Tell, begin
 from benchmarks.ratio import Spread
 from benchmarks.rounds import turned
 from benchmarks.settings import Settings
@@ -37,7 +36,6 @@ _SETTINGS = {
 _RESULTS = Path(__file__).parent / "results"
 _PROCESS = 600 * 2**20  # what a process takes before it has a model
 _USABLE = 0.9  # of the memory that is free now
-Tell = Callable[[str], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,11 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Those of the command line; None for the process's own.
     """
     options = _parser().parse_args(arguments)
-    console, start = Console(stderr=True), time.monotonic()
-
-    def tell(text: str) -> None:
-        console.print(f"[{time.monotonic() - start:5.0f} s] {text}", markup=False, highlight=False)
-
+    tell = begin()
     out = options.out or (Path("runs/compact_tiny.json") if options.tiny else _RESULTS / "compact_cpu.json")
     document = known_results(out)
     for model in options.model:

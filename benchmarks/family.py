@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
 
 from benchmarks.archive import rounded
 from benchmarks.compact import measure
 from benchmarks.compact_methods import RECIPES, REFERENCES, Plan
 from benchmarks.machine import describe_machine
+from benchmarks.progress import begin
 from benchmarks.settings import Settings
 
 RESULTS = Path(__file__).parent / "results" / "family_cpu.json"
@@ -36,11 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads that each method computes on")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file to write")
     options = parser.parse_args(arguments)
-    console, start = Console(stderr=True), time.monotonic()
-
-    def tell(text: str) -> None:
-        console.print(f"[{time.monotonic() - start:5.0f} s] {text}", markup=False, highlight=False)
-
+    tell = begin()
     settings = Settings(
         size=options.size, batch=options.batch, tokens=options.tokens, threads=options.threads, dropout=0.0
     )

@@ -8,19 +8,18 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.archive import rounded
 from benchmarks.compact import known_results, measure, positive
 from benchmarks.compact_methods import Plan
 from benchmarks.models import build_model
+from benchmarks.progress import begin
 from benchmarks.settings import Settings
 from benchmarks.tables import table
 
@@ -58,11 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Those of the command line; None for the process's own.
     """
     options = _parser().parse_args(arguments)
-    console, start = Console(stderr=True), time.monotonic()
-
-    def tell(text: str) -> None:
-        console.print(f"[{time.monotonic() - start:5.0f} s] {text}", markup=False, highlight=False)
-
+    tell = begin()
     out = options.out or (Path("runs/low_memory_tiny.json") if options.tiny else _RESULTS)
     document = known_results(out, "ways")
     disable_progress_bar()

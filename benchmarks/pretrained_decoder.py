@@ -27,14 +27,13 @@ def convert(gguf: Path, folder: Path) -> None:
         gguf: The decoder's GGUF file.
         folder: Where to write.
     """
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = quantized.config
     del config.quantization_config  # transformers refuses to save what says that it is quantized
     model = type(quantized)(config)
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
 def articles(corpus: Path) -> str:

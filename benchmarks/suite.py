@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
 
 from benchmarks.archive import Archive
 from benchmarks.cases import ALL, METHODS, Case, measure_load, measure_memory, measure_steps, sweep
+from benchmarks.progress import Tell, begin
 from benchmarks.settings import OPTIMIZERS, SIZES, Settings
 from benchmarks.variant import VARIANTS
 
@@ -27,12 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Those of the command line; None for the process's own.
     """
     options = _parser().parse_args(arguments)
-    console = Console(stderr=True)
-    start = time.monotonic()
-
-    def tell(text: str) -> None:
-        console.print(f"[{time.monotonic() - start:5.0f} s] {text}", markup=False, highlight=False)
-
+    tell = begin()
     out = options.out or _RESULTS / f"suite_{options.device}.json"
     results = Archive(out, options.device)
     for case in cases_of(options):
@@ -42,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tell(f"All numbers are in {out}; `python -m benchmarks.page` makes a page of them.")
 
 
-def measure(results: Archive, case: Case, parts: Sequence[str], load_rounds: int, tell: Any) -> None:
+def measure(results: Archive, case: Case, parts: Sequence[str], load_rounds: int, tell: Tell) -> None:
     """Measure parts of a case. What variants take of memory has to be known before several are timed at once.
 
     Args:

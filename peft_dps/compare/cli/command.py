@@ -97,7 +97,7 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
 def _make_runs(comparison: Comparison, report: Path | None, console: Console) -> int:
     with Observer(console) as observer:
         results = compare(comparison, observer)
-    experiments = experiments_of(results, comparison.reference)
+    experiments = experiments_of(results, comparison.tested_against)
     for experiment in experiments:
         _show(overview_table(experiment), checks(experiment), console)
     console.print(Text(conclusion(experiments), style="bold"))
@@ -109,7 +109,7 @@ def _make_runs(comparison: Comparison, report: Path | None, console: Console) ->
 
 def _leave_report(comparison: Comparison, folder: Path, console: Console) -> None:
     try:
-        write_report(comparison.output, folder, comparison.reference)
+        write_report(comparison.output, folder, comparison.tested_against)
     except (DataError, OSError, ValueError) as error:
         source = comparison.output
         raise OSError(

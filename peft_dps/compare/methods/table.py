@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -39,6 +39,11 @@ SEED = "seed"
 NO_DROPOUT = "-nodropout"
 REFERENCE = "full"
 """The method that the others are tested against, unless another is named."""
+
+
+def usual_reference(variants: Sequence[str]) -> str:
+    """Return which of some methods the others are tested against: full fine-tuning, or else the first."""
+    return REFERENCE if REFERENCE in variants else next(iter(variants), REFERENCE)
 
 
 @dataclass(frozen=True)

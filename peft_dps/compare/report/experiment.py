@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from peft_dps.compare.methods.choice import variant_of
-from peft_dps.compare.methods.table import DROPOUT, NO_DROPOUT, REFERENCE
+from peft_dps.compare.methods.table import DROPOUT, NO_DROPOUT, REFERENCE, usual_reference
 from peft_dps.compare.runs.results import Results
 from peft_dps.compare.runs.run import Run, Timing
 
@@ -112,8 +112,7 @@ def experiments_of(results: Results, reference: str | None = None) -> list[Exper
         reference: Variant that the others are tested against; None for full fine-tuning, or else the first method.
     """
     if reference is None:
-        variants = [run.plan.variant for run in results.reported]
-        reference = REFERENCE if REFERENCE in variants else next(iter(variants), REFERENCE)
+        reference = usual_reference([run.plan.variant for run in results.reported])
     groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in results.reported:
         groups[_key(run)].append(run)

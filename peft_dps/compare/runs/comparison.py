@@ -11,6 +11,7 @@ from typing import Any
 from peft_dps.compare.data.tasks import TASKS, Place
 from peft_dps.compare.data.user_data import OwnData
 from peft_dps.compare.methods.choice import Choice
+from peft_dps.compare.methods.table import usual_reference
 from peft_dps.compare.settings import Settings, require_int
 
 EMBEDDED = "all-MiniLM-L6-v2"
@@ -75,6 +76,11 @@ class Comparison:
     def task_names(self) -> list[str]:
         """All tasks, the user's own included."""
         return [*self.tasks, *(data.title for data in self.own if data.title not in self.tasks)]
+
+    @property
+    def tested_against(self) -> str:
+        """Variant of the method that the others are tested against."""
+        return self.reference or usual_reference([choice.variant for choice in self.methods])
 
     @property
     def trying(self) -> Sequence[int]:

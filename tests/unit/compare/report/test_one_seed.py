@@ -20,7 +20,7 @@ METHODS = {
 UNKNOWN = "One seed cannot tell which method is more accurate."
 
 
-def experiment(methods=METHODS, seeds=1, probes=("articles",), metric="AUC", timings=()):
+def experiment(methods=METHODS, seeds=1, probes=("articles",), metric="AUC", timings=(), reference=None):
     runs = {}
     for method, (score, memory, size, kept) in methods.items():
         for seed in range(seeds):
@@ -34,7 +34,7 @@ def experiment(methods=METHODS, seeds=1, probes=("articles",), metric="AUC", tim
                 retention=[Retention(probe, metric, 0.95, kept) for probe in probes],
             )
             runs[run.plan.key] = run
-    (found,) = experiments_of(Results(runs, list(timings)))
+    (found,) = experiments_of(Results(runs, list(timings)), reference)
     return found
 
 
@@ -66,6 +66,8 @@ def test_of_a_loss_the_lowest_is_kept_best():
     assert "chosen went from 0.95 to 2.00 and full to 3.00" in said
 
 
-@pytest.mark.parametrize(("names", "seeds"), [(METHODS, 2), (["full"], 1)], ids=["seeds", "alone"])
+@pytest.mark.parametrize(
+    ("names", "seeds"), [(METHODS, 2), (["full"], 1), (["chosen", "drawn"], 1)], ids=["seeds", "alone", "no reference"]
+)
 def test_only_of_one_seed_and_beside_a_reference(names, seeds):
-    assert one_seed(experiment({name: METHODS[name] for name in names}, seeds)) == ""
+    assert one_seed(experiment({name: METHODS[name] for name in names}, seeds, reference="full")) == ""
